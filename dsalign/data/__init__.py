@@ -1,0 +1,1 @@
+"""Rows in, token groups out: readers -> rows -> templates -> tokenize -> batches."""

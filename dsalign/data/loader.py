@@ -1,0 +1,56 @@
+"""Which groups an optimizer step sees, and which of them a rank computes: pure functions of (seed, epoch, step)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from dsalign.algos import Batch
+from dsalign.data.tokenize import Group
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(num_rows), the same on every rank and every machine."""
+    order = list(range(num_rows))
+    random.Random(f"dsalign order {seed} {epoch}").shuffle(order)
+    return order
+
+
+class Loader:
+    """Global batches of `global_batch` groups; the last batch of an epoch may be shorter.
+
+    min_groups: a last batch with fewer groups is left out (KTO needs two); `dropped` counts its groups an epoch.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        global_batch: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        shuffle: bool = True,
+        min_groups: int = 1,
+    ) -> None:
+        if min_groups > global_batch:
+            raise ValueError(
+                f"a global batch of {global_batch} is too small: the algorithm needs {min_groups} rows a step; raise "
+                "--batch_size or --gradient_accumulation_steps"
+            )
+        if len(groups) < min_groups:
+            raise ValueError(f"the data set has {len(groups)} usable rows, the algorithm needs at least {min_groups}")
+        self.groups, self.global_batch, self.seed, self.shuffle = groups, global_batch, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        last = len(groups) % global_batch
+        self.dropped = last if 0 < last < min_groups else 0
+        self.steps_per_epoch = math.ceil((len(groups) - self.dropped) / global_batch)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of the step-th prepared batch of the run, counted from 0. Groups go to ranks in turn."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = epoch_order(len(self.groups), self.seed, epoch) if self.shuffle else range(len(self.groups))
+        chosen = order[position * self.global_batch : (position + 1) * self.global_batch]
+        groups = [self.groups[i] for i in chosen]
+        return Batch(groups=groups, mine=range(self.rank, len(groups), self.world_size))

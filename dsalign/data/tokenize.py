@@ -1,0 +1,109 @@
+"""Rows to groups: one prompt and its completions as token ids, cut to the maximal length."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dsalign.data.rows import Row
+from dsalign.data.templates import Encoded, Template
+
+TRUNCATIONS = ("delete", "left", "right", "raise")
+CHUNK = 1024  # rows a tokenizer call: enough for its threads, little memory
+TOO_LONG = "longer than max_length"
+NOTHING_LEFT = "no completion token left"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its k completions."""
+
+    index: int  # position in the tokenised data set: the identity used for order and ties
+    where: str  # file and line the row came from
+    prompt: tuple[int, ...]  # at least one id
+    completions: tuple[tuple[int, ...], ...]  # each at least one id; the last is an end token unless truncated
+    prompt_text: str  # rendered prompt, not truncated
+    label: bool | None = None  # True = desirable
+    margin: float | None = None  # units of reward
+    columns: Mapping[str, object] = field(default_factory=dict)  # what no format took
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """The groups of a data set and what was left out of it."""
+
+    groups: tuple[Group, ...]
+    dropped: Mapping[str, int]  # rule -> rows
+    truncated: int  # groups that lost tokens
+
+
+def tokenize_rows(rows: Sequence[Row], template: Template, *, max_length: int, truncation: str) -> Tokenized:
+    """The rows as groups of at most max_length tokens, in order, numbered from 0 without gaps.
+
+    A group's length is len(prompt) + len(longest completion). truncation: "delete" drops a longer row; "left" cuts its
+    prompt from the left to no less than one token, then completions at their right end; "right" cuts completions at
+    their right end and drops the row where no token is left; "raise" refuses it. A cut completion has no end token.
+    Raises ValueError for bad arguments, a row that the template refuses, a long row ("raise"), or no row left.
+    """
+    if truncation not in TRUNCATIONS:
+        raise ValueError(f"truncation_strategy: expected one of {', '.join(TRUNCATIONS)}, got {truncation!r}")
+    if max_length < 2:
+        raise ValueError(f"max_length: expected at least 2 (a prompt and a completion token), got {max_length}")
+    groups: list[Group] = []
+    dropped: Counter[str] = Counter()
+    truncated = 0
+    share = dict[int, int]().setdefault  # one int object an id: 8 bytes a token instead of 40
+    for row, (text, prompt, completions) in _encode(rows, template):
+        length = len(prompt) + max(map(len, completions), default=0)
+        if length > max_length:
+            if truncation == "raise":
+                raise ValueError(
+                    f"{row.where}: expected at most max_length = {max_length} tokens, got {length} (prompt "
+                    f"{len(prompt)}); raise --max_length, or use --truncation_strategy delete, left or right"
+                )
+            if truncation == "delete":
+                dropped[TOO_LONG] += 1
+                continue
+            prompt, completions = (_cut_left if truncation == "left" else _cut_right)(prompt, completions, max_length)
+            if len(prompt) > max_length or not all(completions):
+                dropped[NOTHING_LEFT] += 1
+                continue
+            truncated += 1
+        ids = tuple(tuple(map(share, x, x)) for x in completions)
+        shared_prompt = tuple(map(share, prompt, prompt))
+        groups.append(Group(len(groups), row.where, shared_prompt, ids, text, row.label, row.margin, row.columns))
+    if not groups:
+        counts = ", ".join(f"{count} {rule}" for rule, count in dropped.items()) or "there was none"
+        raise ValueError(
+            f"data set: expected rows of at most max_length = {max_length} tokens, got none of {len(rows)} rows "
+            f"({counts}); raise --max_length, or use --truncation_strategy left"
+        )
+    return Tokenized(tuple(groups), dict(dropped), truncated)
+
+
+def _encode(rows: Sequence[Row], template: Template) -> Iterator[tuple[Row, Encoded]]:
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        try:
+            encoded = template.encode_many([(row.prompt, row.completions) for row in chunk])
+        except ValueError:
+            for row in chunk:  # one by one, to name the row
+                try:
+                    template.encode(row.prompt, row.completions)
+                except ValueError as error:
+                    raise ValueError(f"{row.where}: {error}") from error
+            raise
+        yield from zip(chunk, encoded, strict=True)
+
+
+Ids = list[int]
+
+
+def _cut_left(prompt: Ids, completions: list[Ids], max_length: int) -> tuple[Ids, list[Ids]]:
+    completions = [ids[: max_length - 1] for ids in completions]
+    return prompt[-(max_length - max(map(len, completions), default=0)) :], completions
+
+
+def _cut_right(prompt: Ids, completions: list[Ids], max_length: int) -> tuple[Ids, list[Ids]]:
+    return prompt, [ids[: max(max_length - len(prompt), 0)] for ids in completions]

@@ -1,0 +1,113 @@
+"""The process group, and the few collectives that are not DeepSpeed's own. Every function must run on every rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as td
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def init(local_rank: int, timeout_s: float = 1800.0) -> torch.device:
+    """Join the process group that the environment describes; returns this rank's device."""
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
+        # the shared-memory op speeds up inference only, takes minutes to compile, and a killed build leaves a lock
+        # that hangs every later run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(local_rank)
+    if not td.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        deepspeed.init_distributed(
+            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    return td.get_rank()
+
+
+def world_size() -> int:
+    return td.get_world_size()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        td.barrier()
+
+
+def total(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The sum of each number over the ranks, in float64."""
+    if world_size() == 1 or not numbers:
+        return list(numbers)
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    td.all_reduce(tensor)
+    return [float(x) for x in tensor.tolist()]
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers."""
+    if world_size() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    td.all_reduce(tensor, op=td.ReduceOp.MAX)
+    return int(tensor)
+
+
+def gather(numbers: Tensor, device: torch.device) -> Tensor:
+    """1-D float64 tensors of the ranks, of any lengths, concatenated in rank order; on the CPU."""
+    if world_size() == 1:
+        return numbers.cpu()
+    width = largest(len(numbers), device)
+    mine = torch.full((width + 1,), 0.0, dtype=torch.float64, device=device)
+    mine[0] = len(numbers)
+    mine[1 : 1 + len(numbers)] = numbers.to(device)
+    found = [torch.empty_like(mine) for _ in range(world_size())]
+    td.all_gather(found, mine)
+    return torch.cat([x[1 : 1 + int(x[0])] for x in found]).cpu()
+
+
+def from_rank_0(thing: T) -> T:
+    """Rank 0's thing, on every rank; small Python objects only."""
+    if world_size() == 1:
+        return thing
+    box: list[Any] = [thing]
+    td.broadcast_object_list(box, src=0)
+    received: T = box[0]
+    return received
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every rank where any rank has an error: the rank's own, else one that names the rank it came from.
+
+    Without it the other ranks would wait in the next collective until the timeout.
+    """
+    if world_size() > 1:
+        texts: list[str | None] = [None] * world_size()
+        td.all_gather_object(texts, None if error is None else str(error))
+        if error is None:
+            for other, text in enumerate(texts):
+                if text is not None:
+                    raise RuntimeError(f"rank {other} stopped: {text}")
+    if error is not None:
+        raise error

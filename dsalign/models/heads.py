@@ -1,0 +1,108 @@
+"""What the trainer calls: a causal model that gives completion log-probabilities, and a backbone with a value head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dsalign.logps import LogitTransform, token_logps
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
+
+
+def unwrap(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model under a PEFT model; its LoRA layers stay in place."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+class CausalModel(nn.Module):
+    """A causal language model, seen through the log-probabilities of chosen positions."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        self.transform = LogitTransform.of(unwrap(model).config.get_text_config())
+
+    def forward(
+        self, ids: Tensor, predict: Tensor, targets: Tensor, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [N] float32 of targets [N] at the flat positions predict [N] of ids [B, T]; and entropies
+        [N] or None. Only those positions reach the head."""
+        inner = unwrap(self.model)
+        states = inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        head = inner.get_output_embeddings()
+        return token_logps(states[predict], head, targets, self.transform, entropy=entropy)
+
+    def whole_logits(self, ids: Tensor) -> Tensor:
+        """The model's own logits [B, T, V], by its own forward: what the start-up check compares with."""
+        return cast(Tensor, unwrap(self.model)(input_ids=ids, use_cache=False).logits)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever dtype its weights are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class ValueHead(nn.Module):
+    """hidden -> 1; weight N(0, 1 / sqrt(hidden + 1)), bias 0 (Stiennon et al., arXiv:2009.01325)."""
+
+    def __init__(self, hidden: int, seed: int) -> None:
+        super().__init__()
+        self.summary = Float32Linear(hidden, 1)
+        with torch.no_grad():
+            noise = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed))
+            self.summary.weight.copy_(noise / (hidden + 1) ** 0.5)
+            self.summary.bias.zero_()
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[N, D] -> [N] float32."""
+        return cast(Tensor, self.summary(states))[:, 0]
+
+
+class ValueModel(nn.Module):
+    """A causal language model's backbone with a value head; the language-model head is kept, unused and frozen."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        inner = unwrap(model)
+        self.v_head = ValueHead(inner.config.get_text_config().hidden_size, seed)
+        head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+        if head is not None and getattr(head, "weight", None) is not embedding.weight:
+            head.requires_grad_(False)  # it gets no gradient, and ZeRO-3 would step it with an old one
+
+    def forward(self, ids: Tensor, states: Tensor) -> Tensor:
+        """Values [M] float32 at the flat positions states [M] of ids [B, T]."""
+        hidden = unwrap(self.model).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return cast(Tensor, self.v_head(hidden.flatten(0, 1)[states]))
+
+    def load_head(self, folder: Path | None) -> bool:
+        """Read the value head of a folder, if it has one: ours, or a foreign value_head.bin with tensors only.
+
+        Raises ValueError where the file does not fit the model.
+        """
+        if folder is None:
+            return False
+        if (folder / VALUE_HEAD_FILE).exists():
+            state: dict[str, Any] = load_file(folder / VALUE_HEAD_FILE)
+        elif (folder / "value_head.bin").exists():
+            state = torch.load(folder / "value_head.bin", weights_only=True, map_location="cpu")
+        else:
+            return False
+        want = tuple(self.v_head.summary.weight.shape)
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if found != {WEIGHT: want, BIAS: (1,)}:
+            raise ValueError(f"{folder}: its value head holds {found}; expected {WEIGHT} {want} and {BIAS} (1,)")
+        with torch.no_grad():
+            self.v_head.summary.weight.copy_(state[WEIGHT])
+            self.v_head.summary.bias.copy_(state[BIAS])
+        return True

@@ -1,0 +1,124 @@
+"""Tokenizers and causal language models from a folder or a hub name, with LoRA or full weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dsalign.models import adapters
+from dsalign.models.heads import CausalModel, ValueModel
+from dsalign.models.names import Source
+
+logger = logging.getLogger(__name__)
+VALUE_ROLES = frozenset({"reward", "value"})  # the other roles give log-probabilities
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights are read. dtype and attn_impl: "auto" or a name; dropout off sets every dropout of the model to 0."""
+
+    device: torch.device
+    dtype: str = "auto"
+    attn_impl: str = "auto"
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    dropout: bool = False
+    seed: int = 42
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU (bfloat16 there is several times slower), else bfloat16 where the GPU has it."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_tokenizer(source: Source, options: LoadOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights, or of the adapter's folder where that has one."""
+    where = source.weights
+    if source.adapter is not None and (source.adapter / "tokenizer_config.json").exists():
+        where = str(source.adapter)
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
+
+
+def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a turn: the tokenizer's EOS and generation_config.eos_token_id."""
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    try:
+        extra = GenerationConfig.from_pretrained(source.weights).eos_token_id
+    except OSError:  # many base models have no generation_config.json
+        extra = None
+    found += extra if isinstance(extra, list) else [] if extra is None else [extra]
+    return tuple(dict.fromkeys(found))
+
+
+def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
+    """The causal language model of a source, without its adapter."""
+    config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    if not options.dropout:
+        _without_dropout(config)
+    if options.trust_remote_code and hasattr(config, "auto_map"):
+        logger.warning("running the Python code that comes with %s (--trust_remote_code)", source.weights)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.weights,
+        config=config,
+        dtype=resolve_dtype(options.dtype, options.device),
+        attn_implementation=None if options.attn_impl == "auto" else options.attn_impl,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load_trained(
+    role: str, source: Source, options: LoadOptions, lora: adapters.LoraOptions | None
+) -> CausalModel | ValueModel:
+    """The model of a trained role: with `lora` a PEFT model whose adapter alone is trained, else all weights."""
+    model = load_causal(source, options)
+    if lora is None:
+        model = adapters.merge(model, source.adapter)
+        model.requires_grad_(True)
+    else:
+        model = adapters.add(model, source, lora, seed=options.seed)
+    return _wrap(role, model, source, options, trained=True)
+
+
+def load_frozen(role: str, source: Source, options: LoadOptions) -> CausalModel | ValueModel:
+    """The model of a frozen role; an adapter of the source is merged into its weights."""
+    model = adapters.merge(load_causal(source, options), source.adapter).requires_grad_(False)
+    return _wrap(role, model, source, options, trained=False)
+
+
+def _wrap(role: str, model: Any, source: Source, options: LoadOptions, *, trained: bool) -> CausalModel | ValueModel:
+    if role not in VALUE_ROLES:
+        return CausalModel(model)
+    wrapped = ValueModel(model, seed=options.seed)
+    head_found = wrapped.load_head(source.value_head)
+    if not trained:
+        if not head_found:
+            raise ValueError(f"{role} model: {source.value_head or source.weights} has no value_head.safetensors")
+        wrapped.requires_grad_(False)
+    return wrapped
+
+
+def _without_dropout(config: Any) -> None:
+    """Set every dropout probability of a model's configuration (and of its text part) to 0."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(part, name, 0.0)

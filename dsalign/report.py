@@ -1,0 +1,119 @@
+"""What a run says: one line a logging step on rank 0, metrics.jsonl always, and trackers where asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+FIRST = ("loss", "eval/loss", "rewards/accuracies", "rewards/margins", "kl", "nll_loss", "log_odds_ratio", "grad_norm", "lr")
+NOT_ON_THE_LINE = frozenset({"num_tokens", "epoch", "tokens_per_s", "step"})
+
+
+class Report:
+    """Writes on rank 0 and is silent elsewhere. A tracker that fails is dropped with a warning; training goes on."""
+
+    def __init__(self, output_dir: Path, trackers: Sequence[str], *, rank: int, total_steps: int, resumed: bool) -> None:
+        self._rank, self._total = rank, total_steps
+        self._started = self._last = time.monotonic()
+        self._first_step: int | None = None
+        self._last_tokens: float | None = None
+        self._trackers: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
+        if rank == 0:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (output_dir / "metrics.jsonl").open("a" if resumed else "w", encoding="utf-8")
+            self._trackers = {name: _TRACKERS[name](output_dir) for name in trackers}
+
+    def say(self, text: str) -> None:
+        """One line on rank 0."""
+        if self._rank == 0:
+            print(text, flush=True)
+
+    def start(self, step: int, num_tokens: float) -> None:
+        """Rates and the time to go count from here."""
+        self._started = self._last = time.monotonic()
+        self._first_step, self._last_tokens = step, num_tokens
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A line on the console, a line in metrics.jsonl, a point in every tracker."""
+        if self._rank != 0:
+            return
+        now = time.monotonic()
+        numbers = dict(metrics)
+        tail = ""
+        if "num_tokens" in numbers and self._first_step is not None:
+            numbers["tokens_per_s"] = (numbers["num_tokens"] - (self._last_tokens or 0)) / max(now - self._last, 1e-9)
+            left = (now - self._started) / max(1, step - self._first_step) * (self._total - step)
+            tail = f" | {numbers['tokens_per_s']:,.0f} tok/s | ETA {duration(left)}"
+            self._last, self._last_tokens = now, numbers["num_tokens"]
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+        ordered = [n for n in FIRST if n in numbers] + [n for n in numbers if n not in FIRST and n not in NOT_ON_THE_LINE]
+        text = " | ".join(f"{name} {number(numbers[name])}" for name in ordered)
+        self.say(f"step {step}/{self._total} | {text}{tail}")
+        for name, track in list(self._trackers.items()):
+            try:
+                track(step, numbers)
+            except Exception as error:  # a tracker is somebody else's code: whatever it raises, training goes on
+                logger.warning("report_to %s failed and is left out from here: %s", name, error)
+                del self._trackers[name]
+
+
+def number(x: float) -> str:
+    """Four significant digits, with an exponent where the number is tiny or huge."""
+    return f"{x:.2e}" if x and not 1e-3 <= abs(x) < 1e5 else f"{x:.4f}".rstrip("0").rstrip(".")
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m05s or 12s."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def quiet(rank: int) -> None:
+    """Keep DeepSpeed's, transformers' and datasets' chatter down to warnings on rank 0 and errors elsewhere."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("dsalign").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    importlib.import_module("transformers").logging.disable_progress_bar()
+    importlib.import_module("datasets").disable_progress_bars()
+
+
+def _module(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"report_to: {extra} is not installed: pip install dsalign[{extra}]") from error
+
+
+def _tensorboard(output_dir: Path) -> Callable[[int, Mapping[str, float]], None]:
+    writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(output_dir / "tensorboard"))
+
+    def track(step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(output_dir: Path) -> Callable[[int, Mapping[str, float]], None]:
+    run = _module("wandb", "wandb").init(dir=str(output_dir), name=output_dir.name)
+    return lambda step, numbers: run.log(dict(numbers), step=step)
+
+
+def _trackio(output_dir: Path) -> Callable[[int, Mapping[str, float]], None]:
+    trackio = _module("trackio", "trackio")
+    trackio.init(project="dsalign", name=output_dir.name)
+    return lambda step, numbers: trackio.log(dict(numbers), step=step)
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

@@ -1,0 +1,333 @@
+"""Builds everything in order and trains: data -> models -> engines -> trainer -> final/."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dsalign import dist, ds_files, engines
+from dsalign.checkpoint.store import Store, find
+from dsalign.config import RunConfig
+from dsalign.context import Models, RunContext
+from dsalign.data.batch import rows
+from dsalign.data.loader import Loader, epoch_order
+from dsalign.data.rows import read_rows
+from dsalign.data.templates import Template, load_template
+from dsalign.data.tokenize import Group, tokenize_rows
+from dsalign.evaluate import evaluate
+from dsalign.launcher import Process
+from dsalign.metrics import Window
+from dsalign.models import load
+from dsalign.models.adapters import LoraOptions
+from dsalign.models.names import Source, resolve
+from dsalign.report import Report, duration, number, quiet
+from dsalign.trainer import Plan, Progress, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tokenised sets of a run, the same on every rank."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    train: Sequence[Group]
+    held_out: Sequence[Group]
+
+
+def train(config: RunConfig, process: Process, command: str) -> dict[str, float]:
+    """Run one training as `config` says; returns the last metrics. Every rank calls it.
+
+    Raises ValueError for input that cannot be used, with what to do.
+    """
+    quiet(process.rank)
+    device = dist.init(process.local_rank)
+    try:
+        return _train(config, device, command)
+    finally:
+        dist.shutdown()
+
+
+def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, float]:
+    torch.manual_seed(config.seed)
+    sources = _sources(config)
+    options = _load_options(config, device)
+    main_source = sources[next(iter(config.algorithm.roles))]
+    data = _data(config, main_source, options)
+    output_dir = Path(config.output_dir)
+    engine_options = _engine_options(config, options)
+    models = _models(config, sources, options, engine_options, device)
+    _self_check(models, data.train)
+    loader = _loader(config, data.train, shuffle=True)
+    plan, total_batches = _plan(config, loader, engine_options)
+    progress = Progress()
+    ctx = RunContext(models, seed=config.seed, max_length=config.max_length, state=progress.state)
+    trained = {role: models.engines[role] for role, how in config.algorithm.roles.items() if how == "train"}
+    store = Store(
+        output_dir,
+        trained,
+        data.tokenizer,
+        main_source.weights,
+        _fingerprint(config, len(data.train), total_batches),
+        keep=config.save_total_limit,
+        adapters_only=config.tuner == "lora",
+    )
+    if config.resume:
+        progress = store.load(find(config.resume, output_dir))
+        ctx.state = progress.state
+    elif dist.rank() == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        config.to_yaml(output_dir / "config.yaml")
+        (output_dir / "command.txt").write_text(command + "\n")
+    trainer = Trainer(config.algorithm, models, ctx, loader, plan, progress)
+    return _fit(config, trainer, store, data, output_dir)
+
+
+def _fit(config: RunConfig, trainer: Trainer, store: Store, data: Data, output_dir: Path) -> dict[str, float]:
+    """Train with logging, evaluation and checkpoints; then write final/."""
+    progress, total = trainer.progress, trainer.total_steps
+    report = Report(
+        output_dir, config.report_to, rank=dist.rank(), total_steps=total, resumed=config.resume is not None
+    )
+    held_out = _loader(config, data.held_out, shuffle=False) if data.held_out else None
+    window, last = Window(), dict[str, float]()
+
+    def score() -> None:
+        assert held_out is not None
+        found = evaluate(config.algorithm, trainer.models, trainer.ctx, held_out)
+        report.log(progress.step, found)
+        last.update(found)
+        if progress.best_loss is None or found["eval/loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step = found["eval/loss"], progress.step
+            if 0 < progress.step < total:
+                store.save(progress)
+
+    def after_step(metrics: dict[str, float]) -> None:
+        window.add(metrics)
+        step = progress.step
+        if step % config.logging_steps == 0 or step == total:
+            means = {**window.take(), "num_tokens": metrics["num_tokens"], "lr": metrics["lr"]}
+            last.update(means)
+            report.log(step, {**means, "epoch": progress.batches / trainer.loader.steps_per_epoch})
+        if held_out is not None and (step == total or (config.eval_steps and step % config.eval_steps == 0)):
+            score()
+        if step % config.save_steps == 0 and step < total and step != progress.best_step:
+            store.save(progress)
+
+    _opening(config, trainer, data, report, held_out)
+    if held_out is not None and progress.step == 0:
+        score()
+    report.start(progress.step, progress.num_tokens)
+    trainer.fit(after_step)
+    if progress.step:
+        store.save(progress)
+    store.export(output_dir / "final")
+    best = f", best eval/loss {number(progress.best_loss)} at step {progress.best_step}" if progress.best_loss else ""
+    report.say(f"done: {progress.step} steps, model in {output_dir / 'final'}{best}; go on with --resume")
+    return last
+
+
+def _opening(config: RunConfig, trainer: Trainer, data: Data, report: Report, held_out: Loader | None) -> None:
+    loader, progress = trainer.loader, trainer.progress
+    engine = trainer.models.engines[trainer.trained[0]]
+    parameters = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad]
+    report.say(
+        f"{config.algo} {config.tuner} of {config.model}: {sum(parameters) / 1e6:.2f} M trained parameters, "
+        f"{config.deepspeed} on {dist.world_size()} rank(s), {trainer.models.device.type}, "
+        f"{str(next(engine.module.parameters()).dtype).removeprefix('torch.')}"
+    )
+    report.say(
+        f"{len(data.train)} rows, {trainer.total_steps} steps of {loader.global_batch} rows"
+        + (f", {len(data.held_out)} held out" if held_out else "")
+        + (f"; resuming at step {progress.step}" if progress.step else "")
+    )
+    for line in config.algorithm.notes(data.train):
+        report.say(line)
+    if loader.dropped:
+        report.say(f"warning: the last batch of each epoch has {loader.dropped} row(s), too few, and is left out")
+
+
+def _sources(config: RunConfig) -> dict[str, Source]:
+    """Role -> where its weights come from. Rank 0 resolves first: it may convert an embedded model, once."""
+    wanted = {"reference": config.ref_model}
+    found: dict[str, Source] = {}
+    error: Exception | None = None
+    for turn in ("first", "others"):
+        if (dist.rank() == 0) == (turn == "first"):
+            try:
+                found = {role: resolve(wanted.get(role) or config.model) for role in config.algorithm.roles}
+            except ValueError as caught:
+                error = caught
+        dist.agree(error)
+    return found
+
+
+def _load_options(config: RunConfig, device: torch.device) -> load.LoadOptions:
+    return load.LoadOptions(
+        device=device,
+        dtype=config.dtype,
+        attn_impl=config.attn_impl,
+        trust_remote_code=config.trust_remote_code,
+        gradient_checkpointing=config.gradient_checkpointing,
+        dropout=config.algorithm.dropout > 0,
+        seed=config.seed,
+    )
+
+
+def _data(config: RunConfig, source: Source, options: load.LoadOptions) -> Data:
+    tokenizer = load.load_tokenizer(source, options)
+    ends = load.end_token_ids(source, tokenizer)
+    template, warning = load_template(tokenizer, config.template, ends)
+    if warning:
+        logger.warning(warning)
+    if template.chat_template is not None:
+        tokenizer.chat_template = template.chat_template  # final/ is to be prompted as it was trained
+
+    def groups(sources: Sequence[str]) -> Sequence[Group]:
+        found = read_rows(
+            sources, config.algorithm.data, columns=config.columns, system=config.system, seed=config.seed
+        )
+        tokenized = tokenize_rows(
+            found, template, max_length=config.max_length, truncation=config.truncation_strategy
+        )
+        if tokenized.dropped or tokenized.truncated:
+            drops = [f"{count} dropped ({rule})" for rule, count in tokenized.dropped.items()]
+            cuts = [f"{tokenized.truncated} truncated"] if tokenized.truncated else []
+            logger.warning("%s: of %d rows %s", " ".join(sources), len(found), ", ".join([*drops, *cuts]))
+        return tokenized.groups
+
+    every = groups(config.dataset)
+    if config.val_dataset:
+        return Data(tokenizer, template, every, groups(config.val_dataset))
+    held = round(len(every) * config.split_dataset_ratio)
+    if config.split_dataset_ratio and not 0 < held < len(every):
+        raise ValueError(
+            f"split_dataset_ratio: {config.split_dataset_ratio} of {len(every)} rows leaves {len(every) - held} for "
+            f"training and {held} for evaluation; both need at least one"
+        )
+    chosen = set(epoch_order(len(every), config.seed, -1)[:held])
+    return Data(
+        tokenizer,
+        template,
+        [g for i, g in enumerate(every) if i not in chosen],
+        [g for i, g in enumerate(every) if i in chosen],
+    )
+
+
+def _engine_options(config: RunConfig, options: load.LoadOptions) -> engines.EngineOptions:
+    ds_config = ds_files.read(config.deepspeed)
+    engines.check(ds_config, config.deepspeed)
+    return engines.EngineOptions(
+        ds_config=ds_config,
+        dtype=load.resolve_dtype(config.dtype, options.device),
+        batch_size=config.batch_size,
+        world_size=dist.world_size(),
+        max_grad_norm=config.max_grad_norm,
+        optimizer=config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+    )
+
+
+def _models(
+    config: RunConfig,
+    sources: dict[str, Source],
+    options: load.LoadOptions,
+    engine_options: engines.EngineOptions,
+    device: torch.device,
+) -> Models:
+    """One engine a role; with LoRA the reference is the policy's engine with the trained adapter off, unless another
+    model was asked for."""
+    lora = None
+    if config.tuner == "lora":
+        lora = LoraOptions(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    found: dict[str, Any] = {}
+    for role, how in config.algorithm.roles.items():
+        if how == "train":
+            module = load.load_trained(role, sources[role], options, lora)
+            found[role] = engines.trained(module, engine_options)
+        elif role != "reference" or lora is None or config.ref_model:
+            found[role] = engines.frozen(load.load_frozen(role, sources[role], options), engine_options)
+    return Models(found, device, config.batch_size)
+
+
+def _self_check(models: Models, groups: Sequence[Group]) -> None:
+    """Refuse a model whose log-probabilities, as dsalign computes them, differ from its own forward's. Collective."""
+    if "policy" not in models.engines:
+        return
+    group = min(groups, key=lambda g: len(g.prompt) + sum(len(c) for c in g.completions))
+    engine = models.engines["policy"]
+    ours = torch.cat(models.each_group("policy", [group]))
+    inputs = rows([group], models.device)
+    training = engine.module.training
+    engine.module.eval()
+    with torch.no_grad():
+        logits = engine.module.whole_logits(inputs.ids).flatten(0, 1)[inputs.predict].float()
+    engine.module.train(training)
+    theirs = torch.log_softmax(logits, -1).gather(1, inputs.targets[:, None])[:, 0].cpu()
+    gap = float((ours - theirs).abs().max())
+    limit = 1e-3 if logits.dtype == torch.float32 and next(engine.module.parameters()).dtype == torch.float32 else 0.25
+    if not gap <= limit:
+        raise ValueError(
+            f"{type(engine.module.model).__name__}: the log-probabilities of {group.where} differ by {gap:.2g} nats from "
+            "the model's own forward; dsalign does not know what this architecture does between its head and its logits"
+        )
+
+
+def _loader(config: RunConfig, groups: Sequence[Group], *, shuffle: bool) -> Loader:
+    return Loader(
+        groups,
+        global_batch=config.batch_size * config.gradient_accumulation_steps * dist.world_size(),
+        seed=config.seed,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        shuffle=shuffle,
+        min_groups=config.algorithm.min_groups,
+    )
+
+
+def _plan(config: RunConfig, loader: Loader, options: engines.EngineOptions) -> tuple[Plan, int]:
+    total = config.num_train_epochs * loader.steps_per_epoch
+    if config.max_steps is not None:
+        passes = config.algorithm.epochs * config.algorithm.mini_batches
+        total = min(total, -(-config.max_steps // passes))
+    rates = {role: config.learning_rate for role, how in config.algorithm.roles.items() if how == "train"}
+    plan = Plan(
+        total_batches=total,
+        batch_size=config.batch_size,
+        world_size=dist.world_size(),
+        seed=config.seed,
+        learning_rates=rates,
+        schedule=config.lr_scheduler_type,
+        warmup_ratio=config.warmup_ratio,
+        max_grad_norm=config.max_grad_norm,
+        fp16=options.dtype is torch.float16,
+    )
+    return plan, total
+
+
+def _fingerprint(config: RunConfig, num_rows: int, total_batches: int) -> dict[str, Any]:
+    """What a resumed run must share with the run it goes on with."""
+    return {
+        "algo": config.algo,
+        "algorithm": repr(config.algorithm),
+        "tuner": config.tuner,
+        "seed": config.seed,
+        "rows": num_rows,
+        "global_batch": config.batch_size * config.gradient_accumulation_steps * dist.world_size(),
+        "ranks": dist.world_size(),
+        "deepspeed": config.deepspeed,
+        "batches": total_batches,
+    }
+
+
+__all__ = ["duration", "train"]

@@ -1,0 +1,169 @@
+"""The one loop: prepare a global batch, cut it into optimizer steps and micro-batches, divide by global units, step."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsalign import dist, engines
+from dsalign.algos import MicroBatch, Output, Prepared
+from dsalign.context import Models, RunContext
+from dsalign.data.batch import chunks, cut, num_tokens
+from dsalign.data.loader import Loader
+from dsalign.metrics import Sums
+from dsalign.schedule import learning_rate_factor
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite; the message names the step and the rows."""
+
+
+@dataclass
+class Progress:
+    """Where a run is: all of it JSON, in every checkpoint."""
+
+    batches: int = 0  # prepared batches done
+    step: int = 0  # optimizer steps done
+    num_tokens: int = 0  # real input tokens of all ranks, each prompt once
+    best_step: int | None = None  # the checkpoint with the lowest evaluation loss
+    best_loss: float | None = None
+    state: dict[str, Any] = field(default_factory=dict)  # the algorithm's
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and how its steps are taken. learning_rates: role -> peak rate."""
+
+    total_batches: int
+    batch_size: int
+    world_size: int
+    seed: int
+    learning_rates: Mapping[str, float]
+    schedule: str
+    warmup_ratio: float
+    max_grad_norm: float  # 0 = no clipping
+    fp16: bool = False
+
+
+class Trainer:
+    """Runs an algorithm over engines; calls `after_step(metrics)` after each optimizer step, when its numbers are in."""
+
+    def __init__(
+        self, algorithm: Any, models: Models, ctx: RunContext, loader: Loader, plan: Plan, progress: Progress
+    ) -> None:
+        self.algorithm, self.models, self.ctx, self.loader = algorithm, models, ctx, loader
+        self.plan, self.progress = plan, progress
+        self.trained = [role for role, how in algorithm.roles.items() if how == "train"]
+        self.total_steps = plan.total_batches * algorithm.epochs * algorithm.mini_batches
+        self._guards = {role: engines.TouchGuard(models.engines[role]) for role in self.trained}
+
+    def fit(self, after_step: Callable[[dict[str, float]], None]) -> None:
+        """Train from where `progress` says to the end of the plan."""
+        while self.progress.batches < self.plan.total_batches:
+            index = self.progress.batches
+            batch = self.loader.batch(index)
+            for role in self.trained:
+                self.models.engines[role].module.train()
+            prepared = self.algorithm.prepare(self.ctx.at(index), batch)
+            tokens = dist.total([num_tokens(prepared.groups)], self.models.device)[0]
+            self.progress.num_tokens += int(tokens)
+            schedule = self._mini_batches(len(prepared.groups), len(batch.groups))
+            self.progress.batches += 1
+            for positions, width in schedule:
+                metrics = self.optimizer_step(prepared, positions, width)
+                self.progress.step += 1
+                after_step({**metrics, "num_tokens": self.progress.num_tokens})
+                if self.algorithm.stop(metrics):
+                    break
+
+    def _mini_batches(self, local: int, total: int) -> list[tuple[Sequence[int], int]]:
+        """(this rank's positions, the largest number on any rank) of each optimizer step over one prepared batch."""
+        algorithm, world = self.algorithm, self.plan.world_size
+        steps: list[tuple[Sequence[int], int]] = []
+        for epoch in range(algorithm.epochs):
+            order = list(range(local))
+            if algorithm.epochs * algorithm.mini_batches > 1:
+                random.Random(f"dsalign passes {self.plan.seed} {self.progress.step} {epoch}").shuffle(order)
+            for part in range(algorithm.mini_batches):
+                steps.append((order[part :: algorithm.mini_batches], -(-total // (world * algorithm.mini_batches))))
+        return steps
+
+    def optimizer_step(self, prepared: Prepared, positions: Sequence[int], width: int) -> dict[str, float]:
+        """One step of every trained role over this rank's prepared groups at `positions`. Returns global means.
+
+        Every rank runs ceil(width / batch_size) micro-batches, empty ones where it has fewer groups.
+        Raises NonFiniteError before the step where a loss is not finite, after it where the gradient was not.
+        """
+        device, world = self.models.device, self.plan.world_size
+        units = self.algorithm.units([prepared.groups[i] for i in positions])
+        counts = dict(zip(units, dist.total([float(n) for n in units.values()], device), strict=True))
+        parts = chunks(positions, self.plan.batch_size, -(-width // self.plan.batch_size))
+        sums, total_loss, result = Sums(), 0.0, dict[str, float]()
+        sums.add(prepared.metrics)
+        for role in self.trained:
+            losses = []
+            for i, part in enumerate(parts):
+                micro = cut(prepared, part, device)
+                loss = self._backward(role, micro, counts, sums, last=i == len(parts) - 1)
+                losses.append(loss)
+            total_loss += self._check_losses(losses, parts, prepared) / world
+            self._step(role, result)
+        return {"loss": total_loss, **sums.reduced(device), **result}
+
+    def _backward(self, role: str, micro: MicroBatch, counts: Mapping[str, float], sums: Sums, *, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the loss times world_size, detached."""
+        engine = self.models.engines[role]
+        engine.set_gradient_accumulation_boundary(last)
+        out = self.models.forward(role, micro.groups, entropy="entropy" in self.algorithm.needs)
+        loss = getattr(self.algorithm, f"{role}_loss")(out, micro)
+        total = _touch(out)
+        for unit, term in loss.terms.items():
+            if counts[unit]:
+                total = total + term * (self.plan.world_size / counts[unit])
+        engine.backward(total, scale_wrt_gas=False)
+        if role in self._guards:
+            self._guards.pop(role).close()
+        sums.add(loss.metrics)
+        return total.detach()
+
+    def _check_losses(self, losses: Sequence[Tensor], parts: Sequence[Sequence[int]], prepared: Prepared) -> float:
+        """The sum over micro-batches and ranks of the losses times world_size."""
+        values = torch.stack(list(losses)).double().tolist()
+        total = dist.total([sum(values)], self.models.device)[0]
+        if math.isfinite(total):
+            return total
+        bad = [prepared.groups[i].where for part, v in zip(parts, values, strict=True) if not math.isfinite(v) for i in part]
+        rows = f"rows {', '.join(bad)}" if bad else "rows of another rank"
+        dist.agree(NonFiniteError(f"step {self.progress.step + 1}: the loss is {total} ({rows}); nothing was stepped"))
+        raise AssertionError("unreachable: agree raises")
+
+    def _step(self, role: str, result: dict[str, float]) -> None:
+        engine, plan = self.models.engines[role], self.plan
+        factor = learning_rate_factor(plan.schedule, self.progress.step, self.total_steps, plan.warmup_ratio)
+        rate = plan.learning_rates[role] * factor
+        engines.set_learning_rate(engine, rate)
+        norm = engines.step(engine, plan.max_grad_norm)
+        if not plan.fp16 and not (math.isfinite(norm) and norm >= 0):
+            raise NonFiniteError(
+                f"step {self.progress.step + 1}: the gradient norm of the {role} is {norm}; the weights in memory are not "
+                "to be trusted, go on from the last checkpoint with --resume and a lower --learning_rate"
+            )
+        prefix = "" if role == self.trained[0] else f"{role}/"
+        result |= {f"{prefix}grad_norm": norm, f"{prefix}lr": rate}
+
+
+def _touch(out: Output) -> Tensor:
+    """0 x output: a backward reaches every trained parameter, whatever the loss made of the micro-batch."""
+    flat = out.values if out.values is not None else out.logps
+    assert flat is not None
+    return 0.0 * flat.sum()

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsalign.data.templates import Template, load_template
+
+PAD, BOS, EOS, START, END = range(5)  # the special tokens of the tokenizers of conftest.py
+USER = ({"role": "user", "content": "q"},)
+LLAMA = "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+HEADED = LLAMA + "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+def load(tokenizer, name="chatml", end_ids=()):
+    return load_template(tokenizer, name, end_ids)[0]
+
+
+def ids(template, text):
+    return template.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# --- which template -----------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizers_own_template_comes_first(make_tokenizer):
+    template, warning = load_template(make_tokenizer(chat_template=HEADED), None, [END])
+    assert (template.chat_template, warning) == (None, None)
+    assert template.render(USER) == "<s>[user]q</s>[assistant]"
+    assert template.end_ids == {EOS, END}
+
+
+def test_without_one_it_is_chatml_with_a_warning(make_tokenizer):
+    template, warning = load_template(make_tokenizer(), None, [])
+    assert template.name == "chatml" and "no chat template" in warning and "--template" in warning
+    assert template.render(({"role": "system", "content": "s"}, *USER)) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert load_template(make_tokenizer(), "chatml", [])[1] is None
+
+
+def test_chatml_ends_turns_with_eos_where_im_end_is_no_token(make_tokenizer):
+    template = load(make_tokenizer(chatml=False))
+    assert template.end_ids == {EOS}
+    assert template.render(USER) == "<|im_start|>user\nq</s>\n<|im_start|>assistant\n"
+    assert template.encode(USER, ["c"]) == (ids(template, template.render(USER)), [[*ids(template, "c"), EOS]])
+
+
+def test_chatml_takes_an_unknown_token_for_no_token(make_tokenizer):
+    """With unk_token "<|im_end|>" the text has one id, but that id is the unknown token."""
+    assert load(make_tokenizer(unk="<|im_end|>")).end_ids == {EOS}
+
+
+def test_chatml_without_eos_ends_with_im_end(make_tokenizer):
+    template = load(make_tokenizer(eos=None))
+    assert template.end_ids == {END}
+    assert template.encode(USER, ["c"])[1] == [[*ids(template, "c"), END]]
+
+
+def test_template_from_a_file(make_tokenizer, write):
+    name = write("own.jinja", HEADED)
+    template, warning = load_template(make_tokenizer(), name, [])
+    assert (template.name, warning) == ("own.jinja", None)
+    assert template.encode(USER, ["c"]) == (
+        [BOS, *ids(template, "[user]q"), EOS, *ids(template, "[assistant]")],
+        [[*ids(template, "c"), EOS]],
+    )
+
+
+def test_plain_joins_the_contents(make_tokenizer):
+    template = load(make_tokenizer(), "plain")
+    turns = [*USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "p"}]
+    assert template.render(turns) == "qap"
+    assert template.encode(turns, ["c", ""]) == (ids(template, "qap"), [[*ids(template, "c"), EOS], [EOS]])
+
+
+# --- token by token -----------------------------------------------------------------------------------------------
+
+
+def test_chatml_by_hand(make_tokenizer):
+    """The line end after the turn end is dropped; the end token is there once."""
+    template = load(make_tokenizer())
+    prompt, completions = template.encode(USER, ["c", ""])
+    line = ids(template, "\n")
+    user, assistant = ids(template, "user"), ids(template, "assistant")
+    assert prompt == [START, *user, *line, *ids(template, "q"), END, *line, START, *assistant, *line]
+    assert completions == [[*ids(template, "c"), END], [END]]
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+def test_pad_does_not_matter(make_tokenizer, pad):
+    """pad id 0, and pad == eos: bytes of the pad's text in a completion stay, the end token stays."""
+    tokenizer = make_tokenizer(pad=pad, chat_template=HEADED)
+    template = load(tokenizer, None)
+    assert tokenizer.pad_token_id == (PAD if pad == "<pad>" else EOS)
+    assert template.encode(USER, ["a<pad>b", ""])[1] == [
+        [*ids(template, "a"), PAD, *ids(template, "b"), EOS],
+        [EOS],
+    ]
+
+
+def test_no_completions(make_tokenizer):
+    template = load(make_tokenizer())
+    assert template.encode(USER, []) == (ids(template, template.render(USER)), [])
+
+
+def test_an_end_token_inside_the_text_ends_the_completion(make_tokenizer):
+    template = load(make_tokenizer())
+    assert template.encode(USER, ["a<|im_end|>b", "a</s>b"])[1] == [
+        [*ids(template, "a"), END],
+        [*ids(template, "a"), EOS],
+    ]
+
+
+def test_a_template_without_end_token_gets_one_eos(make_tokenizer):
+    """Also a template whose turn end is no end token: text after the answer stays, as nothing says it is over."""
+    template = load(make_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }};{% endfor %}"), None)
+    assert template.encode(USER, ["c"]) == (ids(template, "q;"), [[*ids(template, "c;"), EOS]])
+
+
+def test_without_eos_the_callers_end_token_is_appended(make_tokenizer):
+    assert load(make_tokenizer(eos=None), "plain", [END]).encode(USER, [""])[1] == [[END]]
+
+
+def test_text_between_an_empty_answer_and_its_end_is_dropped(make_tokenizer):
+    template = load(make_tokenizer(chat_template=HEADED.replace("+ eos_token", "+ ' ' + eos_token")), None)
+    assert template.encode(USER, ["", "c"])[1] == [[EOS], [*ids(template, "c "), EOS]]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("chat_template", [HEADED, HEADED.replace("{{ bos_token }}", "")])
+def test_exactly_one_bos(make_tokenizer, adds_bos, chat_template):
+    """One where the template or the tokenizer puts one, none where neither does."""
+    template = load(make_tokenizer(adds_bos=adds_bos, chat_template=chat_template), None)
+    prompt, _ = template.encode(USER, ["c"])
+    expected = int(adds_bos or "bos_token" in chat_template)
+    assert prompt.count(BOS) == expected and (prompt[0] == BOS) == bool(expected)
+
+
+def test_merge_across_the_boundary_takes_the_shared_beginning(make_tokenizer):
+    """plain "xa" + "b" is x, ab: the prompt is x alone, for all completions of the row."""
+    template = load(make_tokenizer(merges=[("a", "b")]), "plain")
+    prompt = ({"role": "user", "content": "xa"},)
+    x, a, c, ab = (ids(template, text)[0] for text in ("x", "a", "c", "ab"))
+    assert template.encode(prompt, ["c"]) == ([x, a], [[c, EOS]])
+    assert template.encode(prompt, ["b"]) == ([x], [[ab, EOS]])
+    assert template.encode(prompt, ["c", "b", ""]) == ([x], [[a, c, EOS], [ab, EOS], [a, EOS]])
+
+
+def test_a_generation_prompt_that_the_answer_replaces(make_tokenizer):
+    """The generation prompt opens a thought that finished turns do not have."""
+    template = load(make_tokenizer(chat_template=HEADED.replace("%}[assistant]{%", "%}[assistant]<think>{%")), None)
+    prompt, completions = template.encode(USER, ["c"])
+    assert template.tokenizer.decode(prompt) == "<s>[user]q</s>[assistant]"
+    assert completions == [[*ids(template, "c"), EOS]]
+
+
+def test_many_equal_one_by_one(make_tokenizer):
+    template = load(make_tokenizer(merges=[("a", "b")]))
+    items = [(USER, ["a", "b"]), (({"role": "user", "content": "xa"},), []), (USER, ["ab"])]
+    many = template.encode_many(items)
+    assert [(x.prompt, x.completions) for x in many] == [template.encode(*item) for item in items]
+    assert [x.prompt_text for x in many] == [template.render(prompt) for prompt, _ in items]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from([None, "chatml", "plain"]),
+    prompt=st.text("xab \né<", min_size=1, max_size=8),
+    completions=st.lists(st.text("bax \n>é", max_size=6), min_size=1, max_size=3),
+    own=st.booleans(),
+)
+def test_prompt_and_completion_are_the_whole(make_tokenizer, name, prompt, completions, own):
+    """prompt + completion = the rendered conversation up to its end token, of which there is exactly one."""
+    merges = [("a", "b"), ("x", "a")]
+    template = load(make_tokenizer(merges=merges, adds_bos=True, chat_template=HEADED if own else None), name)
+    messages = [{"role": "user", "content": prompt}]
+    shared, encoded = template.encode(messages, completions)
+    for text, completion in zip(completions, encoded, strict=True):
+        whole = template._render([*messages, {"role": "assistant", "content": text}]).removeprefix("<s>")
+        decoded = template.tokenizer.decode([*shared, *completion[:-1]]).removeprefix("<s>")
+        assert whole.startswith(decoded) and whole.removeprefix(decoded) in ("", "</s>", "<|im_end|>\n")
+        assert completion[-1] in template.end_ids
+        assert template.end_ids.isdisjoint(completion[:-1])
+        assert [*shared, *completion].count(BOS) == 1
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_no_end_token(make_tokenizer):
+    for tokenizer, name in [
+        (make_tokenizer(eos=None), "plain"),
+        (make_tokenizer(eos=None, chatml=False), "chatml"),
+        (make_tokenizer(eos=None, chat_template=PLAIN_JINJA), None),
+    ]:
+        with pytest.raises(ValueError, match=r"tokenizer: expected an end token, got none.*set tokenizer.eos_token"):
+            load_template(tokenizer, name, [])
+
+
+PLAIN_JINJA = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_unknown_template(make_tokenizer):
+    with pytest.raises(
+        ValueError, match=r"template: expected chatml, plain or .*got 'chatlm'; did you mean 'chatml'\?"
+    ):
+        load_template(make_tokenizer(), "chatlm", [])
+    with pytest.raises(ValueError, match=r"got 'nowhere.jinja'; check the path"):
+        load_template(make_tokenizer(), "nowhere.jinja", [])
+
+
+def test_template_file_that_is_no_template(make_tokenizer, write):
+    with pytest.raises(ValueError, match=r"'bad.jinja': expected a Jinja template, got an error on line 2: "):
+        load_template(make_tokenizer(), write("bad.jinja", "x\n{% for %}"), [])
+    with pytest.raises(ValueError, match=r"template 'latin.jinja': expected UTF-8 text, got .*save the file as UTF-8"):
+        load_template(make_tokenizer(), write("latin.jinja", b"\xe9"), [])
+
+
+def test_template_that_refuses_a_conversation(make_tokenizer):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + HEADED
+    template = load(make_tokenizer(chat_template=strict), None)
+    with pytest.raises(
+        ValueError, match=r"expected a conversation it accepts, got turns of system, user, and it says: no"
+    ):
+        template.render(({"role": "system", "content": "s"}, *USER))
+
+
+def test_template_that_refuses_everything_still_loads(make_tokenizer):
+    """A row can be named in the message, so the refusal waits for the rows."""
+    template = load(make_tokenizer(chat_template="{{ raise_exception('never') }}"), None)
+    with pytest.raises(ValueError, match="it says: never; change the row or name another template"):
+        template.encode(USER, [])
+
+
+def test_no_prompt_token(make_tokenizer):
+    template = load(make_tokenizer(merges=[("a", "b")]), "plain")
+    for prompt, completions in (("", ["c"]), ("a", ["b", "c"]), ("", [])):
+        with pytest.raises(
+            ValueError, match=r"'plain': expected at least one prompt token before the answer, got none"
+        ):
+            template.encode([{"role": "user", "content": prompt}], completions)
+
+
+def test_template_that_rewrites_earlier_turns(make_tokenizer):
+    """It shortens the question once there is an answer: the completion would begin inside the prompt."""
+    rewriting = HEADED.replace("m['content']", "(m['content'] if loop.last else '')")
+    template: Template = load(make_tokenizer(chat_template=rewriting), None)
+    with pytest.raises(ValueError, match=r"expected the same prompt with and without an answer, got another one after"):
+        template.encode(USER, ["c"])

@@ -1,0 +1,207 @@
+"""What the ranks run: the trainer over real engines, on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from support import ALGORITHMS, learnable_groups, random_groups
+
+from dsalign import algos, dist, engines
+from dsalign.checkpoint.portable import whole_state
+from dsalign.context import Models, RunContext
+from dsalign.data.loader import Loader
+from dsalign.models import load
+from dsalign.models.adapters import LoraOptions
+from dsalign.models.names import resolve
+from dsalign.trainer import Plan, Progress, Trainer
+
+STAGES: dict[str, dict[str, Any]] = {
+    **{str(stage): {"stage": stage} for stage in (0, 1, 2)},
+    "3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+    "3_offload": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+    },
+}
+LORA = LoraOptions(rank=4, alpha=8, dropout=0.0, targets=("ALL",))
+
+
+class Recording(Trainer):
+    """A trainer that keeps the whole gradient of each step."""
+
+    gradients: dict[str, torch.Tensor]
+
+    def _step(self, role: str, result: dict[str, float]) -> None:
+        module = self.models.engines[role].module
+        self.gradients = {
+            name: safe_get_full_grad(p).float().clone() for name, p in module.named_parameters() if p.requires_grad
+        }
+        super()._step(role, result)
+
+
+def build(
+    name: str,
+    folder: Path,
+    *,
+    stage: str,
+    tuner: str = "full",
+    batch_size: int = 1,
+    global_batch: int = 8,
+    rows: int = 24,
+    learning_rate: float = 0.05,
+    optimizer: str = "sgd",
+    steps: int | None = None,
+    groups: Any = None,
+    checkpointing: bool = False,
+    settings: dict[str, Any] | None = None,
+    wrap: Any = None,
+) -> Recording:
+    """A trainer of one algorithm on the tiny model of `folder`."""
+    algorithm = algos.load(name)(**(ALGORITHMS[name] if settings is None else settings))
+    device = torch.device("cpu")
+    options = load.LoadOptions(device=device, gradient_checkpointing=checkpointing)
+    world = dist.world_size()
+    engine_options = engines.EngineOptions(
+        ds_config={"zero_optimization": STAGES[stage]},
+        dtype=torch.float32,
+        batch_size=batch_size,
+        world_size=world,
+        max_grad_norm=0.0,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        weight_decay=0.0,
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+    )
+    found: dict[str, Any] = {}
+    source = resolve(str(folder))
+    for role, how in algorithm.roles.items():
+        if how == "train":
+            module = load.load_trained(role, source, options, LORA if tuner == "lora" else None)
+            found[role] = engines.trained(wrap(module) if wrap else module, engine_options)
+        elif tuner == "full":
+            found[role] = engines.frozen(load.load_frozen(role, source, options), engine_options)
+    models = Models(found, device, batch_size)
+    groups = random_groups(algorithm.data, rows) if groups is None else groups
+    loader = Loader(
+        groups,
+        global_batch=global_batch,
+        seed=1,
+        rank=dist.rank(),
+        world_size=world,
+        min_groups=algorithm.min_groups,
+    )
+    plan = Plan(
+        total_batches=steps or loader.steps_per_epoch,
+        batch_size=batch_size,
+        world_size=world,
+        seed=1,
+        learning_rates=dict.fromkeys(algorithm.roles, learning_rate),
+        schedule="constant",
+        warmup_ratio=0.0,
+        max_grad_norm=0.0,
+    )
+    ctx = RunContext(models, seed=1, max_length=64, state={})
+    return Recording(algorithm, models, ctx, loader, plan, Progress())
+
+
+def gradient(
+    name: str, folder: Path, stage: str, tuner: str, batch_size: int, global_batch: int, checkpointing: bool = False
+) -> Any:
+    """(loss, {name: whole gradient}) of the first global batch."""
+    trainer = build(
+        name,
+        folder,
+        stage=stage,
+        tuner=tuner,
+        batch_size=batch_size,
+        global_batch=global_batch,
+        steps=1,
+        checkpointing=checkpointing,
+    )
+    found: list[float] = []
+    trainer.fit(lambda metrics: found.append(metrics["loss"]))
+    return found[0], {n: g.numpy() for n, g in trainer.gradients.items()}
+
+
+def three_steps(name: str, folder: Path, stage: str, tuner: str) -> Any:
+    """({name: whole weight} after three SGD steps with an uneven last batch, the losses)."""
+    trainer = build(name, folder, stage=stage, tuner=tuner, batch_size=3, global_batch=8, rows=21)
+    losses: list[float] = []
+    trainer.fit(lambda metrics: losses.append(metrics["loss"]))
+    state = whole_state(trainer.models.engines[trainer.trained[0]], trained_only=True)
+    return {n: t.numpy() for n, t in state.items()}, losses
+
+
+def short_second_step(name: str, folder: Path, stage: str) -> Any:
+    """({name: weight}, steps) after global batches of 2 and 1 rows."""
+    trainer = build(name, folder, stage=stage, global_batch=2, rows=3)
+    trainer.fit(lambda metrics: None)
+    state = whole_state(trainer.models.engines[trainer.trained[0]], trained_only=True)
+    return {n: t.numpy() for n, t in state.items()}, trainer.progress.step
+
+
+class Spare(torch.nn.Module):
+    """A model with a parameter its output does not depend on."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.spare = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.inner(*inputs)
+
+
+def untouched_parameter(folder: Path, stage: str) -> str:
+    """The message that a run with such a parameter ends with."""
+    trainer = build("sft", folder, stage=stage, wrap=Spare, steps=1)
+    try:
+        trainer.fit(lambda metrics: None)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def learn(name: str, folder: Path, stage: str, tuner: str) -> tuple[float, float]:
+    """The mean loss of the first and of the last three of 30 AdamW steps."""
+    groups = learnable_groups(algos.load(name).data)
+    trainer = build(
+        name,
+        folder,
+        stage=stage,
+        tuner=tuner,
+        batch_size=4,
+        groups=groups,
+        learning_rate=1e-2 if tuner == "lora" else 3e-3,
+        optimizer="adamw",
+        steps=30,
+        settings={},
+    )
+    losses: list[float] = []
+    trainer.fit(lambda metrics: losses.append(metrics["loss"]))
+    return sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+
+
+def nan_margin(folder: Path) -> tuple[str, bool]:
+    """(the message, whether the weights are as before) of a run whose third row has a NaN margin."""
+    groups = [dataclasses.replace(g, margin=float("nan") if g.index == 2 else 0.0) for g in random_groups("pairs", 4)]
+    trainer = build("rm", folder, stage="0", groups=groups, global_batch=4)
+    engine = trainer.models.engines["reward"]
+    before = whole_state(engine, trained_only=True)
+    message = ""
+    try:
+        trainer.fit(lambda metrics: None)
+    except ValueError as error:
+        message = str(error)
+    messages: list[Any] = [None, None]
+    torch.distributed.all_gather_object(messages, message)
+    after = whole_state(engine, trained_only=True)
+    return " / ".join(messages), all(torch.equal(before[n], after[n]) for n in before)

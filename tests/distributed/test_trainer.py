@@ -1,0 +1,199 @@
+"""Every algorithm over real engines on two ranks: weights, gradients and losses against one plain process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import torch
+from support import ALGORITHMS, RankPool, random_groups
+
+from dsalign import algos
+from dsalign.algos import Batch, Output
+from dsalign.data.batch import micro_batch, rows
+from dsalign.data.loader import Loader
+from dsalign.models import load
+from dsalign.models.names import resolve
+
+STAGES = ("0", "1", "2", "3")
+
+
+class PlainContext:
+    """`prepare`'s context with two modules and no engine."""
+
+    def __init__(self, policy: torch.nn.Module, reference: torch.nn.Module | None) -> None:
+        self.models = {"policy": policy, "reference": reference}
+        self.step, self.max_length, self.state = 0, 64, {}
+
+    def logps(self, role: str, groups: Any) -> list[torch.Tensor]:
+        return [forward(self.models[role], [g], "policy").logps.detach() for g in groups]
+
+    def total(self, numbers: Any) -> Any:
+        return numbers
+
+    def gather(self, numbers: torch.Tensor) -> torch.Tensor:
+        return numbers
+
+    def warn(self, text: str) -> None:
+        raise AssertionError(text)
+
+
+def forward(module: Any, groups: Any, role: str) -> Output:
+    """A plain forward over these groups, one row a completion."""
+    inputs = rows(groups, torch.device("cpu"))
+    if role == "reward":
+        return Output(values=module(inputs.ids, inputs.states))
+    logps, entropy = module(inputs.ids, inputs.predict, inputs.targets, True)
+    return Output(logps=logps, entropy=entropy)
+
+
+class Plain:
+    """The same training without DeepSpeed, ranks or micro-batches: the whole global batch in one forward, plain SGD."""
+
+    def __init__(self, name: str, folder: Path, tuner: str, global_batch: int, num_rows: int) -> None:
+        self.algorithm = algos.load(name)(**ALGORITHMS[name])
+        self.role = next(r for r, how in self.algorithm.roles.items() if how == "train")
+        options = load.LoadOptions(device=torch.device("cpu"))
+        lora = cases.LORA if tuner == "lora" else None
+        self.module = load.load_trained(self.role, resolve(str(folder)), options, lora)
+        reference = copy.deepcopy(self.module) if "reference" in self.algorithm.roles else None
+        self.ctx = PlainContext(self.module, reference)
+        self.loader = Loader(
+            random_groups(self.algorithm.data, num_rows), global_batch=global_batch, seed=1, rank=0, world_size=1
+        )
+
+    def loss(self, step: int) -> torch.Tensor:
+        """The loss of a global batch, all at once."""
+        batch = self.loader.batch(step)
+        prepared = self.algorithm.prepare(self.ctx, Batch(batch.groups, range(len(batch.groups))))
+        micro = micro_batch(prepared.groups, torch.device("cpu"), prepared.fields, prepared.shared)
+        out = forward(self.module, prepared.groups, self.role)
+        loss = getattr(self.algorithm, f"{self.role}_loss")(out, micro)
+        units = self.algorithm.units(prepared.groups)
+        return sum(term / units[unit] for unit, term in loss.terms.items())
+
+    def gradient(self, step: int) -> tuple[float, dict[str, torch.Tensor]]:
+        """(loss, {name: gradient}) at a global batch."""
+        self.module.zero_grad()
+        loss = self.loss(step)
+        loss.backward()
+        return float(loss), {n: p.grad.clone() for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def train(self, learning_rate: float) -> list[float]:
+        """Plain SGD over the data set; the losses."""
+        losses = []
+        for step in range(self.loader.steps_per_epoch):
+            loss, gradients = self.gradient(step)
+            losses.append(loss)
+            with torch.no_grad():
+                for name, p in self.module.named_parameters():
+                    if name in gradients:
+                        p -= learning_rate * gradients[name]
+        return losses
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path) -> Mapping[tuple[str, str], tuple[list[float], dict[str, np.ndarray]]]:
+    """(algorithm, tuner) -> losses and weights of three plain SGD steps over 21 rows in batches of 8."""
+    found = {}
+    for name in algos.names():
+        for tuner in ("full", "lora"):
+            run = Plain(name, tiny, tuner, 8, 21)
+            losses = run.train(0.05)
+            weights = {n: p.detach().numpy() for n, p in run.module.named_parameters() if p.requires_grad}
+            found[name, tuner] = losses, weights
+    return found
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("stage", [*STAGES, "2_offload", "3_offload"])
+@pytest.mark.parametrize("name", algos.names())
+def test_three_sgd_steps_equal_one_plain_process(
+    name: str, stage: str, tuner: str, tiny: Path, two_ranks: RankPool, plain: Any
+) -> None:
+    """21 rows in batches of 8, 8 and 5 on two ranks with micro-batches of 3: the same weights to 1e-5."""
+    weights, losses = two_ranks.run(cases.three_steps, name, tiny, stage, tuner)
+    want_losses, want = plain[name, tuner]
+    assert losses == pytest.approx(want_losses, abs=1e-5)
+    assert weights.keys() == want.keys()
+    assert all(np.abs(weights[n] - want[n]).max() < 1e-5 for n in want)
+    assert len(losses) == 3
+
+
+CUTS = {  # micro-batch size on one rank or two; the global batch is 8 groups of uneven lengths
+    "1 rank 1x8": (1, 8),
+    "1 rank 2x4": (1, 4),
+    "1 rank 4x2": (1, 2),
+    "1 rank 8x1": (1, 1),
+    "1 rank uneven 3+3+2": (1, 3),
+    "2 ranks 1x4": (2, 1),
+    "2 ranks uneven 3+1": (2, 3),
+}
+
+
+@pytest.mark.parametrize("stage", ["0", "3"])
+@pytest.mark.parametrize("name", algos.names())
+def test_gradient_does_not_depend_on_the_cut(
+    name: str, stage: str, tiny: Path, one_rank: RankPool, two_ranks: RankPool
+) -> None:
+    """One global batch, seven ways to cut it: |difference| / |gradient| <= 1e-6 against the plain gradient."""
+    loss, want = Plain(name, tiny, "full", 8, 24).gradient(0)
+    size = np.sqrt(sum((g.double() ** 2).sum() for g in want.values()))
+    for cut, (world, micro) in CUTS.items():
+        pool = one_rank if world == 1 else two_ranks
+        found_loss, found = pool.run(cases.gradient, name, tiny, stage, "full", micro, 8)
+        gap = np.sqrt(sum(((found[n].astype(np.float64) - want[n].double().numpy()) ** 2).sum() for n in want))
+        assert gap / size <= 1e-6, f"{cut}: {gap / size:.2e}"
+        assert found_loss == pytest.approx(loss, rel=1e-5), cut
+
+
+@pytest.mark.parametrize("stage", ["0", "3", "3_offload", "2_offload"])
+def test_a_rank_that_starts_with_nothing_keeps_the_gradient_of_its_step(
+    stage: str, tiny: Path, one_rank: RankPool, two_ranks: RankPool
+) -> None:
+    """The silent trap: three groups in batches of 2 and 1; in the second step rank 1 has an empty micro-batch only. If
+    that backward missed a parameter, ZeRO-3 and offload would step it with the gradient of the first step."""
+    for name in ("sft", "rm"):
+        want, _ = one_rank.run(cases.short_second_step, name, tiny, "0")
+        found, steps = two_ranks.run(cases.short_second_step, name, tiny, stage)
+        assert steps == 2
+        assert all(np.abs(found[n] - want[n]).max() < 1e-5 for n in want)
+
+
+@pytest.mark.parametrize("stage", ["3", "2_offload", "3_offload"])
+def test_a_trained_parameter_without_gradient_is_refused(stage: str, tiny: Path, two_ranks: RankPool) -> None:
+    """A parameter that the loss never touches is named instead of being stepped with stale gradients."""
+    message = two_ranks.run(cases.untouched_parameter, tiny, stage)
+    assert "1 trained parameters get no gradient from the loss (spare" in message
+    assert "--deepspeed zero1" in message
+
+
+def test_gradient_checkpointing_changes_nothing(tiny: Path, two_ranks: RankPool) -> None:
+    """The gradient of DPO with recomputed activations, LoRA and full, ZeRO-3."""
+    for tuner in ("full", "lora"):
+        plain_loss, want = two_ranks.run(cases.gradient, "dpo", tiny, "3", tuner, 2, 8)
+        loss, found = two_ranks.run(cases.gradient, "dpo", tiny, "3", tuner, 2, 8, True)
+        assert loss == pytest.approx(plain_loss, abs=1e-7)
+        assert all(np.allclose(found[n], want[n], atol=1e-7) for n in want)
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", algos.names())
+def test_loss_falls_on_a_learnable_task(name: str, stage: str, tuner: str, tiny: Path, two_ranks: RankPool) -> None:
+    """Good completions are the letter a, bad ones z: 30 AdamW steps on 2 ranks take a good part of the loss away."""
+    first, last = two_ranks.run(cases.learn, name, tiny, stage, tuner)
+    assert last < 0.8 * first, f"{first:.3f} -> {last:.3f}"
+
+
+def test_a_nan_is_not_stepped_and_names_the_row(tiny: Path, two_ranks: RankPool) -> None:
+    """A margin of NaN in row 3: every rank stops before the step, the rank that has it names file and line."""
+    message, unchanged = two_ranks.run(cases.nan_margin, tiny)
+    assert "step 1: the loss is nan" in message
+    assert "rows.jsonl:3" in message
+    assert unchanged

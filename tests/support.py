@@ -1,0 +1,186 @@
+"""What many tests share: a tiny Llama with a character tokenizer, groups of random tokens, and a pool of gloo ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dsalign.data.tokenize import Group
+
+ALGORITHMS = {  # one configuration an algorithm, with whatever makes its loss depend on the whole batch
+    "sft": {},
+    "rm": {"center_rewards_coefficient": 0.1},
+    "dpo": {"beta": 0.5, "loss_type": ("sigmoid", "aot_unpaired"), "rpo_alpha": 0.3},
+    "kto": {"beta": 0.5, "desirable_weight": 1.5},
+    "cpo": {"beta": 0.5, "label_smoothing": 0.1},
+    "orpo": {"beta": 0.5},
+    "simpo": {"label_smoothing": 0.1},
+}
+CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'\"-()\n"
+SPECIALS = ("<pad>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = len(SPECIALS) + 1 + len(CHARACTERS)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character; pad 0, <|im_end|> ends a turn; no chat template."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIALS, "<unk>", *CHARACTERS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens(list(SPECIALS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>", unk_token="<unk>", bos_token=None
+    )
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    """Two layers, 32 wide, grouped-query attention, a head of its own."""
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+        "initializer_range": 0.2,  # large enough that the tokens' probabilities differ
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
+def tiny_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A folder that `from_pretrained` opens, with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(tiny_config(**changes))
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def random_groups(kind: str, n: int, seed: int = 0, longest: int = 9) -> list[Group]:
+    """n groups of random tokens with uneven lengths; `kind` as in `Algorithm.data`."""
+    draw = random.Random(seed)
+    count = {"pairs": 2, "labels": 1, "demonstrations": 1}[kind]
+
+    def tokens(least: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(4, VOCABULARY) for _ in range(draw.randint(least, longest)))
+
+    return [
+        Group(
+            index=i,
+            where=f"rows.jsonl:{i + 1}",
+            prompt=tokens(2),
+            completions=tuple((*tokens(0), 2) for _ in range(count)),
+            prompt_text=f"prompt {i}",
+            label=draw.random() < 0.6 if kind == "labels" else None,
+            margin=draw.random() if kind == "pairs" else None,
+        )
+        for i in range(n)
+    ]
+
+
+def learnable_groups(kind: str, n: int = 16) -> list[Group]:
+    """Random prompts; the good completion is the letter a three times, the bad one z; labels alternate."""
+    good, bad = ((VOCABULARY - len(CHARACTERS) + CHARACTERS.index(c),) * 3 + (2,) for c in "az")
+    found = []
+    for g in random_groups(kind, n):
+        if kind == "labels":
+            label = g.index % 2 == 0
+            found.append(replace(g, completions=(good if label else bad,), label=label))
+        else:
+            found.append(replace(g, completions=(good, bad)[: len(g.completions)], margin=None))
+    return found
+
+
+class RankPool:
+    """`world` processes joined by gloo that run functions one after another: imports are paid for once.
+
+    `run(function, *args)` calls a module-level function on every rank and returns rank 0's result. A rank that raises or
+    hangs ends the pool with its traceback; the next call starts a new one.
+    """
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._workers: list[tuple[Any, Any]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> Any:
+        if not self._workers:
+            self._start()
+        for _, pipe in self._workers:
+            pipe.send((function, args))
+        answers = []
+        for rank, (_, pipe) in enumerate(self._workers):
+            if not pipe.poll(timeout):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not answer in {timeout} s")
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append(("error", f"rank {rank} died"))
+            if answers[-1][0] == "error":
+                self.close()
+                raise RuntimeError(f"rank {rank}:\n{answers[-1][1]}")
+        return answers[0][1]
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.world, port), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        """End every rank."""
+        for process, pipe in self._workers:
+            pipe.close()
+            process.terminate()
+            process.join(10)
+        self._workers = []
+
+
+def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp())
+    torch.set_num_threads(1)
+    from dsalign import dist, report  # noqa: PLC0415  DeepSpeed is imported in the ranks only
+
+    report.quiet(rank)
+    dist.init(rank, timeout_s=120)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("result", function(*args)))
+        except BaseException:
+            pipe.send(("error", traceback.format_exc()))

@@ -1,0 +1,210 @@
+"""The command as users meet it: exit codes, what is printed where, and that a mistake does not cost torch's import."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsalign import __version__, cli, launcher
+from dsalign.config import RunConfig
+from dsalign.launcher import Process
+
+TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
+BASE = ("--algo", "sft", "--model", "m", "--dataset", "rows")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "NNODES")
+# runs the script of argv as `python SCRIPT ...` would, then reports on stderr
+WATCH = """
+import json, runpy, sys, time
+start = time.perf_counter()
+sys.argv = sys.argv[1:]
+code = None
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+took = time.perf_counter() - start
+print(json.dumps({"code": code, "torch": "torch._C" in sys.modules, "s": took}), file=sys.stderr)
+"""
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher and no GPU; what a run sets is undone."""
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in LAUNCHED})
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    monkeypatch.setattr(sys, "argv", ["launch/train.py"])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, Process, str]]:
+    """What `run.train` was called with, in place of training."""
+    return replace_train(monkeypatch, lambda: None)
+
+
+def replace_train(monkeypatch: pytest.MonkeyPatch, then: Callable[[], Any]) -> list[tuple[RunConfig, Process, str]]:
+    calls: list[tuple[RunConfig, Process, str]] = []
+
+    def train(config: RunConfig, process: Process, command: str) -> None:
+        calls.append((config, process, command))
+        then()
+
+    fake = types.ModuleType("dsalign.run")
+    fake.train = train  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dsalign.run", fake)
+    return calls
+
+
+def watched(folder: Path, *argv: str, **env: str) -> tuple[dict[str, Any], str, str]:
+    """Runs launch/train.py uninstalled in another folder: the report, stdout and the rest of stderr."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WATCH, str(TRAIN), *argv],
+        capture_output=True, text=True, cwd=folder, env={**os.environ, **env}, check=True,
+    )  # fmt: skip
+    *said, report = done.stderr.splitlines()
+    return json.loads(report), done.stdout, "\n".join(said)
+
+
+def test_a_typo_exits_2_before_torch_is_imported(tmp_path: Path) -> None:
+    report, out, said = watched(tmp_path, *BASE, "--learning_rat", "1", "--ref_model", "x")
+    assert (report["code"], report["torch"], out) == (2, False, "")
+    assert report["s"] < 1.0
+    assert said.splitlines() == [
+        "dsalign: error: 2 problem(s)",
+        "  --learning_rat: expected a known option, got 'learning_rat'; did you mean learning_rate?",
+        "  --ref_model: expected an algorithm with a frozen reference model, one of dpo, kto, got sft; remove it or "
+        "change --algo",
+    ]
+
+
+def test_print_config_and_help_do_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("algo: dpo\nmodel: m\n\nbeta: 0.3\n")
+    report, out, said = watched(tmp_path, "--config", "run.yaml", "--dataset", "rows", "--print_config")
+    assert (report["code"], report["torch"], said) == (0, False, "")
+    shown = dict(line.split("  # ") for line in out.splitlines())
+    assert {key.strip(): origin for key, origin in shown.items()}["beta: 0.3"] == "run.yaml:4"
+    report, out, said = watched(tmp_path, "rlhf", "--rlhf_type", "dpo", "--help")
+    assert (report["code"], report["torch"], said) == (0, False, "")
+    assert "--rpo_alpha" in out and "usage: dsalign" in out
+
+
+def test_only_rank_0_speaks_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert cli.main(["--algo", "sftt"]) == 2
+    assert cli.main([*BASE, "--print_config"]) == 0
+    assert capsys.readouterr() == ("", "")
+    os.environ.update(RANK="0", LOCAL_RANK="0")
+    assert cli.main(["--algo", "sftt"]) == 2
+    assert "did you mean sft?" in capsys.readouterr().err
+    assert cli.main([*BASE, "--print_config"]) == 0
+    assert "gradient_accumulation_steps: 8  " in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dsalign {__version__}\n"
+
+
+def test_a_run_alone(trained: list[tuple[RunConfig, Process, str]]) -> None:
+    assert cli.main(["sft", "--model", "m", "--dataset", "rows", "--system", "be kind"]) == 0
+    ((config, process, command),) = trained
+    assert (config.algo, config.system, process) == ("sft", "be kind", Process(rank=0, local_rank=0, world_size=1))
+    assert shlex.split(command)[1:] == ["sft", "--model", "m", "--dataset", "rows", "--system", "be kind"]
+    assert {name: os.environ[name] for name in LAUNCHED[:4]} == {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_a_rank_of_a_launcher(trained: list[tuple[RunConfig, Process, str]]) -> None:
+    os.environ.update(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", MASTER_ADDR="10.0.0.1", MASTER_PORT="77")
+    assert cli.main(["--local_rank=1", *BASE]) == 0
+    ((config, process, command),) = trained
+    assert (process, config.gradient_accumulation_steps) == (Process(rank=3, local_rank=1, world_size=4), 4)
+    assert command.startswith("launch/train.py --local_rank=1 --algo sft")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "77")
+
+
+def test_several_processes_are_started_in_place_of_this_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Gone(BaseException):
+        """execv does not return."""
+
+    started: list[tuple[str, ...]] = []
+
+    def execv(program: str, argv: tuple[str, ...]) -> None:
+        started.append((program, *argv))
+        raise Gone
+
+    monkeypatch.setattr(os, "execv", execv)
+    os.environ.update(CUDA_VISIBLE_DEVICES="0,1", MASTER_PORT="77")
+    with pytest.raises(Gone):
+        cli.main([*BASE, "--gradient_accumulation_steps", "4"])
+    ((program, *argv),) = started
+    assert (program, argv[:3]) == (sys.executable, [sys.executable, "-m", "torch.distributed.run"])
+    assert argv[3:9] == ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", "77"]
+    assert argv[-2:] == ["--gradient_accumulation_steps=2", "--deepspeed=zero3"]
+    assert capsys.readouterr().err.startswith("dsalign: 2 GPUs for 1 process(es): one rank a GPU")
+
+
+def test_print_config_shows_what_the_ranks_will_see(capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
+    assert cli.main([*BASE, "--gradient_accumulation_steps", "4", "--print_config"]) == 0
+    out = capsys.readouterr().out
+    assert "deepspeed: zero3  " in out and "gradient_accumulation_steps: 2  " in out
+
+
+def test_an_environment_that_cannot_work_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ["NNODES"] = "2"
+    assert cli.main(BASE) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dsalign: error: NNODES: expected 1 without a launcher, got 2; ")
+
+
+def test_a_value_error_of_a_run_is_one_block(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ValueError("rows.jsonl:3: chosen: expected text, got nothing")
+
+    replace_train(monkeypatch, fail)
+    os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert cli.main(BASE) == 2
+    error, place = capsys.readouterr().err.splitlines()
+    assert error == "dsalign: error: rank 1: rows.jsonl:3: chosen: expected text, got nothing"
+    assert place.startswith("  raised at ") and place.endswith(" in fail")
+
+
+def test_an_error_of_dsalign_itself_needs_no_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_train(monkeypatch, lambda: launcher.process({}))
+    assert cli.main(BASE) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dsalign: error: RANK: expected a whole number >= 0 in the environment, got nothing")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("a fault")
+
+    replace_train(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main(BASE)
+
+
+def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    replace_train(monkeypatch, interrupt)
+    assert cli.main(BASE) == 130
