@@ -6,6 +6,7 @@ The only reader of argv, RANK, LOCAL_RANK and WORLD_SIZE. Exit codes: 0 done, 2 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shlex
 import sys
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"error: {len(error.problems)} problem(s)", *error.problems)
         return 2
     except ValueError as error:
-        _say(f"error: {_rank()}{error}", *_place(error))
+        if type(error).__name__ != "ElsewhereError":  # another rank says it; its class is behind the import of torch
+            _say(f"error: {_rank()}{error}", *_place(error))
         return 2
     except KeyboardInterrupt:
         return 130
@@ -59,7 +61,9 @@ def _main(argv: Sequence[str]) -> int:
         os.environ.update(launcher.alone(env))
     process = launcher.process(os.environ)
     # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
+    logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels for all after
     run = importlib.import_module("dsalign.run")
+    logging.disable(logging.NOTSET)
     run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
     return 0
 

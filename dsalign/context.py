@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsalign import dist
-from dsalign.algos import Batch, MicroBatch, Output
+from dsalign.algos import Output
 from dsalign.data.batch import chunks, rows
 from dsalign.data.tokenize import Group
 from dsalign.models.adapters import as_started
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Models:
-    """Role -> engine. A frozen role without an engine of its own is the policy's engine with the trained adapter off."""
+    """Role -> engine. A frozen role without an engine of its own is the policy's engine, trained adapter off."""
 
     def __init__(self, engines: Mapping[str, Any], device: torch.device, batch_size: int) -> None:
         self.engines, self.device, self.batch_size = engines, device, batch_size
@@ -51,7 +51,8 @@ class Models:
                 flat = out.values if role in VALUE_ROLES else out.logps
                 assert flat is not None
                 extra = 1 if role in VALUE_ROLES else 0
-                found += flat.float().cpu().split([sum(len(c) + extra for c in g.completions) for g in part])
+                sizes = [sum(len(c) + extra for c in g.completions) for g in part]
+                found += flat.float().cpu().split(sizes)  # type: ignore[no-untyped-call]
         engine.module.train(training)
         return found[: len(groups)]
 
@@ -92,6 +93,3 @@ class RunContext:
         if text not in self._said and dist.rank() == 0:
             logger.warning(text)
         self._said.add(text)
-
-
-__all__ = ["Batch", "MicroBatch", "Models", "RunContext"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -97,17 +97,30 @@ def from_rank_0(thing: T) -> T:
     return received
 
 
-def agree(error: Exception | None) -> None:
-    """Raise on every rank where any rank has an error: the rank's own, else one that names the rank it came from.
+class ElsewhereError(ValueError):
+    """Another rank stopped, and says why."""
 
-    Without it the other ranks would wait in the next collective until the timeout.
-    """
+
+def agree(error: Exception | None) -> None:
+    """Raise on every rank where any rank has an error: its own on the first such rank, ElsewhereError on the others, so
+    that the cause is said once. Without it the other ranks would wait in the next collective until the timeout."""
     if world_size() > 1:
         texts: list[str | None] = [None] * world_size()
         td.all_gather_object(texts, None if error is None else str(error))
-        if error is None:
-            for other, text in enumerate(texts):
-                if text is not None:
-                    raise RuntimeError(f"rank {other} stopped: {text}")
+        first = next((other for other, text in enumerate(texts) if text is not None), None)
+        if first is not None and first != rank():
+            raise ElsewhereError(f"rank {first} stopped: {texts[first]}")
     if error is not None:
         raise error
+
+
+def together(build: Callable[[], T]) -> T:
+    """What `build`, which must not hold a collective, returns; where it raises ValueError or OSError on any rank, all
+    ranks stop and one says why."""
+    error: Exception | None = None
+    try:
+        built = build()
+    except (ValueError, OSError) as caught:
+        error = caught
+    agree(error)
+    return built

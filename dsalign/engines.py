@@ -127,11 +127,13 @@ def _optimizer(module: nn.Module, options: EngineOptions, settings: Mapping[str,
     groups = [g for g in groups if g["params"]]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate)
-    adam = {"lr": options.learning_rate, "betas": options.betas, "eps": options.epsilon}
     on_cpu = get_accelerator().device_name() == "cpu"
     if "offload_optimizer" in settings["zero_optimization"] and not on_cpu:
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **adam)
-    return torch.optim.AdamW(groups, **adam)
+        fused: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, lr=options.learning_rate, betas=options.betas, eps=options.epsilon, adamw_mode=True
+        )
+        return fused
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.epsilon)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dsalign_kernels import selective_logps
 from torch import Tensor, nn
+
+from dsalign_kernels import selective_logps
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,32 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
-FIRST = ("loss", "eval/loss", "rewards/accuracies", "rewards/margins", "kl", "nll_loss", "log_odds_ratio", "grad_norm", "lr")
-NOT_ON_THE_LINE = frozenset({"num_tokens", "epoch", "tokens_per_s", "step"})
+FIRST = (
+    "loss",
+    "eval/loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "kl",
+    "nll_loss",
+    "log_odds_ratio",
+    "grad_norm",
+    "lr",
+)
+NOT_ON_THE_LINE = ("num_tokens", "epoch", "tokens_per_s", "logps/", "rewards/chosen", "rewards/rejected")
 
 
 class Report:
     """Writes on rank 0 and is silent elsewhere. A tracker that fails is dropped with a warning; training goes on."""
 
-    def __init__(self, output_dir: Path, trackers: Sequence[str], *, rank: int, total_steps: int, resumed: bool) -> None:
+    def __init__(
+        self, output_dir: Path, trackers: Sequence[str], *, rank: int, total_steps: int, resumed: bool
+    ) -> None:
         self._rank, self._total = rank, total_steps
         self._started = self._last = time.monotonic()
         self._first_step: int | None = None
@@ -54,7 +67,8 @@ class Report:
             self._last, self._last_tokens = now, numbers["num_tokens"]
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
-        ordered = [n for n in FIRST if n in numbers] + [n for n in numbers if n not in FIRST and n not in NOT_ON_THE_LINE]
+        rest = [n for n in numbers if n not in FIRST and not n.removeprefix("eval/").startswith(NOT_ON_THE_LINE)]
+        ordered = [n for n in FIRST if n in numbers] + rest
         text = " | ".join(f"{name} {number(numbers[name])}" for name in ordered)
         self.say(f"step {step}/{self._total} | {text}{tail}")
         for name, track in list(self._trackers.items()):
@@ -83,6 +97,7 @@ def quiet(rank: int) -> None:
     logging.getLogger("dsalign").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     importlib.import_module("transformers").logging.disable_progress_bar()
     importlib.import_module("datasets").disable_progress_bars()
 

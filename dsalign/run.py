@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dsalign.metrics import Window
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import Source, resolve
-from dsalign.report import Report, duration, number, quiet
+from dsalign.report import Report, number, quiet
 from dsalign.trainer import Plan, Progress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     sources = _sources(config)
     options = _load_options(config, device)
     main_source = sources[next(iter(config.algorithm.roles))]
-    data = _data(config, main_source, options)
+    data = dist.together(lambda: _data(config, main_source, options))
     output_dir = Path(config.output_dir)
     engine_options = _engine_options(config, options)
     models = _models(config, sources, options, engine_options, device)
@@ -157,16 +158,12 @@ def _opening(config: RunConfig, trainer: Trainer, data: Data, report: Report, he
 def _sources(config: RunConfig) -> dict[str, Source]:
     """Role -> where its weights come from. Rank 0 resolves first: it may convert an embedded model, once."""
     wanted = {"reference": config.ref_model}
-    found: dict[str, Source] = {}
-    error: Exception | None = None
-    for turn in ("first", "others"):
-        if (dist.rank() == 0) == (turn == "first"):
-            try:
-                found = {role: resolve(wanted.get(role) or config.model) for role in config.algorithm.roles}
-            except ValueError as caught:
-                error = caught
-        dist.agree(error)
-    return found
+
+    def all_roles() -> dict[str, Source]:
+        return {role: resolve(wanted.get(role) or config.model) for role in config.algorithm.roles}
+
+    dist.together(lambda: all_roles() if dist.rank() == 0 else {})
+    return dist.together(all_roles)
 
 
 def _load_options(config: RunConfig, device: torch.device) -> load.LoadOptions:
@@ -194,9 +191,7 @@ def _data(config: RunConfig, source: Source, options: load.LoadOptions) -> Data:
         found = read_rows(
             sources, config.algorithm.data, columns=config.columns, system=config.system, seed=config.seed
         )
-        tokenized = tokenize_rows(
-            found, template, max_length=config.max_length, truncation=config.truncation_strategy
-        )
+        tokenized = tokenize_rows(found, template, max_length=config.max_length, truncation=config.truncation_strategy)
         if tokenized.dropped or tokenized.truncated:
             drops = [f"{count} dropped ({rule})" for rule, count in tokenized.dropped.items()]
             cuts = [f"{tokenized.truncated} truncated"] if tokenized.truncated else []
@@ -253,10 +248,11 @@ def _models(
     found: dict[str, Any] = {}
     for role, how in config.algorithm.roles.items():
         if how == "train":
-            module = load.load_trained(role, sources[role], options, lora)
+            module = dist.together(partial(load.load_trained, role, sources[role], options, lora))
             found[role] = engines.trained(module, engine_options)
         elif role != "reference" or lora is None or config.ref_model:
-            found[role] = engines.frozen(load.load_frozen(role, sources[role], options), engine_options)
+            module = dist.together(partial(load.load_frozen, role, sources[role], options))
+            found[role] = engines.frozen(module, engine_options)
     return Models(found, device, config.batch_size)
 
 
@@ -277,9 +273,10 @@ def _self_check(models: Models, groups: Sequence[Group]) -> None:
     gap = float((ours - theirs).abs().max())
     limit = 1e-3 if logits.dtype == torch.float32 and next(engine.module.parameters()).dtype == torch.float32 else 0.25
     if not gap <= limit:
+        name = type(engine.module.model).__name__
         raise ValueError(
-            f"{type(engine.module.model).__name__}: the log-probabilities of {group.where} differ by {gap:.2g} nats from "
-            "the model's own forward; dsalign does not know what this architecture does between its head and its logits"
+            f"{name}: the log-probabilities of {group.where} differ by {gap:.2g} nats from the model's own forward; dsalign "
+            "does not know what this architecture does between its head and its logits"
         )
 
 
@@ -328,6 +325,3 @@ def _fingerprint(config: RunConfig, num_rows: int, total_batches: int) -> dict[s
         "deepspeed": config.deepspeed,
         "batches": total_batches,
     }
-
-
-__all__ = ["duration", "train"]

@@ -56,7 +56,7 @@ class Plan:
 
 
 class Trainer:
-    """Runs an algorithm over engines; calls `after_step(metrics)` after each optimizer step, when its numbers are in."""
+    """Runs an algorithm over engines; calls `after_step(metrics)` after each optimizer step."""
 
     def __init__(
         self, algorithm: Any, models: Models, ctx: RunContext, loader: Loader, plan: Plan, progress: Progress
@@ -142,7 +142,12 @@ class Trainer:
         total = dist.total([sum(values)], self.models.device)[0]
         if math.isfinite(total):
             return total
-        bad = [prepared.groups[i].where for part, v in zip(parts, values, strict=True) if not math.isfinite(v) for i in part]
+        bad = [
+            prepared.groups[i].where
+            for part, v in zip(parts, values, strict=True)
+            if not math.isfinite(v)
+            for i in part
+        ]
         rows = f"rows {', '.join(bad)}" if bad else "rows of another rank"
         dist.agree(NonFiniteError(f"step {self.progress.step + 1}: the loss is {total} ({rows}); nothing was stepped"))
         raise AssertionError("unreachable: agree raises")
@@ -155,8 +160,8 @@ class Trainer:
         norm = engines.step(engine, plan.max_grad_norm)
         if not plan.fp16 and not (math.isfinite(norm) and norm >= 0):
             raise NonFiniteError(
-                f"step {self.progress.step + 1}: the gradient norm of the {role} is {norm}; the weights in memory are not "
-                "to be trusted, go on from the last checkpoint with --resume and a lower --learning_rate"
+                f"step {self.progress.step + 1}: the gradient norm of the {role} is {norm}; the weights in memory are "
+                "not to be trusted, go on from the last checkpoint with --resume and a lower --learning_rate"
             )
         prefix = "" if role == self.trained[0] else f"{role}/"
         result |= {f"{prefix}grad_norm": norm, f"{prefix}lr": rate}

@@ -113,8 +113,8 @@ def learnable_groups(kind: str, n: int = 16) -> list[Group]:
 class RankPool:
     """`world` processes joined by gloo that run functions one after another: imports are paid for once.
 
-    `run(function, *args)` calls a module-level function on every rank and returns rank 0's result. A rank that raises or
-    hangs ends the pool with its traceback; the next call starts a new one.
+    `run(function, *args)` calls a module-level function on every rank and returns rank 0's result. A rank that raises
+    or hangs ends the pool with its traceback; the next call starts a new one.
     """
 
     def __init__(self, world: int) -> None:

@@ -1,7 +1,7 @@
 """The contract of an algorithm, and the algorithms found by their file names.
 
 An algorithm is one frozen dataclass in `dsalign/algos/NAME.py`: fields are hyper-parameters, methods are mathematics.
-`prepare` does all that has no gradient, `<role>_loss` all that has one. Losses are sums; the trainer divides by `units`.
+`prepare` does all that has no gradient, `<role>_loss` all that has one. Losses are sums; the trainer divides by units.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # the algorithms must be readable before torch and transforme
 
     from dsalign.data.tokenize import Group
 
-Metrics = Mapping[str, "tuple[Tensor | float, Tensor | float]"]  # name -> (sum, count); both add over ranks
+Metric: TypeAlias = "tuple[Tensor | float, Tensor | float]"  # (sum, count); both add over ranks
+Metrics = Mapping[str, Metric]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsalign.algos import Batch, Context, Metrics, MicroBatch, Prepared
+from dsalign.algos import Batch, Context, Metric, MicroBatch, Prepared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,12 +53,12 @@ def pair_units(groups: Sequence[Group]) -> Mapping[str, int]:
     return {"pairs": len(groups), "chosen_tokens": sum(len(g.completions[0]) for g in groups)}
 
 
-def mean(numbers: Tensor) -> tuple[Tensor, int]:
+def mean(numbers: Tensor) -> Metric:
     """(sum, count) of a tensor, detached: a metric that averages."""
     return numbers.detach().sum(), numbers.numel()
 
 
-def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Tensor, int]]:
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
     """rewards/{chosen,rejected,accuracies,margins} of n pairs; chosen, rejected: [n], units of reward."""
     return {
         "rewards/chosen": mean(chosen),
@@ -68,11 +68,11 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, tuple[Tensor, 
     }
 
 
-def logp_metrics(batch: MicroBatch, logps: Tensor, *, means: bool = False) -> dict[str, tuple[Tensor, int]]:
-    """logps/{chosen,rejected}: sums a completion, nats; with `means` also logps/mean_{chosen,rejected}, nats a token."""
+def logp_metrics(batch: MicroBatch, logps: Tensor, *, means: bool = False) -> dict[str, Metric]:
+    """logps/{chosen,rejected}: sums a completion, nats; `means`: also logps/mean_{chosen,rejected}, nats a token."""
     sums = batch.sum(logps)
     chosen, rejected = pair(sums)
-    metrics = {"logps/chosen": mean(chosen), "logps/rejected": mean(rejected)}
+    metrics: dict[str, Metric] = {"logps/chosen": mean(chosen), "logps/rejected": mean(rejected)}
     if means:
         chosen, rejected = pair(sums / batch.lengths)
         metrics |= {"logps/mean_chosen": mean(chosen), "logps/mean_rejected": mean(rejected)}
@@ -102,6 +102,6 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def entropy_metric(entropy: Tensor | None) -> Metrics:
+def entropy_metric(entropy: Tensor | None) -> dict[str, Metric]:
     """entropy: nats a completion token, where the model gave it."""
     return {} if entropy is None else {"entropy": mean(entropy)}

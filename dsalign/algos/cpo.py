@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Loss, MicroBatch, Output
+from dsalign.algos import Loss, Metric, MicroBatch, Output
 from dsalign.algos._maths import (
     check_choice,
     check_range,
@@ -74,7 +74,7 @@ class CPO:
             mean_chosen, mean_rejected = pair(sums / batch.lengths)
             loss = (mean_chosen - mean_rejected - 1 / (2 * self.beta)) ** 2
         nll = chosen_nll(batch, out.logps)
-        metrics = {
+        metrics: dict[str, Metric] = {
             **reward_metrics(self.beta * chosen, self.beta * rejected),
             **logp_metrics(batch, out.logps, means=self.loss_type == "ipo"),
             "nll_loss": (nll.detach(), pair(batch.lengths)[0].sum()),

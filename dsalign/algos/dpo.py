@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Batch, Context, Loss, MicroBatch, Output, Prepared
+from dsalign.algos import Batch, Context, Loss, Metric, MicroBatch, Output, Prepared
 from dsalign.algos._maths import (
     check_choice,
     check_range,
@@ -36,7 +36,7 @@ class Ratios:
     """What a pair's loss may use; every tensor is [n], one a pair, float32, nats.
 
     chosen, rejected: Delta = logp_policy - logp_reference, or its f-divergence transform. mean_chosen, mean_rejected:
-    Delta a token. policy: logp_policy(chosen) - logp_policy(rejected). partners: constants sorted over the global batch.
+    Delta a token. policy: logp_policy(chosen) - logp_policy(rejected). partners: constants, sorted over the batch.
     """
 
     chosen: Tensor
@@ -239,7 +239,9 @@ class DPO:
             return prepared
         policy = ctx.logps("policy", batch.local)
         sides = [self._completion_sums(g, x) for g, x in zip(batch.local, policy, strict=True)]
-        sides_ref = [self._completion_sums(g, x) for g, x in zip(batch.local, prepared.fields["reference"], strict=True)]
+        sides_ref = [
+            self._completion_sums(g, x) for g, x in zip(batch.local, prepared.fields["reference"], strict=True)
+        ]
         local = torch.tensor([[*p, *r] for p, r in zip(sides, sides_ref, strict=True)], dtype=torch.float64).view(-1, 4)
         order = torch.tensor([float(g.index) for g in batch.local], dtype=torch.float64)
         chosen, rejected, ref_chosen, ref_rejected = (ctx.gather(column) for column in local.unbind(1))
@@ -257,7 +259,7 @@ class DPO:
     def _completion_sums(self, group: Group, logps: Tensor) -> tuple[float, float]:
         """Weighted sums of the chosen and the rejected completion, in float64."""
         lengths = [len(c) for c in group.completions]
-        chosen, rejected = logps.double().split(lengths)
+        chosen, rejected = logps.double().split(lengths)  # type: ignore[no-untyped-call]
         shared = min(lengths)
         first, second = (float(x[:shared].sum() + self.ld_alpha * x[shared:].sum()) for x in (chosen, rejected))
         return first, second
@@ -295,7 +297,7 @@ class DPO:
         loss = torch.stack([weight * LOSSES[name](ratios, self).sum() for name, weight in loss_weights.items()]).sum()
         nll = chosen_nll(batch, out.logps)
         chosen, rejected = pair(self.beta * delta)
-        metrics = {
+        metrics: dict[str, Metric] = {
             **reward_metrics(chosen, rejected),
             **logp_metrics(batch, out.logps, means="ipo" in self.loss_type),
             "nll_loss": (nll.detach(), pair(batch.lengths)[0].sum()),

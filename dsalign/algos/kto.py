@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Batch, Context, Loss, MicroBatch, Output, Prepared
+from dsalign.algos import Batch, Context, Loss, Metric, MicroBatch, Output, Prepared
 from dsalign.algos._maths import check_choice, check_range, entropy_metric, mean, with_reference
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class KTO:
         return lines
 
     def prepare(self, ctx: Context, batch: Batch) -> Prepared:
-        """Reference log-probabilities, and z0 = max(0, mean of Delta over mismatched pairs of the whole global batch)."""
+        """Reference log-probabilities, and z0 = max(0, mean Delta over mismatched pairs of the whole global batch)."""
         prepared = with_reference(ctx, batch)
         if self.loss_type != "kto":
             return prepared
@@ -100,7 +100,7 @@ class KTO:
         weight = torch.where(desirable, self.desirable_weight, self.undesirable_weight)
         loss = weight * torch.sigmoid(-sign * self.beta * (delta - batch.shared.get("z0", 0.0)))
         rewards, sums = self.beta * delta.detach(), batch.sum(out.logps.detach())
-        metrics = {
+        metrics: dict[str, Metric] = {
             "rewards/chosen": mean(rewards[desirable]),
             "rewards/rejected": mean(rewards[~desirable]),
             "logps/chosen": mean(sums[desirable]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Loss, MicroBatch, Output
+from dsalign.algos import Loss, Metric, MicroBatch, Output
 from dsalign.algos._maths import (
     check_range,
     chosen_nll,
@@ -62,7 +62,7 @@ class ORPO:
         ratio = logsigmoid(chosen_odds - rejected_odds)
         nll = chosen_nll(batch, out.logps)
         chosen, rejected = pair(self.beta * means)
-        metrics = {
+        metrics: dict[str, Metric] = {
             **reward_metrics(chosen, rejected),
             **logp_metrics(batch, out.logps, means=True),
             "nll_loss": (nll.detach(), pair(batch.lengths)[0].sum()),

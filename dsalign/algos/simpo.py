@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dsalign.algos import Loss, MicroBatch, Output
+from dsalign.algos import Loss, Metric, MicroBatch, Output
 from dsalign.algos._maths import (
     check_range,
     chosen_nll,
@@ -60,7 +60,7 @@ class SimPO:
         chosen, rejected = pair(self.beta * batch.sum(out.logps) / batch.lengths)
         loss = smoothed(chosen - rejected - self.simpo_gamma, self.label_smoothing)
         nll = chosen_nll(batch, out.logps)
-        metrics = {
+        metrics: dict[str, Metric] = {
             **reward_metrics(chosen, rejected),
             **logp_metrics(batch, out.logps, means=True),
             "nll_loss": (nll.detach(), pair(batch.lengths)[0].sum()),

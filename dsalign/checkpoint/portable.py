@@ -64,9 +64,7 @@ def _write(module: Any, state: dict[str, Tensor], folder: Path, tokenizer: Any, 
     weights = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
     if isinstance(model, PeftModel):
         model.peft_config[TRAINED].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-        model.save_pretrained(
-            str(folder), state_dict=weights, selected_adapters=[TRAINED], save_embedding_layers=False
-        )
+        model.save_pretrained(str(folder), state_dict=weights, selected_adapters=[TRAINED], save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
         if inner.generation_config is not None:
             inner.generation_config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""From groups to the tensors of a forward pass: one completion a row, right padded, and no trace of the padding after."""
+"""From groups to the tensors of a forward pass: one completion a row, right padded, the padding gone after."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """rank > 0; alpha: the update is scaled by alpha / rank; dropout in [0, 1); targets: ALL (every linear layer but the
-    head), DEFAULT (query, key, value) or names of layers."""
+    """rank > 0; alpha: the update is scaled by alpha / rank; dropout in [0, 1); targets: ALL (every linear layer but
+    the head), DEFAULT (query, key, value) or names of layers."""
 
     rank: int
     alpha: int
@@ -67,7 +67,9 @@ def add(model: PreTrainedModel, source: Source, lora: LoraOptions, seed: int) ->
 def _targets(model: PreTrainedModel, targets: Sequence[str]) -> str | list[str]:
     if list(targets) == ["ALL"]:
         return "all-linear"
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
+    names = {
+        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if getattr(module, "weight", None) is not None
+    }
     wanted = QUERY_KEY_VALUE if list(targets) == ["DEFAULT"] else targets
     found = [name for name in wanted if name in names]
     missing = [] if list(targets) == ["DEFAULT"] and found else [name for name in wanted if name not in names]

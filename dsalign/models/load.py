@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +54,17 @@ def load_tokenizer(source: Source, options: LoadOptions) -> PreTrainedTokenizerB
     where = source.weights
     if source.adapter is not None and (source.adapter / "tokenizer_config.json").exists():
         where = str(source.adapter)
-    return AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
+    with _named(source):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """What cannot be opened is the user's to mend: say which model it was."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise ValueError(f"model: {source.weights} could not be opened: {error}") from error
 
 
 def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -68,18 +80,20 @@ def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[i
 
 def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
     """The causal language model of a source, without its adapter."""
-    config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    with _named(source):
+        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     if not options.dropout:
         _without_dropout(config)
     if options.trust_remote_code and hasattr(config, "auto_map"):
         logger.warning("running the Python code that comes with %s (--trust_remote_code)", source.weights)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.weights,
-        config=config,
-        dtype=resolve_dtype(options.dtype, options.device),
-        attn_implementation=None if options.attn_impl == "auto" else options.attn_impl,
-        trust_remote_code=options.trust_remote_code,
-    )
+    with _named(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.weights,
+            config=config,
+            dtype=resolve_dtype(options.dtype, options.device),
+            attn_implementation=None if options.attn_impl == "auto" else options.attn_impl,
+            trust_remote_code=options.trust_remote_code,
+        )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -21,7 +21,7 @@ def selective_logps(logits: Tensor, targets: Tensor, *, entropy: bool = False) -
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits [N, V] and targets [N], got {tuple(logits.shape)} and {tuple(targets.shape)}")
-    logps, entropies = _SelectiveLogps.apply(logits, targets, entropy)
+    logps, entropies = _SelectiveLogps.apply(logits, targets, entropy)  # type: ignore[no-untyped-call]
     return logps, entropies if entropy else None
 
 

@@ -1,0 +1,128 @@
+"""Time and memory of `selective_logps` beside plain torch: first the error against float64, then the numbers.
+
+python kernels/bench_selective_logps.py --rows 512 --vocabulary 49152 --csv selective_logps.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # before an installed copy, so that what is measured is what lies here
+
+import harness  # noqa: E402  # needs the line above
+from dsalign_kernels import selective_logps  # noqa: E402
+
+Candidate = Callable[[Tensor, Tensor], Tensor]
+COLUMNS = ("op", "pass", "dtype", "rows", "vocabulary", "error", "grad_error", "p20_ms", "p50_ms", "p80_ms", "peak_mb")
+
+
+def ours(logits: Tensor, targets: Tensor) -> Tensor:
+    """dsalign_kernels.selective_logps."""
+    return selective_logps(logits, targets)[0]
+
+
+def log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    """The textbook: a whole [N, V] of log-probabilities, of which one a row is read."""
+    return torch.log_softmax(logits.float(), 1).gather(1, targets[:, None])[:, 0]
+
+
+def gather_logsumexp(logits: Tensor, targets: Tensor) -> Tensor:
+    """Without that tensor in the forward; autograd makes it in the backward."""
+    return logits.gather(1, targets[:, None])[:, 0].float() - torch.logsumexp(logits.float(), 1)
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "selective_logps": ours,
+    "log_softmax + gather": log_softmax,
+    "gather - logsumexp": gather_logsumexp,
+}
+
+
+def forward_backward(candidate: Candidate, logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probabilities, and the gradient of their weighted sum in the logits."""
+    leaf = logits.detach().requires_grad_()
+    logps = candidate(leaf, targets)
+    (grad,) = torch.autograd.grad(logps, leaf, weights)
+    return logps.detach(), grad
+
+
+def errors(logits: Tensor, targets: Tensor, weights: Tensor) -> dict[str, tuple[float, float]]:
+    """Candidate -> (error of log-probabilities in nats, error of the gradient), against float64.
+
+    Raises ValueError where a candidate writes to its input, which would spoil every number after it, or where
+    selective_logps is further off than log_softmax + gather by more than one rounding.
+    """
+    before = logits.clone()
+    exact, exact_grad = forward_backward(
+        lambda z, t: torch.log_softmax(z, 1).gather(1, t[:, None])[:, 0], logits.double(), targets, weights.double()
+    )
+    found = {}
+    for name, candidate in CANDIDATES.items():
+        logps, grad = forward_backward(candidate, logits, targets, weights)
+        if not torch.equal(logits, before):
+            raise ValueError(f"{name}: expected the logits as they were, got other ones after its backward; not timed")
+        found[name] = (harness.error(logps, exact), harness.error(grad, exact_grad))
+    eps, largest = torch.finfo(torch.float32).eps, float(logits.abs().max())
+    of_weights = float(weights.abs().max())
+    roundings = (eps * largest, (eps * largest + torch.finfo(logits.dtype).eps) * of_weights)
+    pairs = zip(found["selective_logps"], found["log_softmax + gather"], roundings, strict=True)
+    for what, (mine, twin, rounding) in zip(("log-probability", "gradient"), pairs, strict=True):
+        if not mine <= twin + rounding:
+            raise ValueError(f"{what}: expected at most plain torch's error {twin:.3g}, got {mine:.3g}; not timed")
+    return found
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """One row for each candidate and pass."""
+    draw = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    logits = (4 * torch.randn(args.rows, args.vocabulary, generator=draw)).to(device, dtype)
+    targets = torch.randint(args.vocabulary, (args.rows,), generator=draw).to(device)
+    weights = torch.randn(args.rows, generator=draw).to(device)
+    found = errors(logits, targets, weights)
+    rows: list[dict[str, object]] = []
+    for name, candidate in CANDIDATES.items():
+        passes: dict[str, Callable[[], object]] = {
+            "forward": partial(candidate, logits, targets),
+            "forward+backward": partial(forward_backward, candidate, logits, targets, weights),
+        }
+        for which, run in passes.items():
+            row: dict[str, object] = {"op": name, "pass": which, "dtype": args.dtype}
+            row |= {"rows": args.rows, "vocabulary": args.vocabulary}
+            row |= dict(zip(("error", "grad_error"), found[name], strict=True))
+            with torch.set_grad_enabled(which != "forward"):
+                row["peak_mb"] = harness.peak_extra_bytes(run, device) / 2**20
+                row |= harness.times_ms(run, device, repeats=args.repeats)
+            rows.append({**{column: row[column] for column in COLUMNS}, **harness.provenance(device)})
+    return rows
+
+
+def main() -> None:
+    """Reads the flags, measures, prints a table and appends to --csv."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=512, help="completion tokens, N")
+    parser.add_argument("--vocabulary", type=int, default=49152, help="V")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the logits")
+    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    rows = measure(args, device)
+    about = harness.provenance(device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(harness.table(rows, COLUMNS))
+    if args.csv:
+        harness.write_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main()

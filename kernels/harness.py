@@ -1,0 +1,128 @@
+"""What every kernel benchmark shares: error against float64, time in percentiles, peak memory, CSV rows."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import gc
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PERCENTILES = (20, 50, 80)
+POLL_S = 0.0005  # of the resident set, where the device has no counter of its own
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU with the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """What a row needs to be believed later: date, device and versions."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"date": datetime.date.today().isoformat(), "device": device_name(device), **versions}
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference, in float64; exact: float64."""
+    return float((found.double() - exact).abs().max()) if found.numel() else 0.0
+
+
+def times_ms(run: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 3) -> dict[str, float]:
+    """p20, p50 and p80 of the time of `run`, milliseconds. repeats: timed runs, >= 2."""
+    for _ in range(warmup):
+        run()
+    taken = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        taken.append((time.perf_counter() - start) * 1e3)
+    cuts = statistics.quantiles(taken, n=100, method="inclusive")
+    return {f"p{p}_ms": cuts[p - 1] for p in PERCENTILES}
+
+
+def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most memory that `run` holds beyond what is there before it: allocated on a GPU, resident on a CPU.
+
+    On a CPU it is a sample of the process's resident set: it misses what lives shorter than half a millisecond, and
+    sees memory that the allocator keeps, so small numbers there mean nothing.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    peak = before = _resident_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(POLL_S):
+            peak = max(peak, _resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return peak - before
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Appends rows to `path`, with a header where the file is new. Raises ValueError where its columns are others."""
+    columns = list(rows[0])
+    new = not path.exists()
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            have = next(csv.reader(file), [])
+        if have != columns:
+            raise ValueError(
+                f"{path}: expected the columns {', '.join(columns)}, got {', '.join(have)}; name a new file"
+            )
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
+    """The rows as Markdown."""
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _resident_bytes() -> int:
+    """The resident set of this process; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * 4096 if status.exists() else 0
