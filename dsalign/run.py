@@ -16,6 +16,7 @@ from dsalign import dist, ds_files, engines
 from dsalign.checkpoint.store import Store, find
 from dsalign.config import RunConfig
 from dsalign.context import Models, RunContext
+from dsalign.curves import write_report
 from dsalign.data.batch import rows
 from dsalign.data.loader import Loader, epoch_order
 from dsalign.data.rows import read_rows
@@ -131,7 +132,9 @@ def _fit(config: RunConfig, trainer: Trainer, store: Store, data: Data, output_d
         store.save(progress)
     store.export(output_dir / "final")
     best = f", best eval/loss {number(progress.best_loss)} at step {progress.best_step}" if progress.best_loss else ""
-    report.say(f"done: {progress.step} steps, model in {output_dir / 'final'}{best}; go on with --resume")
+    if dist.rank() == 0:
+        write_report(output_dir, f"{config.algo} of {config.model}")
+    report.say(f"done: {progress.step} steps{best}; model in {output_dir / 'final'}, curves in report.html")
     return last
 
 
@@ -271,12 +274,12 @@ def _self_check(models: Models, groups: Sequence[Group]) -> None:
     engine.module.train(training)
     theirs = torch.log_softmax(logits, -1).gather(1, inputs.targets[:, None])[:, 0].cpu()
     gap = float((ours - theirs).abs().max())
-    limit = 1e-3 if logits.dtype == torch.float32 and next(engine.module.parameters()).dtype == torch.float32 else 0.25
+    limit = 1e-3 if next(engine.module.parameters()).dtype is torch.float32 else 0.25  # nats
     if not gap <= limit:
         name = type(engine.module.model).__name__
         raise ValueError(
-            f"{name}: the log-probabilities of {group.where} differ by {gap:.2g} nats from the model's own forward; dsalign "
-            "does not know what this architecture does between its head and its logits"
+            f"{name}: the log-probabilities of {group.where} differ by {gap:.2g} nats from the model's own forward; "
+            "dsalign does not know what this architecture does between its head and its logits"
         )
 
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsalign.data.tokenize import Group
 
-ALGORITHMS = {  # one configuration an algorithm, with whatever makes its loss depend on the whole batch
+ALGORITHMS = {  # settings that make a loss depend on the whole batch, where the defaults do not
     "sft": {},
     "rm": {"center_rewards_coefficient": 0.1},
     "dpo": {"beta": 0.5, "loss_type": ("sigmoid", "aot_unpaired"), "rpo_alpha": 0.3},

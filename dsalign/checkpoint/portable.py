@@ -24,6 +24,7 @@ def whole_state(engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad or not trained_only]
+    partitioned = engine.zero_optimization_stage() == 3  # a gathered tensor is gone after the gather, so it is copied
     batch: list[tuple[str, nn.Parameter]] = []
     size = 0
     for i, (name, parameter) in enumerate(named):
@@ -33,7 +34,7 @@ def whole_state(engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
             continue
         with engines.whole(engine, [p for _, p in batch]):
             if dist.rank() == 0:
-                state |= {n: p.detach().to("cpu", copy=True).contiguous() for n, p in batch}
+                state |= {n: p.detach().to("cpu", copy=partitioned).contiguous() for n, p in batch}
         batch, size = [], 0
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     dist.agree(RuntimeError(f"parameters came back empty: {', '.join(empty[:5])}") if empty else None)

@@ -77,7 +77,8 @@ class Store:
     def load(self, folder: Path) -> Progress:
         """Restore engines and random state from a checkpoint folder; returns where it stood. Collective.
 
-        Raises ValueError where the checkpoint belongs to a run with other settings, naming each key and both values.
+        Raises ValueError where the checkpoint belongs to a run with other settings, naming each key and both values, or
+        has no state of an engine.
         """
         content = json.loads((folder / PROGRESS_FILE).read_text())
         theirs = content["fingerprint"]
@@ -86,11 +87,9 @@ class Store:
             lines = "; ".join(f"{k} was {a}, is {b}" for k, (a, b) in other.items())
             raise ValueError(f"resume: {folder} comes from a run with other settings: {lines}")
         for role, engine in self.engines.items():
-            loaded, _ = engine.load_checkpoint(
-                str(folder / "engines"), tag=role, load_module_strict=not self.adapters_only
-            )
-            if loaded is None:
+            if not (folder / "engines" / role).is_dir():
                 raise ValueError(f"resume: {folder} has no DeepSpeed state for the {role}")
+            engine.load_checkpoint(str(folder / "engines"), tag=role, load_module_strict=not self.adapters_only)
         _restore_random_state(load_file(folder / f"random-{dist.rank()}.safetensors"))
         return Progress(**content["progress"])
 

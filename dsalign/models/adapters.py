@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,16 +43,17 @@ def merge(model: PreTrainedModel, adapter: Path | None) -> PreTrainedModel:
 def add(model: PreTrainedModel, source: Source, lora: LoraOptions, seed: int) -> PeftModel:
     """A PEFT model whose adapter `default` is trained: new, or the source's adapter with a frozen copy of its start.
 
-    Raises ValueError where no layer has one of the target names, or the source's adapter is trained with dropout that
-    `lora` does not have.
+    A source's adapter keeps its rank, alpha and layers; its dropout is what `lora` says.
+    Raises ValueError where no layer has one of the target names.
     """
     if source.adapter is not None:
         peft_model = PeftModel.from_pretrained(model, source.adapter, adapter_name=TRAINED, is_trainable=True)
         peft_model.load_adapter(source.adapter, adapter_name=START, is_trainable=False)
         peft_model.set_adapter(TRAINED)
-        for name, module in peft_model.named_modules():
-            if ".lora_dropout." in name and isinstance(module, nn.Dropout):
-                module.p = lora.dropout
+        peft_model.peft_config[TRAINED].lora_dropout = lora.dropout
+        for layer in peft_model.modules():
+            if isinstance(layer, LoraLayer) and TRAINED in layer.lora_dropout:
+                layer.lora_dropout[TRAINED] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
         return peft_model
     config = LoraConfig(
         r=lora.rank,
@@ -88,10 +91,10 @@ def as_started(model: nn.Module) -> Iterator[None]:
 
     PEFT's own switches also flip requires_grad, which would detach the hooks of a ZeRO engine.
     """
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
-        if START in getattr(layer, "lora_A", {}):
+        if any(START in getattr(layer, parts) for parts in layer.adapter_layer_names):
             layer._active_adapter = [START]
         else:
             layer._disable_adapters = True

@@ -43,7 +43,9 @@ def cache_folder() -> Path:
 def resolve(name: str) -> Source:
     """What `name` stands for.
 
-    Raises ValueError for something that looks like a folder and is none, and for a folder without a model.
+    The base of an adapter is a hub name, an absolute path or one relative to the working directory, as in PEFT.
+    Raises ValueError for something that looks like a folder and is none, for a folder without a model, and for an
+    adapter whose base is missing or an adapter itself.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
@@ -53,8 +55,16 @@ def resolve(name: str) -> Source:
             raise ValueError(f"model: there is no folder {name}; expected a folder, a hub name or a short name")
         return Source(HUB_NAMES.get(name.lower(), name))
     if (folder / "adapter_config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return Source(resolve(base).weights, adapter=folder, value_head=folder)
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"model: {name}/adapter_config.json names no base model in base_model_name_or_path")
+        try:
+            beneath = resolve(base)
+        except ValueError as error:
+            raise ValueError(f"model: the base of the adapter {name} cannot be used: {error}") from error
+        if beneath.adapter is not None:
+            raise ValueError(f"model: the base of the adapter {name} is an adapter itself, {base}; merge that one first")
+        return Source(beneath.weights, adapter=folder, value_head=folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"model: {name} holds neither config.json nor adapter_config.json, so it is no model folder")
     return Source(str(folder), value_head=folder)

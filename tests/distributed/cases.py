@@ -64,7 +64,7 @@ def build(
     wrap: Any = None,
 ) -> Recording:
     """A trainer of one algorithm on the tiny model of `folder`."""
-    algorithm = algos.load(name)(**(ALGORITHMS[name] if settings is None else settings))
+    algorithm = algos.load(name)(**(ALGORITHMS.get(name, {}) if settings is None else settings))
     device = torch.device("cpu")
     options = load.LoadOptions(device=device, gradient_checkpointing=checkpointing)
     world = dist.world_size()

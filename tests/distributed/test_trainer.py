@@ -56,7 +56,7 @@ class Plain:
     """The same training without DeepSpeed, ranks or micro-batches: the whole global batch in one forward, plain SGD."""
 
     def __init__(self, name: str, folder: Path, tuner: str, global_batch: int, num_rows: int) -> None:
-        self.algorithm = algos.load(name)(**ALGORITHMS[name])
+        self.algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
         self.role = next(r for r, how in self.algorithm.roles.items() if how == "train")
         options = load.LoadOptions(device=torch.device("cpu"))
         lora = cases.LORA if tuner == "lora" else None
