@@ -75,7 +75,7 @@ def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[config.Pars
         return parsed, None
     devices = launcher.visible_devices(env)  # only now, as asking the driver may take seconds
     parsed = config.parse(argv, world_size=launcher.ranks(env, devices))
-    launch = launcher.plan(env, devices, parsed)
+    launch = launcher.plan(env, devices, parsed, sys.argv[0])
     if launch is None:
         return parsed, None
     if launch.note:

@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class Process:
     rank: int
     local_rank: int
     world_size: int
+    local_size: int = 1  # ranks on this machine
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def process(env: Mapping[str, str]) -> Process:
             f"environment: expected LOCAL_RANK <= RANK < WORLD_SIZE, got {shown}; start with deepspeed or torchrun, "
             f"or unset all three"
         )
-    return Process(rank, local_rank, world_size)
+    local_size = next((env[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), "1")
+    return Process(rank, local_rank, world_size, int(local_size))
 
 
 def alone(env: Mapping[str, str]) -> dict[str, str]:
@@ -102,10 +104,11 @@ def ranks(env: Mapping[str, str], devices: int) -> int:
     return max(asked, devices)
 
 
-def plan(env: Mapping[str, str], devices: int, parsed: Parsed) -> Launch | None:
+def plan(env: Mapping[str, str], devices: int, parsed: Parsed, program: str) -> Launch | None:
     """The processes to start instead of this one; None where this one is right.
 
     env: the environment; MASTER_PORT must be in it where processes are to be started. devices: visible GPUs.
+    program: what was started, as in argv[0].
     More GPUs than processes is how scripts split one model over GPUs: here each GPU becomes a rank at ZeRO-3, with
     less accumulation, so that an optimizer step sees as many rows as the script asks for.
     Raises ValueError where the accumulation does not divide, and those of `ranks`.
@@ -121,7 +124,7 @@ def plan(env: Mapping[str, str], devices: int, parsed: Parsed) -> Launch | None:
     arguments = [*parsed.command.without(overrides), *(f"--{name}={value}" for name, value in overrides.items())]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
     address = ["--master_addr", "127.0.0.1", "--master_port", env["MASTER_PORT"]]
-    return Launch((*launcher, *address, *_program(sys.argv), *arguments), tuple(arguments), count, note)
+    return Launch((*launcher, *address, *_program(program), *arguments), tuple(arguments), count, note)
 
 
 def _spread(parsed: Parsed, asked: int, count: int) -> tuple[dict[str, str], str]:
@@ -148,9 +151,9 @@ def _spread(parsed: Parsed, asked: int, count: int) -> tuple[dict[str, str], str
     return overrides, f"{count} GPUs for {asked} process(es): one rank a GPU, {stage}, {steps}"
 
 
-def _program(argv: Sequence[str]) -> tuple[str, ...]:
+def _program(program: str) -> tuple[str, ...]:
     """How torch's launcher starts this program again: the same script, or the module behind the console command."""
-    script = Path(argv[0])
+    script = Path(program)
     own = script.suffix == ".py" and script.resolve() != CLI
     return (str(script.resolve()),) if own else ("-m", "dsalign.cli")
 

@@ -50,7 +50,7 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
     Raises ValueError for input that cannot be used, with what to do.
     """
     quiet(process.rank)
-    device = dist.init(process.local_rank)
+    device = dist.init(process.local_rank, process.local_size)
     try:
         return _train(config, device, command)
     finally:

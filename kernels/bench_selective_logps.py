@@ -81,7 +81,7 @@ def errors(logits: Tensor, targets: Tensor, weights: Tensor) -> dict[str, tuple[
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    """One row for each candidate and pass."""
+    """One row for each pass and candidate."""
     draw = torch.Generator().manual_seed(0)
     dtype = getattr(torch, args.dtype)
     logits = (4 * torch.randn(args.rows, args.vocabulary, generator=draw)).to(device, dtype)
@@ -89,18 +89,20 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
     weights = torch.randn(args.rows, generator=draw).to(device)
     found = errors(logits, targets, weights)
     rows: list[dict[str, object]] = []
-    for name, candidate in CANDIDATES.items():
-        passes: dict[str, Callable[[], object]] = {
-            "forward": partial(candidate, logits, targets),
-            "forward+backward": partial(forward_backward, candidate, logits, targets, weights),
+    for which, backward in (("forward", False), ("forward+backward", True)):
+        runs: dict[str, Callable[[], object]] = {
+            name: partial(forward_backward, one, logits, targets, weights)
+            if backward
+            else partial(one, logits, targets)
+            for name, one in CANDIDATES.items()
         }
-        for which, run in passes.items():
+        with torch.set_grad_enabled(backward):
+            peaks = {name: harness.peak_extra_bytes(run, device) / 2**20 for name, run in runs.items()}
+            times = harness.times_ms(runs, device, repeats=args.repeats)
+        for name in runs:
             row: dict[str, object] = {"op": name, "pass": which, "dtype": args.dtype}
-            row |= {"rows": args.rows, "vocabulary": args.vocabulary}
+            row |= {"rows": args.rows, "vocabulary": args.vocabulary, "peak_mb": peaks[name], **times[name]}
             row |= dict(zip(("error", "grad_error"), found[name], strict=True))
-            with torch.set_grad_enabled(which != "forward"):
-                row["peak_mb"] = harness.peak_extra_bytes(run, device) / 2**20
-                row |= harness.times_ms(run, device, repeats=args.repeats)
             rows.append({**{column: row[column] for column in COLUMNS}, **harness.provenance(device)})
     return rows
 

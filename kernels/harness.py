@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import datetime
 import gc
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,28 +44,36 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).abs().max()) if found.numel() else 0.0
 
 
-def times_ms(run: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 3) -> dict[str, float]:
-    """p20, p50 and p80 of the time of `run`, milliseconds. repeats: timed runs, >= 2."""
-    for _ in range(warmup):
-        run()
-    taken = []
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        taken.append((time.perf_counter() - start) * 1e3)
-    cuts = statistics.quantiles(taken, n=100, method="inclusive")
-    return {f"p{p}_ms": cuts[p - 1] for p in PERCENTILES}
+def times_ms(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int = 3
+) -> dict[str, dict[str, float]]:
+    """Name -> p20, p50 and p80 of the time of each run, milliseconds. repeats: timed rounds, >= 2.
+
+    A round times every run once, so that whatever else the machine does falls on all of them alike.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(warmup + repeats):
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            if index >= warmup:
+                taken[name].append((time.perf_counter() - start) * 1e3)
+    cuts = {name: statistics.quantiles(times, n=100, method="inclusive") for name, times in taken.items()}
+    return {name: {f"p{p}_ms": cut[p - 1] for p in PERCENTILES} for name, cut in cuts.items()}
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most memory that `run` holds beyond what is there before it: allocated on a GPU, resident on a CPU.
 
-    On a CPU it is a sample of the process's resident set: it misses what lives shorter than half a millisecond, and
-    sees memory that the allocator keeps, so small numbers there mean nothing.
+    On a CPU it is a sample of the process's resident set, which misses what lives shorter than half a millisecond.
     """
     gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed memory, which would be used unseen
+        if trim is not None:
+            trim(0)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -23,7 +23,7 @@ def parsed(*argv: str, world_size: int = 1) -> Parsed:
 
 def planned(env: dict[str, str], devices: int, *argv: str) -> Launch | None:
     env = {"MASTER_PORT": "1234", **env}
-    return launcher.plan(env, devices, parsed(*argv, world_size=launcher.ranks(env, devices)))
+    return launcher.plan(env, devices, parsed(*argv, world_size=launcher.ranks(env, devices)), sys.argv[0])
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +137,13 @@ def test_a_process_alone_has_the_variables_of_a_launcher() -> None:
     assert env.pop("MASTER_PORT") == "77"
     assert env == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     assert launcher.process({**env, "MASTER_PORT": "77"}) == Process(rank=0, local_rank=0, world_size=1)
+
+
+def test_ranks_of_this_machine_as_either_launcher_says_them() -> None:
+    """torchrun writes LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE; they share the cores of a CPU."""
+    env = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
+    assert launcher.process({**env, "LOCAL_WORLD_SIZE": "4"}).local_size == 4
+    assert launcher.process({**env, "LOCAL_SIZE": "2"}).local_size == 2
     assert 1024 <= int(launcher.alone({})["MASTER_PORT"]) < 65536
 
 

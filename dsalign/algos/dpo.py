@@ -176,12 +176,12 @@ class DPO:
 
     beta: float = 0.1  # reward a nat, > 0
     loss_type: tuple[str, ...] = ("sigmoid",)  # one or several of the losses above
-    loss_weights: tuple[float, ...] = ()  # one a loss type; none = 1 each
+    loss_weights: tuple[float, ...] = ()  # any numbers, one a loss type; none = 1 each
     label_smoothing: float = 0.0  # probability that a label is flipped, in [0, 0.5)
     rpo_alpha: float = 1.0  # weight of the chosen completions' NLL (arXiv:2404.19733), >= 0
     ld_alpha: float = 1.0  # weight of tokens beyond the shorter length (LD-DPO, arXiv:2409.06411), in [0, 1]
     f_divergence_type: str = "reverse_kl"  # reverse_kl, forward_kl, js or alpha (arXiv:2309.16240)
-    f_alpha_divergence_coef: float = 1.0  # a of the alpha divergence; at 1 it is reverse_kl
+    f_alpha_divergence_coef: float = 1.0  # a of the alpha divergence, any number; at 1 it is reverse_kl
     discopop_tau: float = 0.05  # temperature of discopop's mixture, > 0
 
     data: ClassVar[str] = "pairs"

@@ -20,6 +20,8 @@ GATHER_BYTES = 1 << 30  # parameters gathered at a time under ZeRO-3
 def whole_state(engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
     """Name -> CPU tensor of the engine's parameters, whole, on rank 0; empty on other ranks. Collective.
 
+    Without trained_only the buffers that belong to the weights are there too.
+
     Raises RuntimeError where a gathered tensor is empty, which would write a broken file.
     """
     state: dict[str, Tensor] = {}
@@ -36,6 +38,9 @@ def whole_state(engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
             if dist.rank() == 0:
                 state |= {n: p.detach().to("cpu", copy=partitioned).contiguous() for n, p in batch}
         batch, size = [], 0
+    if dist.rank() == 0 and not trained_only:
+        kept = engine.module.state_dict().keys()  # some experts' routers keep a bias in a buffer
+        state |= {n: b.detach().to("cpu", copy=True) for n, b in engine.module.named_buffers() if n in kept}
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     dist.agree(RuntimeError(f"parameters came back empty: {', '.join(empty[:5])}") if empty else None)
     return state
@@ -53,7 +58,7 @@ def export(engine: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, base: 
     if dist.rank() == 0:
         try:
             _write(module, state, folder, tokenizer, base)
-        except OSError as caught:
+        except Exception as caught:  # whatever it is: the other ranks are waiting
             error = caught
     dist.agree(error)
 

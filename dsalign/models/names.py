@@ -58,13 +58,12 @@ def resolve(name: str) -> Source:
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"model: {name}/adapter_config.json names no base model in base_model_name_or_path")
+        if (Path(base).expanduser() / "adapter_config.json").exists():
+            raise ValueError(f"model: the base of the adapter {name} is an adapter itself, {base}; merge that one first")
         try:
-            beneath = resolve(base)
+            return Source(resolve(base).weights, adapter=folder, value_head=folder)
         except ValueError as error:
             raise ValueError(f"model: the base of the adapter {name} cannot be used: {error}") from error
-        if beneath.adapter is not None:
-            raise ValueError(f"model: the base of the adapter {name} is an adapter itself, {base}; merge that one first")
-        return Source(beneath.weights, adapter=folder, value_head=folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"model: {name} holds neither config.json nor adapter_config.json, so it is no model folder")
     return Source(str(folder), value_head=folder)

@@ -1,0 +1,89 @@
+"""From groups to tensors, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import random_groups
+
+from dsalign.algos import Prepared
+from dsalign.data.batch import chunks, cut, micro_batch, num_tokens, rows
+from dsalign.data.tokenize import Group
+
+CPU = torch.device("cpu")
+PAIR = Group(0, "a:1", prompt=(5, 6), completions=((7, 8, 2), (9,)), prompt_text="x")
+LONE = Group(1, "a:2", prompt=(4,), completions=((3, 2),), prompt_text="y")
+
+
+def test_rows_by_hand() -> None:
+    """Width 5. Row 0: 5 6 7 8 2, row 1: 5 6 9, row 2: 4 3 2. The state of token i predicts token i + 1: row 0 predicts
+    from 1, 2, 3, row 1 from 5 + 1, row 2 from 10 + 0, 1; states go one further each."""
+    found = rows([PAIR, LONE], CPU)
+    assert found.ids.tolist() == [[5, 6, 7, 8, 2], [5, 6, 9, 0, 0], [4, 3, 2, 0, 0]]
+    assert found.predict.tolist() == [1, 2, 3, 6, 10, 11]
+    assert found.targets.tolist() == [7, 8, 2, 9, 3, 2]
+    assert found.states.tolist() == [1, 2, 3, 4, 6, 7, 10, 11, 12]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_every_position_predicts_its_own_target(kind: str) -> None:
+    """ids one position on from `predict` are the targets, and the states are `predict` with the ends."""
+    groups = random_groups(kind, 5, seed=9)
+    found = rows(groups, CPU)
+    assert torch.equal(found.ids.flatten()[found.predict + 1], found.targets)
+    lengths = [len(c) for g in groups for c in g.completions]
+    parts = found.states.split([n + 1 for n in lengths])
+    assert torch.equal(torch.cat([p[:-1] for p in parts]), found.predict)
+    assert found.ids.flatten()[[int(p[-1]) for p in parts]].eq(2).all()
+
+
+def test_no_groups_are_one_row_of_one_token() -> None:
+    found = rows([], CPU)
+    assert found.ids.tolist() == [[0]]
+    assert [x.tolist() for x in (found.predict, found.targets, found.states)] == [[], [], []]
+    assert {x.dtype for x in (found.ids, found.predict, found.targets, found.states)} == {torch.int64}
+
+
+def test_micro_batch_by_hand() -> None:
+    """Three completions of 3, 1 and 2 tokens."""
+    fields = {"reference": [torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 6.0])]}
+    micro = micro_batch([PAIR, LONE], CPU, fields, {"z": 0.5})
+    assert micro.lengths.tolist() == [3, 1, 2]
+    assert micro.segment.tolist() == [0, 0, 0, 1, 2, 2]
+    assert micro.position.tolist() == [0, 1, 2, 0, 0, 1]
+    assert micro.fields["reference"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert micro.shared == {"z": 0.5}
+    assert micro.sum(micro.fields["reference"]).tolist() == [6, 4, 11]
+
+
+def test_a_micro_batch_of_nothing() -> None:
+    """Fields are there and empty; sums are of no completions."""
+    micro = micro_batch([], CPU, {"reference": []})
+    assert [x.shape for x in (micro.lengths, micro.segment, micro.position)] == [(0,)] * 3
+    assert micro.fields["reference"].shape == (0,)
+    assert micro.sum(torch.empty(0)).shape == (0,)
+
+
+def test_cut_takes_groups_and_their_fields() -> None:
+    """Positions 1 and 0 of two groups; an empty cut still has the field."""
+    prepared = Prepared([PAIR, LONE], {"score": [torch.tensor([1.0]), torch.tensor([2.0])]}, {"z": 1.0})
+    micro = cut(prepared, [1, 0], CPU)
+    assert list(micro.groups) == [LONE, PAIR]
+    assert micro.fields["score"].tolist() == [2.0, 1.0]
+    assert micro.lengths.tolist() == [2, 3, 1]
+    assert cut(prepared, [], CPU).fields["score"].shape == (0,)
+    assert cut(prepared, [], CPU).shared == {"z": 1.0}
+
+
+def test_chunks_by_hand() -> None:
+    """Five positions in twos: 2, 2, 1; then empty ones up to the count."""
+    assert [list(c) for c in chunks([4, 3, 2, 1, 0], 2, 3)] == [[4, 3], [2, 1], [0]]
+    assert [list(c) for c in chunks(range(1), 2, 3)] == [[0], [], []]
+    assert [list(c) for c in chunks([], 2, 2)] == [[], []]
+    assert chunks([], 2, 0) == []
+
+
+def test_num_tokens_counts_each_prompt_once() -> None:
+    """2 + 3 + 1, and 1 + 2."""
+    assert num_tokens([PAIR, LONE]) == 9
+    assert num_tokens([]) == 0

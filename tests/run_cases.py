@@ -1,0 +1,320 @@
+"""What the ranks run for checkpoints, engines and evaluation: short trainings of a tiny model, and bare engines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import random_groups, tiny_tokenizer
+
+from dsalign import algos, dist, engines
+from dsalign.checkpoint import portable
+from dsalign.checkpoint.store import Store
+from dsalign.context import Models, RunContext
+from dsalign.data.loader import Loader
+from dsalign.data.tokenize import Group
+from dsalign.evaluate import evaluate
+from dsalign.metrics import Sums
+from dsalign.models import load
+from dsalign.models.adapters import LoraOptions
+from dsalign.models.names import resolve
+from dsalign.trainer import Plan, Progress, Trainer
+
+CPU = torch.device("cpu")
+SETTINGS = {"rm": {"center_rewards_coefficient": 0.1}}  # else the bias of the value head has no gradient
+STEPS = 4  # of 4 rows; 8 rows, so an epoch ends in the middle
+
+
+@dataclass(frozen=True)
+class Run:
+    """A short training: what the cases differ in."""
+
+    algo: str
+    folder: Path
+    stage: int = 0
+    tuner: str = "full"
+    dtype: torch.dtype = torch.float32
+    dropout: float = 0.0  # of LoRA
+
+
+class Stop(Exception):
+    """Ends a training in the middle."""
+
+
+def engine_options(stage: int, **changes: Any) -> engines.EngineOptions:
+    """AdamW in float32 without clipping, everything sharded that the stage shards."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+    settings = {
+        "ds_config": {"zero_optimization": zero},
+        "dtype": torch.float32,
+        "batch_size": 2,
+        "world_size": dist.world_size(),
+        "max_grad_norm": 0.0,
+        "optimizer": "adamw",
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.95),
+        "epsilon": 1e-8,
+    }
+    return engines.EngineOptions(**{**settings, **changes})
+
+
+def build(run: Run) -> Trainer:
+    """A trainer with a cosine schedule over `STEPS` steps."""
+    algorithm = algos.load(run.algo)(**SETTINGS.get(run.algo, {}))
+    options = load.LoadOptions(device=CPU, dtype=str(run.dtype).removeprefix("torch."))
+    lora = LoraOptions(rank=4, alpha=8, dropout=run.dropout, targets=("ALL",)) if run.tuner == "lora" else None
+    source, found = resolve(str(run.folder)), dict[str, Any]()
+    for role, how in algorithm.roles.items():
+        if how == "train":
+            module = load.load_trained(role, source, options, lora)
+            found[role] = engines.trained(module, engine_options(run.stage, dtype=run.dtype))
+        elif lora is None:
+            found[role] = engines.frozen(load.load_frozen(role, source, options), engine_options(run.stage))
+    models = Models(found, CPU, 2)
+    loader = Loader(
+        random_groups(algorithm.data, 8), global_batch=4, seed=1, rank=dist.rank(), world_size=dist.world_size()
+    )
+    rates = dict.fromkeys(algorithm.roles, 1e-2)
+    plan = Plan(STEPS, 2, dist.world_size(), 1, rates, "cosine", 0.25, 0.0)
+    progress = Progress(state={"seen": 3})
+    ctx = RunContext(models, seed=1, max_length=64, state=progress.state)
+    return Trainer(algorithm, models, ctx, loader, plan, progress)
+
+
+def train(run: Run, steps: int = 2) -> Trainer:
+    """The trainer after so many steps."""
+    trainer = build(run)
+    fit(trainer, lambda metrics: None, steps)
+    return trainer
+
+
+def fit(trainer: Trainer, after_step: Callable[[dict[str, float]], None], steps: int) -> None:
+    """Train until `steps` steps are done, with the schedule of the whole plan."""
+
+    def watched(metrics: dict[str, float]) -> None:
+        after_step(metrics)
+        if trainer.progress.step == steps:
+            raise Stop
+
+    try:
+        trainer.fit(watched)
+    except Stop:
+        return
+
+
+def role_of(trainer: Trainer) -> str:
+    return trainer.trained[0]
+
+
+def weights(trainer: Trainer) -> dict[str, Any]:
+    """Name -> whole trained weight as a numpy array."""
+    state = portable.whole_state(trainer.models.engines[role_of(trainer)], trained_only=True)
+    return {name: tensor.numpy().copy() for name, tensor in state.items()}
+
+
+def tokenizer() -> Any:
+    """The tiny tokenizer with a chat template."""
+    found = tiny_tokenizer()
+    found.chat_template = "{{ messages[0]['content'] }}"
+    return found
+
+
+def exported(run: Run, out: Path, groups: Sequence[Group]) -> list[Any]:
+    """Two steps, an export to `out`, and what the engine itself says about `groups`, one array a group."""
+    trainer = train(run)
+    portable.export(trainer.models.engines[role_of(trainer)], out, tokenizer(), str(run.folder))
+    return [x.numpy() for x in trainer.models.each_group(role_of(trainer), groups)]
+
+
+def export_into_a_file(run: Run, file: Path) -> list[str]:
+    """The message of each rank when the folder to write is a file."""
+    trainer = build(run)
+    try:
+        portable.export(trainer.models.engines[role_of(trainer)], file, tokenizer(), str(run.folder))
+        message = ""
+    except Exception as error:
+        message = str(error)
+    return _of_all_ranks(message)
+
+
+def _of_all_ranks(thing: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.world_size()
+    torch.distributed.all_gather_object(found, thing)
+    return found
+
+
+def store_of(trainer: Trainer, run: Run, output_dir: Path) -> Store:
+    """The store of a trainer's engine."""
+    role = role_of(trainer)
+    return Store(
+        output_dir,
+        {role: trainer.models.engines[role]},
+        tokenizer(),
+        str(run.folder),
+        {"seed": 1},
+        keep=2,
+        adapters_only=run.tuner == "lora",
+    )
+
+
+def saved_and_resumed(run: Run, output_dir: Path) -> list[tuple[list[float], dict[str, Any], dict[str, Any]]]:
+    """(losses of steps 3 and 4, weights, progress) of a run of four steps that saved after two, and of one resumed."""
+    torch.manual_seed(11 + dist.rank())
+    results = []
+    for resume in (False, True):
+        trainer = build(run)
+        store = store_of(trainer, run, output_dir)
+        if resume:
+            torch.manual_seed(99)
+            random.seed(99)
+            trainer.progress = store.load(output_dir / "checkpoint-2")
+            trainer.ctx.state = trainer.progress.state
+        losses: list[float] = []
+
+        def after_step(metrics: dict[str, float], trainer: Any = trainer, losses: Any = losses, store: Any = store) -> None:
+            if trainer.progress.step > 2:
+                losses.append(metrics["loss"])
+            elif trainer.progress.step == 2:
+                store.save(trainer.progress)
+
+        trainer.fit(after_step)
+        results.append((losses, weights(trainer), trainer.progress.as_dict()))
+    return results
+
+
+def never_saved(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(weights, progress) after the four steps of `saved_and_resumed` without a checkpoint."""
+    torch.manual_seed(11 + dist.rank())
+    trainer = train(run, STEPS)
+    return weights(trainer), trainer.progress.as_dict()
+
+
+def rotation(output_dir: Path, keep: int, best: int | None) -> list[str]:
+    """The names in the output folder after checkpoints at steps 2, 9, 10 and 11; nothing trained."""
+    store = Store(output_dir, {}, tiny_tokenizer(), "", {}, keep=keep, adapters_only=False)
+    for step in (2, 9, 10, 11):
+        store.save(Progress(step=step, best_step=best))
+    return sorted(p.name for p in output_dir.iterdir())
+
+
+def save_over(output_dir: Path) -> tuple[list[str], float]:
+    """(names in checkpoint-1, its best_loss) after a killed save's leftovers, and after the same step saved twice."""
+    store = Store(output_dir, {}, tiny_tokenizer(), "", {}, keep=2, adapters_only=False)
+    if dist.rank() == 0:
+        (output_dir / ".staging-1").mkdir(parents=True)
+        (output_dir / ".staging-1" / "left").touch()
+    dist.barrier()
+    store.save(Progress(step=1, best_loss=1.0))
+    folder = store.save(Progress(step=1, best_loss=0.5))
+    return sorted(p.name for p in folder.iterdir()), store.load(folder).best_loss or 0.0
+
+
+def random_after_load(output_dir: Path) -> list[tuple[bool, bool]]:
+    """Of each rank: whether torch and Python draw again what they drew after the save."""
+    store = Store(output_dir, {}, tiny_tokenizer(), "", {}, keep=2, adapters_only=False)
+    torch.manual_seed(dist.rank())
+    random.seed(dist.rank())
+    random.gauss(0, 1)
+    folder = store.save(Progress(step=1))
+    drawn = torch.rand(3), random.gauss(0, 1)
+    store.load(folder)
+    return _of_all_ranks((torch.equal(torch.rand(3), drawn[0]), random.gauss(0, 1) == drawn[1]))
+
+
+def evaluated(run: Run, out: Path, groups: Sequence[Group]) -> dict[str, Any]:
+    """Two steps, an export to `out`, then eval/loss over `groups` in global batches of 4, and what it left behind."""
+    trainer = train(run)
+    engine = trainer.models.engines[role_of(trainer)]
+    portable.export(engine, out, tokenizer(), str(run.folder))
+    held_out = Loader(groups, global_batch=4, seed=1, rank=dist.rank(), world_size=dist.world_size(), shuffle=False)
+    before = weights(trainer)
+    state = trainer.ctx.state
+    modes = []
+    metrics = {}
+    for training in (True, False):
+        engine.module.train(training)
+        metrics = evaluate(trainer.algorithm, trainer.models, trainer.ctx, held_out)
+        modes.append(all(m.training is training for m in engine.module.modules()))
+    after = weights(trainer)
+    return {
+        "metrics": metrics,
+        "modes": modes,
+        "state": trainer.ctx.state is state and state == {"seen": 3},
+        "weights": all((before[n] == after[n]).all() for n in before),
+        "gradients": any(p.grad is not None and bool(p.grad.any()) for p in engine.module.parameters()),
+    }
+
+
+class Line(torch.nn.Module):
+    """w . x + b over two inputs: with x = (3, 0) and (0, 4) on two ranks the mean gradient is (1.5, 2) and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.tensor([[1.0, -1.0]]))
+            self.linear.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def one_sgd_step(stage: int, max_grad_norm: float, poison: bool = False) -> tuple[float, list[float]]:
+    """(norm, [w, w, b]) after a step of rate 1 of `Line`; poison: rank 1's input is NaN."""
+    options = engine_options(stage, optimizer="sgd", learning_rate=1.0, weight_decay=0.0, max_grad_norm=max_grad_norm)
+    engine = engines.trained(Line(), options)
+    x = torch.tensor([[3.0, 0.0]] if dist.rank() == 0 else [[0.0, float("nan") if poison else 4.0]])
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(engine(x).sum(), scale_wrt_gas=False)
+    norm = engines.step(engine, max_grad_norm)
+    state = portable.whole_state(engine, trained_only=True)
+    return norm, [float(v) for t in state.values() for v in t.flatten()]
+
+
+def optimizer_groups(optimizer: str) -> tuple[str, list[tuple[float, list[int]]]]:
+    """(class, [(weight decay, dimensions of its parameters)]) of the optimizer of `Line`, and its rate set to 0.5."""
+    engine = engines.trained(Line(), engine_options(0, optimizer=optimizer))
+    engines.set_learning_rate(engine, 0.5)
+    assert {g["lr"] for g in engine.optimizer.param_groups} == {0.5}
+    groups = [(g["weight_decay"], sorted(p.dim() for p in g["params"])) for g in engine.optimizer.param_groups]
+    return type(engine.optimizer).__name__, groups
+
+
+def bf16_step(run: Run) -> tuple[float, float, bool, list[str]]:
+    """(loss, gradient norm, whether every weight is finite and some moved, dtypes of the buffers) of one step."""
+    trainer = build(run)
+    before = weights_float(trainer)
+    found: list[dict[str, float]] = []
+    fit(trainer, found.append, 1)
+    after = weights_float(trainer)
+    moved = any(not torch.equal(before[n], after[n]) for n in before) if dist.rank() == 0 else True
+    buffers = trainer.models.engines[role_of(trainer)].module.buffers()
+    finite = all(bool(t.isfinite().all()) for t in after.values())
+    return found[0]["loss"], found[0]["grad_norm"], moved and finite, sorted({str(b.dtype) for b in buffers})
+
+
+def weights_float(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Name -> whole trained weight, float32."""
+    state = portable.whole_state(trainer.models.engines[role_of(trainer)], trained_only=True)
+    return {name: tensor.float().clone() for name, tensor in state.items()}
+
+
+def sums_over_ranks() -> dict[str, float]:
+    """Means of sums and counts that differ by rank."""
+    sums, rank = Sums(), dist.rank()
+    sums.add({"mixed": (torch.tensor(1.0 + rank), 2), "never": (0.0, 0), "here": (5.0, 1) if rank else (0.0, 0)})
+    sums.add({"mixed": (3.0, torch.tensor(1))})
+    return sums.reduced(CPU)
+
+
+def reduced_twice() -> list[float]:
+    """2**24 + 1 in float32 would be 2**24."""
+    sums = Sums()
+    for _ in range(2):
+        sums.add({"large": (torch.tensor(2.0**24) if dist.rank() else torch.tensor(1.0), 0.5)})
+    return list(sums.reduced(CPU).values())
