@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsalign import dist, engines
-from dsalign.algos import MicroBatch, Output, Prepared
+from dsalign.algos import Batch, MicroBatch, Output, Prepared
 from dsalign.context import Models, RunContext
 from dsalign.data.batch import chunks, cut, num_tokens
 from dsalign.data.loader import Loader
@@ -77,37 +77,40 @@ class Trainer:
             prepared = self.algorithm.prepare(self.ctx.at(index), batch)
             tokens = dist.total([num_tokens(prepared.groups)], self.models.device)[0]
             self.progress.num_tokens += int(tokens)
-            schedule = self._mini_batches(len(prepared.groups), len(batch.groups))
             self.progress.batches += 1
-            for positions, width in schedule:
-                metrics = self.optimizer_step(prepared, positions, width)
+            for positions in self._mini_batches(batch, index):
+                metrics = self.optimizer_step(prepared, positions)
                 self.progress.step += 1
                 after_step({**metrics, "num_tokens": self.progress.num_tokens})
                 if self.algorithm.stop(metrics):
                     break
 
-    def _mini_batches(self, local: int, total: int) -> list[tuple[Sequence[int], int]]:
-        """(this rank's positions, the largest number on any rank) of each optimizer step over one prepared batch."""
-        algorithm, world = self.algorithm, self.plan.world_size
-        steps: list[tuple[Sequence[int], int]] = []
+    def _mini_batches(self, batch: Batch, index: int) -> list[Sequence[int]]:
+        """This rank's positions in each optimizer step over a prepared batch: a permutation of the whole batch by
+        (seed, batch, pass), so that a step holds the same groups on any number of ranks; no step without a group."""
+        algorithm = self.algorithm
+        if algorithm.epochs * algorithm.mini_batches == 1:
+            return [range(len(batch.mine))]
+        local = {position: i for i, position in enumerate(batch.mine)}
+        steps: list[Sequence[int]] = []
         for epoch in range(algorithm.epochs):
-            order = list(range(local))
-            if algorithm.epochs * algorithm.mini_batches > 1:
-                random.Random(f"dsalign passes {self.plan.seed} {self.progress.step} {epoch}").shuffle(order)
-            for part in range(algorithm.mini_batches):
-                steps.append((order[part :: algorithm.mini_batches], -(-total // (world * algorithm.mini_batches))))
+            order = list(range(len(batch.groups)))
+            random.Random(f"dsalign passes {self.plan.seed} {index} {epoch}").shuffle(order)
+            for part in range(min(algorithm.mini_batches, len(order))):
+                steps.append([local[i] for i in order[part :: algorithm.mini_batches] if i in local])
         return steps
 
-    def optimizer_step(self, prepared: Prepared, positions: Sequence[int], width: int) -> dict[str, float]:
+    def optimizer_step(self, prepared: Prepared, positions: Sequence[int]) -> dict[str, float]:
         """One step of every trained role over this rank's prepared groups at `positions`. Returns global means.
 
-        Every rank runs ceil(width / batch_size) micro-batches, empty ones where it has fewer groups.
+        Every rank runs as many micro-batches as the one with the most groups, empty ones where it has fewer.
         Raises NonFiniteError before the step where a loss is not finite, after it where the gradient was not.
         """
         device, world = self.models.device, self.plan.world_size
         units = self.algorithm.units([prepared.groups[i] for i in positions])
         counts = dict(zip(units, dist.total([float(n) for n in units.values()], device), strict=True))
-        parts = chunks(positions, self.plan.batch_size, -(-width // self.plan.batch_size))
+        count = dist.largest(-(-len(positions) // self.plan.batch_size), device)
+        parts = chunks(positions, self.plan.batch_size, count)
         sums, total_loss, result = Sums(), 0.0, dict[str, float]()
         sums.add(prepared.metrics)
         for role in self.trained:
@@ -140,17 +143,12 @@ class Trainer:
         """The sum over micro-batches and ranks of the losses times world_size."""
         values = torch.stack(list(losses)).double().tolist()
         total = dist.total([sum(values)], self.models.device)[0]
-        if math.isfinite(total):
+        if isfinite(total):
             return total
-        bad = [
-            prepared.groups[i].where
-            for part, v in zip(parts, values, strict=True)
-            if not math.isfinite(v)
-            for i in part
-        ]
-        rows = f"rows {', '.join(bad)}" if bad else "rows of another rank"
-        dist.agree(NonFiniteError(f"step {self.progress.step + 1}: the loss is {total} ({rows}); nothing was stepped"))
-        raise AssertionError("unreachable: agree raises")
+        text = f"step {self.progress.step + 1}: the loss is {total}, nothing was stepped"
+        bad = [prepared.groups[i].where for part, v in zip(parts, values, strict=True) for i in part if not isfinite(v)]
+        dist.agree(NonFiniteError(f"{text}; it comes from {', '.join(bad)}") if bad else None)
+        raise NonFiniteError(text)  # finite losses that overflow when added
 
     def _step(self, role: str, result: dict[str, float]) -> None:
         engine, plan = self.models.engines[role], self.plan
@@ -158,7 +156,7 @@ class Trainer:
         rate = plan.learning_rates[role] * factor
         engines.set_learning_rate(engine, rate)
         norm = engines.step(engine, plan.max_grad_norm)
-        if not plan.fp16 and not (math.isfinite(norm) and norm >= 0):
+        if not plan.fp16 and not (isfinite(norm) and norm >= 0):
             raise NonFiniteError(
                 f"step {self.progress.step + 1}: the gradient norm of the {role} is {norm}; the weights in memory are "
                 "not to be trusted, go on from the last checkpoint with --resume and a lower --learning_rate"

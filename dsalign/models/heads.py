@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,14 +89,17 @@ class ValueModel(nn.Module):
     def load_head(self, folder: Path | None) -> bool:
         """Read the value head of a folder, if it has one: ours, or a foreign value_head.bin with tensors only.
 
-        Raises ValueError where the file does not fit the model.
+        Raises ValueError where the file does not fit the model, or is a pickle of more than tensors.
         """
         if folder is None:
             return False
         if (folder / VALUE_HEAD_FILE).exists():
             state: dict[str, Any] = load_file(folder / VALUE_HEAD_FILE)
         elif (folder / "value_head.bin").exists():
-            state = torch.load(folder / "value_head.bin", weights_only=True, map_location="cpu")
+            try:
+                state = torch.load(folder / "value_head.bin", weights_only=True, map_location="cpu")
+            except pickle.UnpicklingError as error:
+                raise ValueError(f"{folder}/value_head.bin holds more than tensors and is not opened") from error
         else:
             return False
         want = tuple(self.v_head.summary.weight.shape)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed.utils import safe_get_full_grad
 from support import ALGORITHMS, learnable_groups, random_groups
 
 from dsalign import algos, dist, engines
+from dsalign.algos import Batch, Loss, MicroBatch, Output, Prepared
 from dsalign.checkpoint.portable import whole_state
 from dsalign.context import Models, RunContext
 from dsalign.data.loader import Loader
@@ -31,6 +34,38 @@ STAGES: dict[str, dict[str, Any]] = {
     },
 }
 LORA = LoraOptions(rank=4, alpha=8, dropout=0.0, targets=("ALL",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorCritic:
+    """Two trained roles, several passes and mini-batches over what was prepared: the shape of PPO, made small."""
+
+    data: ClassVar[str] = "demonstrations"
+    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "value": "train"}
+    needs: ClassVar[frozenset[str]] = frozenset()
+    epochs: ClassVar[int] = 2
+    mini_batches: ClassVar[int] = 3
+    min_groups: ClassVar[int] = 1
+
+    def prepare(self, ctx: Any, batch: Batch) -> Prepared:
+        """The values before the first pass, one a token."""
+        values = ctx.values("value", batch.local)
+        return Prepared(batch.local, {"values": [v[:-1] for v in values], "old": ctx.logps("policy", batch.local)})
+
+    def units(self, groups: Any) -> Mapping[str, int]:
+        return {"tokens": sum(len(g.completions[0]) for g in groups)}
+
+    def policy_loss(self, out: Output, batch: MicroBatch) -> Loss:
+        """-ratio x value: a policy gradient with the first values as advantages."""
+        return Loss({"tokens": -(torch.exp(out.logps - batch.fields["old"]) * batch.fields["values"]).sum()}, {})
+
+    def value_loss(self, out: Output, batch: MicroBatch) -> Loss:
+        """Values of tokens towards 1."""
+        values = out.values[torch.arange(len(batch.segment)) + batch.segment]
+        return Loss({"tokens": 0.5 * ((values - 1) ** 2).sum()}, {"value": (values.detach().sum(), len(values))})
+
+    def stop(self, metrics: Any) -> bool:
+        return False
 
 
 class Recording(Trainer):
@@ -64,7 +99,8 @@ def build(
     wrap: Any = None,
 ) -> Recording:
     """A trainer of one algorithm on the tiny model of `folder`."""
-    algorithm = algos.load(name)(**(ALGORITHMS.get(name, {}) if settings is None else settings))
+    found_class = ActorCritic if name == "actor_critic" else algos.load(name)
+    algorithm = found_class(**(ALGORITHMS.get(name, {}) if settings is None else settings))
     device = torch.device("cpu")
     options = load.LoadOptions(device=device, gradient_checkpointing=checkpointing)
     world = dist.world_size()
@@ -205,3 +241,17 @@ def nan_margin(folder: Path) -> tuple[str, bool]:
     torch.distributed.all_gather_object(messages, message)
     after = whole_state(engine, trained_only=True)
     return " / ".join(messages), all(torch.equal(before[n], after[n]) for n in before)
+
+
+def actor_critic(folder: Path, stage: str, batch_size: int) -> Any:
+    """({role: {name: weight}}, losses, order of roles' learning rates) after two batches of 7 and 4 groups."""
+    trainer = build(
+        "actor_critic", folder, stage=stage, batch_size=batch_size, global_batch=7, rows=11, learning_rate=1e-3
+    )
+    seen: list[dict[str, float]] = []
+    trainer.fit(seen.append)
+    weights = {
+        role: {n: t.numpy() for n, t in whole_state(engine, trained_only=True).items()}
+        for role, engine in trainer.models.engines.items()
+    }
+    return weights, [m["loss"] for m in seen], sorted(seen[0]), trainer.progress.as_dict()

@@ -197,3 +197,16 @@ def test_a_nan_is_not_stepped_and_names_the_row(tiny: Path, two_ranks: RankPool)
     assert "step 1: the loss is nan" in message
     assert "rows.jsonl:3" in message
     assert unchanged
+
+
+def test_two_trained_roles_several_passes_and_mini_batches(tiny: Path, one_rank: RankPool, two_ranks: RankPool) -> None:
+    """7 and 4 groups, 2 passes of 3 mini-batches each: 12 optimizer steps that hold the same groups on one rank and on
+    two, at ZeRO 0 and 3, so that policy and critic end with the same weights."""
+    want, want_losses, names, progress = one_rank.run(cases.actor_critic, tiny, "0", 2)
+    assert len(want_losses) == progress["step"] == 12 and progress["batches"] == 2
+    assert names == ["grad_norm", "loss", "lr", "num_tokens", "value", "value/grad_norm", "value/lr"]
+    for stage in ("0", "3"):
+        weights, losses, *_ = two_ranks.run(cases.actor_critic, tiny, stage, 1)
+        assert losses == pytest.approx(want_losses, abs=1e-5)
+        for role in ("policy", "value"):
+            assert all(np.abs(weights[role][n] - w).max() < 1e-5 for n, w in want[role].items()), (stage, role)
