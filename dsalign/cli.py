@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ != "ElsewhereError":  # another rank says it; its class is behind the import of torch
             _say(f"error: {_rank()}{error}", *_place(error))
         return 2
+    except BrokenPipeError:  # `--print_config | head` has seen enough; without this Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 

@@ -54,10 +54,12 @@ def shutdown() -> None:
 
 
 def rank() -> int:
+    """This rank, counted from 0."""
     return td.get_rank()
 
 
 def world_size() -> int:
+    """The number of ranks."""
     return td.get_world_size()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
+logger = logging.getLogger(__name__)
 OURS = {
     "train_batch_size": "--batch_size, --gradient_accumulation_steps and the number of ranks",
     "train_micro_batch_size_per_gpu": "--batch_size",
@@ -74,13 +76,17 @@ def _all_auto(value: Any) -> bool:
 def complete(options: EngineOptions, *, train: bool) -> dict[str, Any]:
     """The configuration that an engine gets. Accumulation stays 1: the trainer sets the boundary itself.
 
-    Frozen engines exist at stages 0 and 3 only; at 1 and 2 there is nothing of theirs to partition.
+    Frozen engines exist at stages 0 and 3 only; at 1 and 2 there is nothing of theirs to partition. In half precision a
+    trained engine of stage 0 is one of stage 1: at 0 DeepSpeed has no float32 accumulation, and sums would depend on
+    the cut into micro-batches.
     """
     settings = {key: value for key, value in options.ds_config.items() if key not in OURS}
     zero = dict(settings.get("zero_optimization", {"stage": 0}))
     if not train:
         zero.pop("offload_optimizer", None)
         zero = zero if zero.get("stage") == 3 else {"stage": 0}
+    elif zero.get("stage", 0) == 0 and options.dtype is not torch.float32:
+        zero["stage"] = 1
     if get_accelerator().device_name() == "cpu":
         for part in ("offload_optimizer", "offload_param"):
             if part in zero:
@@ -106,6 +112,10 @@ def complete(options: EngineOptions, *, train: bool) -> dict[str, Any]:
 def trained(module: nn.Module, options: EngineOptions) -> Any:
     """A DeepSpeed engine that trains the parameters of `module` that require a gradient. Collective."""
     settings = complete(options, train=True)
+    if stage(settings) != stage(options.ds_config):
+        logger.warning(
+            "deepspeed: stage 1 instead of 0, which cannot add gradients up in float32 for %s", options.dtype
+        )
     engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, options, settings), config=settings)
     return engine
 

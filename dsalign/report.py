@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -45,8 +46,12 @@ class Report:
 
     def say(self, text: str) -> None:
         """One line on rank 0."""
-        if self._rank == 0:
+        if self._rank != 0:
+            return
+        try:
             print(text, flush=True)
+        except BrokenPipeError:  # whoever read the console is gone; metrics.jsonl has it all
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def start(self, step: int, num_tokens: float) -> None:
         """Rates and the time to go count from here."""

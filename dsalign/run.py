@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dsalign import dist, ds_files, engines
-from dsalign.checkpoint.store import Store, find
+from dsalign.checkpoint.store import Store, find, move_aside
 from dsalign.config import RunConfig
 from dsalign.context import Models, RunContext
 from dsalign.curves import write_report
@@ -58,7 +58,7 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
 
 
 def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, float]:
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
     sources = _sources(config)
     options = _load_options(config, device)
     main_source = sources[next(iter(config.algorithm.roles))]
@@ -84,12 +84,20 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     if config.resume:
         progress = store.load(find(config.resume, output_dir))
         ctx.state = progress.state
-    elif dist.rank() == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        config.to_yaml(output_dir / "config.yaml")
-        (output_dir / "command.txt").write_text(command + "\n")
+    else:
+        dist.together(lambda: _begin(config, output_dir, command) if dist.rank() == 0 else None)
     trainer = Trainer(config.algorithm, models, ctx, loader, plan, progress)
     return _fit(config, trainer, store, data, output_dir)
+
+
+def _begin(config: RunConfig, output_dir: Path, command: str) -> None:
+    """The output folder of a new run; an earlier run found there is moved aside, never written over."""
+    moved = move_aside(output_dir, [config.model, config.ref_model, *config.dataset, *config.val_dataset])
+    if moved:
+        logger.warning("%s holds an earlier run: moved to %s", output_dir, moved)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config.to_yaml(output_dir / "config.yaml")
+    (output_dir / "command.txt").write_text(command + "\n")
 
 
 def _fit(config: RunConfig, trainer: Trainer, store: Store, data: Data, output_dir: Path) -> dict[str, float]:

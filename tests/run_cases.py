@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from support import random_groups, tiny_tokenizer
 
@@ -74,7 +75,9 @@ def build(run: Run) -> Trainer:
             module = load.load_trained(role, source, options, lora)
             found[role] = engines.trained(module, engine_options(run.stage, dtype=run.dtype))
         elif lora is None:
-            found[role] = engines.frozen(load.load_frozen(role, source, options), engine_options(run.stage))
+            found[role] = engines.frozen(
+                load.load_frozen(role, source, options), engine_options(run.stage, dtype=run.dtype)
+            )
     models = Models(found, CPU, 2)
     loader = Loader(
         random_groups(algorithm.data, 8), global_batch=4, seed=1, rank=dist.rank(), world_size=dist.world_size()
@@ -112,9 +115,9 @@ def role_of(trainer: Trainer) -> str:
 
 
 def weights(trainer: Trainer) -> dict[str, Any]:
-    """Name -> whole trained weight as a numpy array."""
+    """Name -> whole trained weight, a float32 numpy array of its own, on rank 0."""
     state = portable.whole_state(trainer.models.engines[role_of(trainer)], trained_only=True)
-    return {name: tensor.numpy().copy() for name, tensor in state.items()}
+    return {name: tensor.float().numpy().copy() for name, tensor in state.items()}
 
 
 def tokenizer() -> Any:
@@ -176,7 +179,9 @@ def saved_and_resumed(run: Run, output_dir: Path) -> list[tuple[list[float], dic
             trainer.ctx.state = trainer.progress.state
         losses: list[float] = []
 
-        def after_step(metrics: dict[str, float], trainer: Any = trainer, losses: Any = losses, store: Any = store) -> None:
+        def after_step(
+            metrics: dict[str, float], trainer: Any = trainer, losses: Any = losses, store: Any = store
+        ) -> None:
             if trainer.progress.step > 2:
                 losses.append(metrics["loss"])
             elif trainer.progress.step == 2:
@@ -264,13 +269,15 @@ class Line(torch.nn.Module):
         return self.linear(x)
 
 
-def one_sgd_step(stage: int, max_grad_norm: float, poison: bool = False) -> tuple[float, list[float]]:
+def one_sgd_step(
+    stage: int, max_grad_norm: float, dtype: torch.dtype = torch.float32, poison: bool = False
+) -> tuple[float, list[float]]:
     """(norm, [w, w, b]) after a step of rate 1 of `Line`; poison: rank 1's input is NaN."""
-    options = engine_options(stage, optimizer="sgd", learning_rate=1.0, weight_decay=0.0, max_grad_norm=max_grad_norm)
-    engine = engines.trained(Line(), options)
+    changes = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": max_grad_norm}
+    engine = engines.trained(Line(), engine_options(stage, dtype=dtype, **changes))
     x = torch.tensor([[3.0, 0.0]] if dist.rank() == 0 else [[0.0, float("nan") if poison else 4.0]])
     engine.set_gradient_accumulation_boundary(True)
-    engine.backward(engine(x).sum(), scale_wrt_gas=False)
+    engine.backward(engine(x.to(dtype)).float().sum(), scale_wrt_gas=False)
     norm = engines.step(engine, max_grad_norm)
     state = portable.whole_state(engine, trained_only=True)
     return norm, [float(v) for t in state.values() for v in t.flatten()]
@@ -285,23 +292,17 @@ def optimizer_groups(optimizer: str) -> tuple[str, list[tuple[float, list[int]]]
     return type(engine.optimizer).__name__, groups
 
 
-def bf16_step(run: Run) -> tuple[float, float, bool, list[str]]:
+def one_step(run: Run) -> tuple[float, float, bool, list[str]]:
     """(loss, gradient norm, whether every weight is finite and some moved, dtypes of the buffers) of one step."""
     trainer = build(run)
-    before = weights_float(trainer)
+    before = weights(trainer)
     found: list[dict[str, float]] = []
     fit(trainer, found.append, 1)
-    after = weights_float(trainer)
-    moved = any(not torch.equal(before[n], after[n]) for n in before) if dist.rank() == 0 else True
+    after = weights(trainer)
+    moved = any((before[n] != after[n]).any() for n in before)
     buffers = trainer.models.engines[role_of(trainer)].module.buffers()
-    finite = all(bool(t.isfinite().all()) for t in after.values())
+    finite = all(np.isfinite(x).all() for x in after.values())
     return found[0]["loss"], found[0]["grad_norm"], moved and finite, sorted({str(b.dtype) for b in buffers})
-
-
-def weights_float(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Name -> whole trained weight, float32."""
-    state = portable.whole_state(trainer.models.engines[role_of(trainer)], trained_only=True)
-    return {name: tensor.float().clone() for name, tensor in state.items()}
 
 
 def sums_over_ranks() -> dict[str, float]:
@@ -312,9 +313,9 @@ def sums_over_ranks() -> dict[str, float]:
     return sums.reduced(CPU)
 
 
-def reduced_twice() -> list[float]:
-    """2**24 + 1 in float32 would be 2**24."""
+def large_and_small() -> dict[str, float]:
+    """The mean of 2**24 + 1, added up in two float32 tensors on each rank."""
     sums = Sums()
-    for _ in range(2):
-        sums.add({"large": (torch.tensor(2.0**24) if dist.rank() else torch.tensor(1.0), 0.5)})
-    return list(sums.reduced(CPU).values())
+    for number, count in ((2.0**24, 1), (1.0, 0)):
+        sums.add({"large": (torch.tensor(number), count)})
+    return sums.reduced(CPU)

@@ -208,3 +208,13 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     replace_train(monkeypatch, interrupt)
     assert cli.main(BASE) == 130
+
+
+def test_print_config_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    """`--print_config | head -1`: the reader leaves after a line; no traceback."""
+    command = [sys.executable, str(TRAIN), *BASE, "--print_config"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

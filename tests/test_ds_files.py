@@ -34,7 +34,9 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"^deepspeed: expected one of zero0, .*zero3_offload or a JSON file, got 'zer2'$"):
+    with pytest.raises(
+        ValueError, match=r"^deepspeed: expected one of zero0, .*zero3_offload or a JSON file, got 'zer2'$"
+    ):
         ds_files.find("zer2")
 
 

@@ -15,8 +15,8 @@ def test_sums_are_divided_once_over_all_ranks(two_ranks: RankPool) -> None:
 
 
 def test_sums_are_float64(two_ranks: RankPool) -> None:
-    """2 * (2**24 + 1) over 2 halves and 2 halves: in float32 the 1 would be lost."""
-    assert two_ranks.run(run_cases.reduced_twice) == [2.0**24 + 1]
+    """2**24 + 1: in float32 the 1 would be lost."""
+    assert two_ranks.run(run_cases.large_and_small) == {"large": 2.0**24 + 1}
 
 
 def test_window_is_the_mean_over_steps() -> None:

@@ -172,3 +172,20 @@ def test_number(x: float, text: str) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_training_outlives_its_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of the output is gone (`| head`): nothing is raised, and metrics.jsonl still gets every line."""
+
+    class Gone:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    report = Report(tmp_path, (), rank=0, total_steps=2, resumed=False)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    report.log(1, {"loss": 2.0})
+    report.log(2, {"loss": 1.0})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,23 @@ def find(resume: str, output_dir: Path) -> Path:
     if not found:
         raise ValueError(f"resume: no checkpoint-N in {output_dir}; leave --resume out to start a new run")
     return found[max(found)]
+
+
+def move_aside(output_dir: Path, inputs: Sequence[str | None]) -> Path | None:
+    """Rename the folder of an earlier run to NAME.1, NAME.2, ...; returns its new path, or None where there was no run.
+
+    Raises ValueError where one of `inputs` (paths or names) lies inside it, as it would be gone from its place.
+    """
+    if not (output_dir / "metrics.jsonl").exists():
+        return None
+    for name in inputs:
+        if name and Path(name).resolve().is_relative_to(output_dir.resolve()):
+            raise ValueError(
+                f"output_dir: {output_dir} holds an earlier run that this one reads from ({name}); give another "
+                "--output_dir"
+            )
+    number = next(n for n in itertools.count(1) if not output_dir.with_name(f"{output_dir.name}.{n}").exists())
+    return output_dir.rename(output_dir.with_name(f"{output_dir.name}.{number}"))
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -59,7 +59,9 @@ def resolve(name: str) -> Source:
         if not base:
             raise ValueError(f"model: {name}/adapter_config.json names no base model in base_model_name_or_path")
         if (Path(base).expanduser() / "adapter_config.json").exists():
-            raise ValueError(f"model: the base of the adapter {name} is an adapter itself, {base}; merge that one first")
+            raise ValueError(
+                f"model: the base of the adapter {name} is an adapter itself, {base}; merge that one first"
+            )
         try:
             return Source(resolve(base).weights, adapter=folder, value_head=folder)
         except ValueError as error:

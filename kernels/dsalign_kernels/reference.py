@@ -17,7 +17,7 @@ def selective_logps(logits: Tensor, targets: Tensor, *, entropy: bool = False) -
     logits, and the entropy [N] float32, nats, without gradient, where it is asked for. Beyond the logits the forward
     keeps 4 bytes a row, and the backward allocates the logits' gradient and one chunk.
     Raises ValueError where the shapes do not fit.
-    logp = z_y - log sum_v e^(z_v); d logp / d z_v = [v = y] - p_v; entropy = log sum_v e^(z_v) - sum_v p_v z_v.
+    logp = z_y - log sum_v e^(z_v); d logp / d z_v = [v = y] - p_v; entropy = sum_v p_v (log sum_w e^(z_w) - z_v).
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits [N, V] and targets [N], got {tuple(logits.shape)} and {tuple(targets.shape)}")
@@ -35,7 +35,7 @@ class _SelectiveLogps(torch.autograd.Function):
             lse[rows] = torch.logsumexp(z, 1)
             if entropy:
                 p = torch.softmax(z, 1)
-                entropies[rows] = lse[rows] - torch.einsum("nv,nv->n", p, z)
+                entropies[rows] = p.mul_(lse[rows, None] - z).sum(1)  # terms >= 0: a difference of sums would cancel
         picked = logits.gather(1, targets[:, None])[:, 0].float()
         ctx.save_for_backward(logits, targets, lse)
         ctx.mark_non_differentiable(entropies)
@@ -46,7 +46,7 @@ class _SelectiveLogps(torch.autograd.Function):
         logits, targets, lse = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for rows in _chunks(logits):
-            p = logits[rows].float().sub_(lse[rows, None]).exp_().mul_(-grads[0][rows, None])
+            p = logits[rows].to(torch.float32, copy=True).sub_(lse[rows, None]).exp_().mul_(-grads[0][rows, None])
             p.scatter_add_(1, targets[rows, None], grads[0][rows, None])
             grad[rows] = p.to(grad.dtype)
         return grad, None, None

@@ -138,7 +138,8 @@ def test_balanced_or_one_sided_rows_are_counted_without_a_warning(desirable: int
 
 
 def test_unbalanced_rows_come_with_the_weights_that_would_balance_them() -> None:
-    """10 : 4 with weights 1 : 1 is 2.5; 0.4 x 10 / 4 = 1 and 0.533 x 10 / 4 = 4/3."""
+    """10 : 4 with weights 1 : 1 is 2.5; 0.4 x 10 / 4 = 1 and 0.533 x 10 / 4 = 4/3. 3 : 2 and 9 : 10 are outside too."""
+    assert [len(KTO().notes(rows(*counts))) for counts in ((3, 2), (9, 10))] == [2, 2]
     assert KTO().notes(rows(10, 4)) == [
         "kto: 10 desirable and 4 undesirable rows",
         "kto: desirable_weight x desirable / (undesirable_weight x undesirable) = 2.5 is outside [1, 4/3]; "

@@ -15,6 +15,7 @@ from support import random_groups
 
 from dsalign import algos
 from dsalign.algos import Output, dpo
+from dsalign.algos._maths import log1mexp
 from dsalign.data.batch import micro_batch
 from dsalign.data.tokenize import Group
 
@@ -49,6 +50,19 @@ def test_the_batches_are_ragged_and_hold_completions_of_one_token() -> None:
         lengths = [len(c) for g in groups for c in g.completions]
         assert min(lengths) == 1 and len(set(lengths)) >= 3
     assert {g.label for g in LABELS} == {True, False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log1mexp_from_certain_to_impossible(dtype: torch.dtype) -> None:
+    """Both branches, at their seam and where each alone would be infinite; the slope is -1 / (e^-x - 1)."""
+    at = [-1e-10, -1e-5, -0.01, -0.69314718, -0.69314719, -2.0, -20.0, -80.0]
+    x = torch.tensor(at, dtype=dtype, requires_grad=True)
+    found = log1mexp(x)
+    found.sum().backward()
+    limit = 1e-6 if dtype == torch.float32 else 1e-14
+    exact = x.detach().double().numpy()  # what float32 makes of them
+    assert found.tolist() == [pytest.approx(oracle.log1mexp(float(one)), rel=limit) for one in exact]
+    assert x.grad.tolist() == [pytest.approx(-1 / np.expm1(-one), rel=limit) for one in exact]
 
 
 # ---- one model -----------------------------------------------------------------------------------------------------

@@ -78,6 +78,21 @@ def test_an_exported_reward_model_is_read_again(tuner: str, tiny: Path, two_rank
         torch.testing.assert_close(found, torch.from_numpy(values), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("stage", "tuner"), [(0, "full"), (3, "full"), (2, "lora")])
+def test_export_in_bfloat16(stage: int, tuner: str, tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """Weights stay bfloat16, a value head is float32; the values agree as well as bfloat16 does."""
+    said = two_ranks.run(exported, Run("rm", tiny, stage, tuner, torch.bfloat16), tmp_path, GROUPS["rm"])
+    name = "model.safetensors" if tuner == "full" else "adapter_model.safetensors"
+    assert {t.dtype for t in load_file(tmp_path / name).values()} == {torch.bfloat16}
+    head = load_file(tmp_path / "value_head.safetensors")
+    assert {t.dtype for t in head.values()} == {torch.float32}
+    values = plain_values(
+        open_folder(tmp_path, tuner), head["v_head.summary.weight"], head["v_head.summary.bias"], GROUPS["rm"]
+    )
+    for a, b in zip(said, values, strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_everything_to_prompt_with_is_there(tuner: str, tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
     """Tokenizer, chat template, generation config; an adapter names its base, and its folder holds no card and no base."""

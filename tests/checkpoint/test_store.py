@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import run_cases
+import torch
 from run_cases import Run
 from support import RankPool, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -32,6 +33,16 @@ def test_resumed_equals_uninterrupted(
     assert progress_resumed == progress
     assert (progress["step"], progress["batches"], progress["state"]) == (4, 4, {"seen": 3})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_resumed_equals_uninterrupted_in_bfloat16(stage: int, tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """The float32 weights behind the bfloat16 ones come back too."""
+    (losses, want, _), (losses_resumed, found, _) = two_ranks.run(
+        run_cases.saved_and_resumed, Run("sft", tiny, stage, dtype=torch.bfloat16), tmp_path
+    )
+    assert losses_resumed == losses
+    assert all((found[n] == want[n]).all() for n in want)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -1,0 +1,218 @@
+"""Tokenizers and models as a run needs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from support import VOCABULARY, tiny_folder, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, dynamic_module_utils
+
+from dsalign.models import load
+from dsalign.models.adapters import LoraOptions
+from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueModel
+from dsalign.models.load import LoadOptions
+from dsalign.models.names import Source, resolve
+
+CPU = torch.device("cpu")
+LORA = LoraOptions(rank=2, alpha=4, dropout=0.0, targets=("DEFAULT",))
+
+
+def options(**changes: Any) -> LoadOptions:
+    return LoadOptions(**{"device": CPU, **changes})
+
+
+def test_dtype() -> None:
+    """auto on a CPU is float32, a name is itself; so are the weights."""
+    assert load.resolve_dtype("auto", CPU) is torch.float32
+    assert load.resolve_dtype("bfloat16", CPU) is torch.bfloat16
+
+
+@pytest.mark.parametrize(("bf16", "want"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_dtype_on_a_gpu(bf16: bool, want: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    assert load.resolve_dtype("auto", torch.device("cuda", 0)) is want
+
+
+@pytest.mark.parametrize(("dtype", "want"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_weights_have_the_dtype_whatever_the_folder_has(dtype: str, want: torch.dtype, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path)).bfloat16().save_pretrained(tmp_path)
+    model = load.load_causal(resolve(str(tmp_path)), options(dtype=dtype))
+    assert {p.dtype for p in model.parameters()} == {want}
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    """A tiny GPT-2, whose configuration drops out everywhere."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2, n_positions=32, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_dropout_of_the_model_is_off_unless_asked_for(gpt2: Path) -> None:
+    """GPT-2 has 0.1 in three places."""
+    keys = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    ids = torch.arange(8)[None]
+    for dropout in (False, True):
+        model = load.load_causal(resolve(str(gpt2)), options(dropout=dropout)).train()
+        assert [getattr(model.config, key) for key in keys] == [0.1 if dropout else 0.0] * 3
+        with torch.random.fork_rng():
+            assert torch.equal(model(ids).logits, model(ids).logits) is not dropout
+
+
+def test_attention_and_checkpointing_reach_the_model(tiny: Path) -> None:
+    model = load.load_causal(resolve(str(tiny)), options(attn_impl="eager", gradient_checkpointing=True))
+    assert model.config._attn_implementation == "eager"
+    assert model.is_gradient_checkpointing
+    assert not load.load_causal(resolve(str(tiny)), options()).is_gradient_checkpointing
+
+
+def test_end_tokens(tiny: Path, tmp_path: Path) -> None:
+    """The tokenizer's first, then those of generation_config.json, one or several; without the file the tokenizer's."""
+    tokenizer = tiny_tokenizer()
+    assert load.end_token_ids(Source(str(tiny)), tokenizer) == (2,)
+    for eos, want in (([5, 2, 6], (2, 5, 6)), (7, (2, 7)), (None, (2,))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        assert load.end_token_ids(Source(str(tmp_path)), tokenizer) == want
+    tokenizer.eos_token = None
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5]}))
+    assert load.end_token_ids(Source(str(tmp_path)), tokenizer) == (5,)
+    (tmp_path / "generation_config.json").unlink()
+    assert load.end_token_ids(Source(str(tmp_path)), tokenizer) == ()
+
+
+def adapter_folder(tiny: Path, folder: Path) -> Path:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_tokenizer_of_an_adapter_is_preferred(tiny: Path, tmp_path: Path) -> None:
+    """It may have a chat template of its own; an adapter folder without a tokenizer has the base's."""
+    source = resolve(str(adapter_folder(tiny, tmp_path)))
+    assert load.load_tokenizer(source, options()).chat_template is None
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert load.load_tokenizer(source, options()).chat_template == "{{ messages }}"
+
+
+def test_a_trained_role(tiny: Path, tmp_path: Path) -> None:
+    """All weights, or the adapter alone; the folder's own adapter is merged, or trained on."""
+    plain, on = resolve(str(tiny)), resolve(str(adapter_folder(tiny, tmp_path)))
+    full = load.load_trained("policy", plain, options(), None)
+    assert isinstance(full, CausalModel)
+    assert all(p.requires_grad for p in full.parameters())
+    lora = load.load_trained("policy", plain, options(), LORA)
+    assert {n.split(".")[-3] for n, p in lora.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    merged = load.load_trained("policy", on, options(), None)
+    ids = torch.arange(8)[None]
+    trained_on = load.load_trained("policy", on, options(), LORA)
+    assert isinstance(merged, CausalModel)
+    assert isinstance(trained_on, CausalModel)
+    torch.testing.assert_close(merged.whole_logits(ids), trained_on.whole_logits(ids), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(merged.whole_logits(ids), full.whole_logits(ids))
+    assert all(p.requires_grad for p in merged.parameters())
+
+
+def test_a_trained_reward_model(tiny: Path) -> None:
+    """A new value head is trained beside the backbone or the adapter; every rank has the same one."""
+    torch.manual_seed(0)
+    full = load.load_trained("reward", resolve(str(tiny)), options(), None)
+    lora = load.load_trained("reward", resolve(str(tiny)), options(), LORA)
+    assert isinstance(full, ValueModel)
+    assert isinstance(lora, ValueModel)
+    assert torch.equal(full.v_head.summary.weight, lora.v_head.summary.weight)
+    for model in (full, lora):
+        assert all(p.requires_grad for p in model.v_head.parameters())
+
+
+def test_a_frozen_role_is_frozen(tiny: Path, tmp_path: Path) -> None:
+    """The reference, with its adapter merged, and a reward model with its value head."""
+    frozen = load.load_frozen("reference", resolve(str(adapter_folder(tiny, tmp_path / "a"))), options())
+    assert not any(p.requires_grad for p in frozen.parameters())
+    folder = tiny_folder(tmp_path / "rm")
+    save_file({WEIGHT: torch.arange(32.0)[None], BIAS: torch.tensor([7.0])}, folder / "value_head.safetensors")
+    reward = load.load_frozen("reward", resolve(str(folder)), options())
+    assert isinstance(reward, ValueModel)
+    assert reward.v_head.summary.bias.tolist() == [7.0]
+    assert not any(p.requires_grad for p in reward.parameters())
+
+
+def test_a_frozen_reward_model_without_a_head_is_refused(tiny: Path) -> None:
+    """A random head would give random rewards."""
+    with pytest.raises(ValueError, match=rf"^reward model: {tiny} has no value_head.safetensors$"):
+        load.load_frozen("reward", resolve(str(tiny)), options())
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    """A folder with a configuration and no weights."""
+    folder = tiny_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"^model: {folder} could not be opened: "):
+        load.load_causal(resolve(str(folder)), options())
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path(r"{ran}").touch()
+
+
+class OddConfig(LlamaConfig):
+    model_type = "{kind}"
+
+
+class OddModel(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+def with_code(folder: Path, kind: str) -> tuple[Path, Path]:
+    """(a folder that brings Python code for its model type, the file that this code makes when it runs)."""
+    ran = folder.parent / "ran"
+    tiny_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": kind,
+        "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "odd.py").write_text(CODE.format(ran=ran, kind=kind))
+    return folder, ran
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    """A type that only the code knows is refused; one that transformers knows is transformers' own."""
+    folder, ran = with_code(tmp_path / "odd", "odd")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load.load_causal(resolve(str(folder)), options())
+    folder, _ = with_code(tmp_path / "known", "llama")
+    assert type(load.load_causal(resolve(str(folder)), options())) is LlamaForCausalLM
+    assert not ran.exists()
+
+
+def test_code_runs_where_it_is_trusted_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, ran = with_code(tmp_path / "odd", "odd")
+    with caplog.at_level(logging.WARNING):
+        model = load.load_causal(resolve(str(folder)), options(trust_remote_code=True))
+    assert ran.exists()
+    assert type(model).__name__ == "OddModel"
+    assert f"running the Python code that comes with {folder} (--trust_remote_code)" in [
+        r.message for r in caplog.records
+    ]
