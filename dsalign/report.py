@@ -25,7 +25,7 @@ FIRST = (
     "grad_norm",
     "lr",
 )
-NOT_ON_THE_LINE = ("num_tokens", "epoch", "tokens_per_s", "logps/", "rewards/chosen", "rewards/rejected")
+NOT_ON_THE_LINE = ("num_tokens", "epoch", "tokens_per_s", "logps/")
 
 
 class Report:
@@ -85,7 +85,7 @@ class Report:
 
 
 def number(x: float) -> str:
-    """Four significant digits, with an exponent where the number is tiny or huge."""
+    """Four decimals at most, with an exponent where the number is tiny or huge."""
     return f"{x:.2e}" if x and not 1e-3 <= abs(x) < 1e5 else f"{x:.4f}".rstrip("0").rstrip(".")
 
 

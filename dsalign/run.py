@@ -256,6 +256,12 @@ def _models(
     lora = None
     if config.tuner == "lora":
         lora = LoraOptions(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+        if dist.rank() == 0 and (adapter := sources[next(iter(sources))].adapter):
+            logger.warning(
+                "training goes on with the adapter %s: its rank, alpha and layers stay, lora_rank, lora_alpha and "
+                "lora_target_modules are not used",
+                adapter,
+            )
     found: dict[str, Any] = {}
     for role, how in config.algorithm.roles.items():
         if how == "train":

@@ -35,7 +35,7 @@ SET_TWICE = [
 
 @pytest.mark.parametrize(("key", "value", "flag"), SET_TWICE)
 def test_what_has_a_flag_is_refused_in_the_file(key: str, value: Any, flag: str) -> None:
-    with pytest.raises(ValueError, match="Remove it from the file$") as error:
+    with pytest.raises(ValueError, match=r"Remove it from the file$") as error:
         engines.check({key: value, "zero_optimization": {"stage": 2}}, "my.json")
     assert str(error.value).startswith(f"deepspeed: my.json sets what has a flag: {key} is set by {flag}")
 
@@ -141,8 +141,8 @@ def test_biases_and_norms_do_not_decay(optimizer: str, name: str, decay: float, 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5, 100.0])
 def test_a_step_by_hand(stage: int, max_grad_norm: float, two_ranks: RankPool) -> None:
-    """w . x + b with x = (3, 0) and (0, 4): gradient (1.5, 2, 1), norm sqrt(7.25); weights (1, -1, 0) less the gradient,
-    scaled to norm 0.5 where it is clipped."""
+    """w . x + b with x = (3, 0) and (0, 4): gradient (1.5, 2, 1), norm sqrt(7.25); weights (1, -1, 0) less the
+    gradient, scaled to norm 0.5 where it is clipped."""
     norm, found = two_ranks.run(run_cases.one_sgd_step, stage, max_grad_norm)
     want = math.sqrt(1.5**2 + 2**2 + 1)
     scale = 0.5 / want if max_grad_norm == 0.5 else 1.0

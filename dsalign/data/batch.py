@@ -57,7 +57,7 @@ def micro_batch(
     segment = torch.repeat_interleave(lengths)
     starts = torch.cumsum(lengths, 0) - lengths
     position = torch.arange(len(segment), device=device) - starts[segment]
-    flat = {name: torch.cat([*x, torch.empty(0)]).to(device) for name, x in (fields or {}).items()}
+    flat = {name: (torch.cat(list(x)) if x else torch.empty(0)).to(device) for name, x in (fields or {}).items()}
     return MicroBatch(groups, lengths, segment, position, flat, dict(shared or {}))
 
 

@@ -95,7 +95,7 @@ def test_export_in_bfloat16(stage: int, tuner: str, tiny: Path, two_ranks: RankP
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_everything_to_prompt_with_is_there(tuner: str, tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
-    """Tokenizer, chat template, generation config; an adapter names its base, and its folder holds no card and no base."""
+    """Tokenizer, chat template, generation config; an adapter names its base; no model card, no base weights."""
     two_ranks.run(exported, Run("sft", tiny, 0, tuner), tmp_path, GROUPS["sft"])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi!"}], tokenize=False) == "Hi!"

@@ -23,6 +23,10 @@ def epoch(of: Loader, number: int) -> list[list[int]]:
     return [[g.index for g in of.batch(step).groups] for step in range(first, first + of.steps_per_epoch)]
 
 
+def flat(lists: list[list[int]]) -> list[int]:
+    return [x for one in lists for x in one]
+
+
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     """A permutation; the same again, another one for another epoch or seed; and this one on every machine."""
     assert sorted(epoch_order(10, 3, 0)) == list(range(10))
@@ -37,9 +41,9 @@ def test_an_epoch_sees_every_row_once_with_a_short_last_batch() -> None:
     assert loader().steps_per_epoch == 3
     assert loader().dropped == 0
     assert [len(b) for b in first] == [4, 4, 2]
-    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(10))
+    assert sorted(flat(first)) == sorted(flat(second)) == list(range(10))
     assert first != second
-    assert sum(first, []) == epoch_order(10, 3, 0)
+    assert flat(first) == epoch_order(10, 3, 0)
 
 
 def test_without_shuffling_rows_keep_their_order() -> None:
@@ -63,7 +67,7 @@ def test_shards_are_disjoint_complete_and_even(world_size: int) -> None:
         batches = [r.batch(step) for r in ranks]
         assert all(b.groups == batches[0].groups for b in batches)
         positions = [list(b.mine) for b in batches]
-        assert sorted(sum(positions, [])) == list(range(len(batches[0].groups)))
+        assert sorted(flat(positions)) == list(range(len(batches[0].groups)))
         assert max(map(len, positions)) - min(map(len, positions)) <= 1
         assert all(b.local == [b.groups[i] for i in b.mine] for b in batches)
 
@@ -77,7 +81,7 @@ def test_a_last_batch_that_is_too_small_is_left_out() -> None:
     """9 rows in batches of 4, at least 2 a batch: two steps an epoch, one row dropped, another one the next epoch."""
     cut = loader(groups=GROUPS[:9], min_groups=2)
     assert (cut.steps_per_epoch, cut.dropped) == (2, 1)
-    left_out = [set(range(9)) - set(sum(epoch(cut, number), [])) for number in range(4)]
+    left_out = [set(range(9)) - set(flat(epoch(cut, number))) for number in range(4)]
     assert all(len(rows) == 1 for rows in left_out)
     assert len(set.union(*left_out)) > 1
     exact = loader(groups=GROUPS[:8], min_groups=2)

@@ -102,7 +102,7 @@ def test_the_adapter_that_training_starts_from_stays_on_in_the_reference(
 
 
 def test_only_the_trained_adapter_is_trained(tiny: Path, tmp_path: Path) -> None:
-    """New: lora_A and lora_B of `default`. On from a folder: not its frozen copy `start`, and its own rank and layers."""
+    """New: lora_A and lora_B of `default`. On from a folder: not its frozen copy `start`; rank and layers are its."""
     new = adapters.add(base(tiny), Source(str(tiny)), options(), seed=1)
     trained = [n for n, p in new.named_parameters() if p.requires_grad]
     assert {n.split(".")[-2] for n in trained} == {"default"}
