@@ -117,6 +117,8 @@ def trained(module: nn.Module, options: EngineOptions) -> Any:
             "deepspeed: stage 1 instead of 0, which cannot add gradients up in float32 for %s", options.dtype
         )
     engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, options, settings), config=settings)
+    if options.world_size == 1 and isinstance(engine.optimizer, torch.optim.Optimizer):
+        engine.enable_backward_allreduce = False  # copies every gradient into buckets and back, for nobody
     return engine
 
 
@@ -143,7 +145,7 @@ def _optimizer(module: nn.Module, options: EngineOptions, settings: Mapping[str,
             groups, lr=options.learning_rate, betas=options.betas, eps=options.epsilon, adamw_mode=True
         )
         return fused
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.epsilon)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.epsilon, fused=True)
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
