@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from dsalign import algos, ds_files, flags, options, rules
+from dsalign import algos, assets, ds_files, flags, options, rules
 from dsalign.flags import Given
 from dsalign.options import REQUIRED, Option
 
@@ -55,7 +55,9 @@ class RunConfig(BaseModel):
     algorithm: Any  # the dataclass of algos.load(algo)
 
     algo: str = Field(description="the algorithm")
-    model: str = Field(min_length=1, description="the model to train: a folder, a hub name or a short name")
+    model: str = Field(
+        "smollm2-135m-instruct", min_length=1, description="the model to train: a folder, a hub name or a short name"
+    )
     tuner: Literal["lora", "full"] = Field("lora", description="train LoRA adapters or every weight")
     ref_model: str | None = Field(None, description="the frozen reference; by default the model as it starts")
     ref_model_type: str | None = Field(None, description="stands for ref_model where that is not given")
@@ -74,7 +76,10 @@ class RunConfig(BaseModel):
         ("ALL",), min_length=1, description="ALL linear layers but the head, DEFAULT (q, k, v), or names"
     )
 
-    dataset: tuple[str, ...] = Field(min_length=1, description="files, folders or hub names; #n takes n rows")
+    dataset: tuple[str, ...] = Field(
+        min_length=1,
+        description=f"files, folders, hub names or {assets.PREFIX}KIND; #n takes n rows; by algorithm demo rows",
+    )
     val_dataset: tuple[str, ...] = Field((), description="rows to evaluate on, named like dataset")
     split_dataset_ratio: float = Field(0.0, ge=0, lt=1, description="share of dataset to evaluate on, in [0, 1)")
     columns: dict[str, str] = Field({}, description="columns to rename, theirs=ours")
@@ -138,7 +143,8 @@ class RunConfig(BaseModel):
 
 
 RUN_OPTIONS: dict[str, Option] = options.of_model(RunConfig, bare=frozenset({"resume"}))
-RESOLVED = ("lora_dropout", "gradient_accumulation_steps", "learning_rate", "output_dir")  # by `_resolve`, if not given
+# By `_resolve`, if not given.
+RESOLVED = ("dataset", "lora_dropout", "gradient_accumulation_steps", "learning_rate", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -292,10 +298,8 @@ def _read(given: Mapping[str, Given], known: Mapping[str, Option]) -> tuple[dict
         if name == "algo":
             continue
         if name not in given:
-            if option.default is not REQUIRED:
+            if option.default is not REQUIRED:  # `_resolve` has the others
                 values[name] = option.default
-            elif name not in RESOLVED:
-                problems.append(f"{name}: expected {option.help}, got none; give --{name}")
             continue
         try:
             values[name] = option.read(given[name].raw)
@@ -324,6 +328,7 @@ def _resolve(values: dict[str, Any], origins: dict[str, str], algo: str, world_s
             values[name], origins[name] = value, origin
 
     cls = algos.load(algo)
+    fill("dataset", (f"{assets.PREFIX}{cls.data}",), f"{algo} default")
     fill("lora_dropout", cls.dropout, f"{algo} default")
     fill("output_dir", f"output/{algo}", "default")
     if "tuner" in values:
@@ -353,7 +358,7 @@ def help_text(command: flags.Command) -> str:
             gap = "" if len(flag) <= 31 else f"\n{'':33}"
             yield f"  {flag:<31}{gap}{option.help}{choices}{default}"
 
-    usage = "usage: dsalign [train|rlhf|sft] --algo NAME --model MODEL --dataset DATA ... [--config FILE.yaml ...]"
+    usage = "usage: dsalign [train|rlhf|sft] --algo NAME [--model MODEL] [--dataset DATA ...] [--config FILE.yaml ...]"
     requests = "  --print_config  show each value and where it comes from\n  --version       show the version"
     own = options.of_algorithm(algos.load(name)) if name else {}
     tail = f"\n{name}\n" + "\n".join(lines(own)) if own else "\nThe options of an algorithm: dsalign --algo NAME --help"

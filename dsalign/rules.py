@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsalign import ds_files
+from dsalign import assets, ds_files
 from dsalign.flags import nearest
 
 PRESETS = ("dsalign", "trl", "openrlhf", "llamafactory", "deepspeed-chat", "swift-v2.6")
@@ -102,12 +102,15 @@ def dropout_is_allowed(draft: Draft) -> Iterator[str]:
 
 
 def data_files_exist(draft: Draft) -> Iterator[str]:
-    """A data set that looks like a file or a folder must be one; any other name may be on the hub."""
+    """A data set that looks like a file, a folder or demo rows must be one; any other name may be on the hub."""
     for name in ("dataset", "val_dataset"):
         for source in draft[name]:
             path = _without_count(source)
             if (path.lower().endswith(DATA_SUFFIXES) or path[:1] in ("/", ".", "~")) and not _exists(path):
                 yield f"{draft.at(name)}: expected a file or folder that exists, got {path!r}; check the path"
+            elif path.startswith(assets.PREFIX) and path not in assets.names() and not _exists(path):
+                advice = nearest(path, assets.names()) or "; choose one"
+                yield f"{draft.at(name)}: expected one of {', '.join(assets.names())}, got {path!r}{advice}"
 
 
 def model_folders_exist(draft: Draft) -> Iterator[str]:

@@ -74,6 +74,25 @@ def test_an_algorithm_has_its_own_learning_rate_and_dropout(
     assert made("--algo", algo).lora_dropout == dropout
 
 
+@pytest.mark.parametrize(
+    ("algo", "rows"),
+    [
+        ("sft", "demo:demonstrations"),
+        ("kto", "demo:labels"),
+        *((algo, "demo:pairs") for algo in ("rm", "dpo", "cpo", "orpo", "simpo")),
+    ],
+)
+def test_the_algorithm_is_all_that_must_be_given(algo: str, rows: str, tmp_path: Path) -> None:
+    """The embedded model and the demo rows of the algorithm's kind; --model and --dataset take over."""
+    parsed = parse(["--algo", algo], world_size=1)
+    assert (parsed.config.model, parsed.config.dataset) == ("smollm2-135m-instruct", (rows,))
+    assert (parsed.origins["model"], parsed.origins["dataset"]) == ("default", f"{algo} default")
+    assert parse(["--config", yaml_file(tmp_path, parsed.config.dump())], world_size=1).config == parsed.config
+    own = parse(["--algo", algo, *BASE], world_size=1)
+    assert (own.config.model, own.config.dataset) == ("m", ("rows",))
+    assert (own.origins["model"], own.origins["dataset"]) == ("flag --model", "flag --dataset")
+
+
 @pytest.mark.parametrize(("batch", "ranks", "steps"), [(1, 1, 16), (3, 1, 6), (2, 4, 2), (4, 8, 1)])
 def test_accumulation_makes_a_global_batch_of_at_least_16(batch: int, ranks: int, steps: int) -> None:
     """ceil(16 / (batch x ranks)): 16/1, 16/3, 16/8, 16/32."""
@@ -225,8 +244,9 @@ def test_flags_in_all_their_forms() -> None:
 
 def test_null_asks_for_the_default_of_what_is_resolved_later(tmp_path: Path) -> None:
     one = yaml_file(tmp_path, "learning_rate: 1\noutput_dir: here\n", "one.yaml")
-    two = yaml_file(tmp_path, "learning_rate:\ngradient_accumulation_steps: null\n", "two.yaml")
-    config = made("--algo", "sft", "--config", one, two)
+    two = yaml_file(tmp_path, "learning_rate:\ngradient_accumulation_steps: null\ndataset: ~\n", "two.yaml")
+    config = parse(["--algo", "sft", "--config", one, two], world_size=1).config
+    assert config.dataset == ("demo:demonstrations",)
     assert (config.learning_rate, config.gradient_accumulation_steps, config.output_dir) == (1e-4, 16, "here")
 
 
@@ -261,9 +281,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         f"{file}:3: max_lenght: expected a known option, got 'max_lenght'; did you mean max_length?",
         f"{file}:5: beta: expected an option of sft, got one of cpo, dpo, kto, orpo, simpo; sft has none of it, "
         "remove it or change --algo",
-        "model: expected the model to train: a folder, a hub name or a short name, got none; give --model",
         "--tuner: expected 'lora' or 'full', got 'fulll'; did you mean full?",
-        "dataset: expected files, folders or hub names; #n takes n rows, got none; give --dataset",
         "--batch-size: expected greater than or equal to 1, got '0'; batch_size is: groups in a micro-batch of one "
         "rank, >= 1",
         f"{file}:4: seed: expected a whole number, got 'many'; seed is: of everything random, in [0, 2^32)",

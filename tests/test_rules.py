@@ -44,6 +44,7 @@ def test_rm_trains_its_reward_model_and_takes_no_frozen_one(flag: str) -> None:
 class Judged:
     """An algorithm with a frozen reward model that needs two groups a step."""
 
+    data: ClassVar[str] = "prompts"
     roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reward": "frozen"}
     learning_rates: ClassVar[Mapping[str, float]] = {"full": 1.0, "lora": 1.0}
     dropout: ClassVar[float] = 0.0
@@ -115,6 +116,20 @@ def test_data_that_looks_local_must_be_there(tmp_path: Path) -> None:
         "--dataset: expected a file or folder that exists, got './x'; check the path",
         "--val_dataset: expected a file or folder that exists, got 'v.parquet'; check the path",
     ]
+
+
+def test_demo_rows_are_named_by_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ("--model", "m", "--dataset", "demo:pairs", "demo:pairs#10")
+    assert told("--algo", "dpo", "--val_dataset", "demo:pairs", base=there) == []
+    known = "demo:demonstrations, demo:labels, demo:pairs, demo:prompts"
+    missing = ("--model", "m", "--dataset", "demo:pair#10", "demo:something-else-entirely")
+    assert told("--algo", "dpo", base=missing) == [
+        f"--dataset: expected one of {known}, got 'demo:pair'; did you mean demo:pairs?",
+        f"--dataset: expected one of {known}, got 'demo:something-else-entirely'; choose one",
+    ]
+    (tmp_path / "demo:mine").touch()
+    monkeypatch.chdir(tmp_path)
+    assert told("--algo", "dpo", base=("--dataset", "demo:mine")) == []  # a file of that name comes first
 
 
 def test_a_model_that_looks_local_must_be_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsalign import __version__, ds_files
+from dsalign import __version__, assets, ds_files
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "dsalign", "kernels", "ds_configs")
@@ -51,10 +51,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_everything_is_in_it(wheel: Path) -> None:
-    """Every module and DeepSpeed file, and nothing that is not ours to install."""
+    """Every module, DeepSpeed file and demo row, and nothing that is not ours to install."""
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "dsalign").rglob("*.py")}
     expected |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels/dsalign_kernels").rglob("*.py")}
     expected |= {f"dsalign/ds_configs/{name}.json" for name in ds_files.names()}
+    expected |= {f"dsalign/assets/{assets.find(name).name}" for name in assets.names()} | {"dsalign/assets/README.md"}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
@@ -67,12 +68,18 @@ def test_runs_in_another_folder(installed: Path, tmp_path: Path) -> None:
     flags = ("--algo", "dpo", "--model", "m", "--dataset", "d.jsonl", "--deepspeed", "zero2", "--print_config")
     shown = run(sys.executable, "-m", "dsalign.cli", *flags, cwd=tmp_path, PYTHONPATH=str(installed))
     assert "deepspeed: zero2" in shown and "# flag --deepspeed" in shown
+    shown = run(
+        sys.executable, "-m", "dsalign.cli", "--algo", "dpo", "--print_config", cwd=tmp_path, PYTHONPATH=str(installed)
+    )
+    assert "dataset: ['demo:pairs']" in shown
     code = (
-        "import dsalign_kernels; from dsalign import ds_files; print(ds_files.find('zero2'), dsalign_kernels.__file__)"
+        "import dsalign_kernels; from dsalign import assets, ds_files; "
+        "print(ds_files.find('zero2'), dsalign_kernels.__file__, assets.find('demo:pairs'))"
     )
     where = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).split()
     assert where[0] == str(installed / "dsalign" / "ds_configs" / "zero2.json")
     assert where[1].startswith(str(installed))
+    assert where[2] == str(installed / "dsalign" / "assets" / "pairs.jsonl")
 
 
 def test_console_command(installed: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets import load_dataset
 
+from dsalign import assets
+
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 SHOWN = 200  # characters of a bad value that a message repeats
 
@@ -92,7 +94,7 @@ def rename(where: str, values: Mapping[str, Any], columns: Mapping[str, str]) ->
 
 
 def read_source(source: str, seed: int) -> Iterator[Record]:
-    """The records of one source in stored order: a file, a folder, a registered short name or a hub name.
+    """The records of one source in stored order: a file, a folder, demo rows, a short name or a hub name.
 
     source: "name" or "name#n"; with #n a sample of n records without replacement, fixed by `seed`, in stored order.
     Raises ValueError (RowError where a row is to blame) naming the file and line.
@@ -121,9 +123,11 @@ def _records(name: str) -> Iterator[Record]:
                 f"got {shorten(sorted(entry.name for entry in path.iterdir()))}; point at the folder that holds them"
             )
         for file in files:
-            yield from _file(os.path.join(name, file))
+            yield from _file(path / file, os.path.join(name, file))
     elif path.is_file():
-        yield from _file(name)
+        yield from _file(path, name)
+    elif name.startswith(assets.PREFIX):
+        yield from _file(assets.find(name), name)
     elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, 1)
@@ -137,8 +141,7 @@ def _is_data(path: Path) -> bool:
     return path.is_file() and path.suffix in SUFFIXES and not path.name.startswith((".", "_"))
 
 
-def _file(name: str) -> Iterator[Record]:
-    path = Path(name).expanduser()
+def _file(path: Path, name: str) -> Iterator[Record]:
     readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}
     if path.suffix not in readers:
         raise ValueError(
@@ -325,16 +328,16 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
 
 
 def _hub(name: str) -> Iterator[Record]:
-    known = REGISTERED.get(name, Registered(name))
+    known, short = REGISTERED.get(name, Registered(name)), (*assets.names(), *REGISTERED)
     try:
         files = list(known.files) or None
         dataset = load_dataset(known.hub_name, data_files=files, split="train")
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same to the user
-        near = difflib.get_close_matches(name, REGISTERED, 1)
+        near = difflib.get_close_matches(name, short, 1)
         hint = f"did you mean {near[0]!r}?" if near and near[0] != name else "check the name and the network"
         raise ValueError(
             f"data set {name!r}: expected a file, a folder, a hub data set with a train split or one of "
-            f"{', '.join(REGISTERED)}; loading {known.hub_name!r} from the hub gave {type(error).__name__}: "
+            f"{', '.join(short)}; loading {known.hub_name!r} from the hub gave {type(error).__name__}: "
             f"{shorten(str(error))}; {hint}"
         ) from error
     for where, values, _ in _numbered(name, dataset):

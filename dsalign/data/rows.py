@@ -43,8 +43,8 @@ def read_rows(
 ) -> list[Row]:
     """The rows of all sources, one source after the other, in stored order.
 
-    sources: files, folders, hub names or registered short names, each with an optional "#n" (a sample of n rows,
-    fixed by `seed`). kind: one of KINDS. columns: {theirs: ours}. system: put in front where a row has none.
+    sources: files, folders, demo rows, hub names or registered short names, each with an optional "#n" (a sample of n
+    rows, fixed by `seed`). kind: one of KINDS. columns: {theirs: ours}. system: put in front where a row has none.
     A string prompt is one user turn. Of a conversation with several answers the last is the completion.
     Raises RowError (a ValueError) for the first row that cannot be used, ValueError for a bad argument or source.
     """

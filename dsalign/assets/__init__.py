@@ -1,0 +1,23 @@
+"""The demonstration rows that come with dsalign: one small file for each kind of row, named demo:KIND as a source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PREFIX = "demo:"  # no hub name has a colon, and a name, unlike a path, means the same on every machine
+_FOLDER = Path(__file__).resolve().parent
+
+
+def names() -> tuple[str, ...]:
+    """demo:demonstrations, demo:labels, demo:pairs, demo:prompts."""
+    return tuple(sorted(f"{PREFIX}{path.stem}" for path in _FOLDER.glob("*.jsonl")))
+
+
+def find(name: str) -> Path:
+    """The file of a name.
+
+    Raises ValueError where there is none.
+    """
+    if name not in names():
+        raise ValueError(f"data set {name!r}: expected one of {', '.join(names())}, got no such name; choose one")
+    return _FOLDER / f"{name.removeprefix(PREFIX)}.jsonl"
