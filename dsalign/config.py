@@ -28,6 +28,7 @@ ALIASES = {  # what the documented scripts and other trainers write -> the name 
     "resume_from_checkpoint": "resume",
 }
 SECTIONS = {"algo": "what", "model": "models", "dataset": "data", "deepspeed": "optimisation", "eval_steps": "run"}
+REWARD_FUNCS = f"reward functions, path/to/file.py:function; {assets.REWARD} where there is no reward model either"
 GLOBAL_BATCH = 16  # groups in an optimizer step where gradient_accumulation_steps is not given
 
 
@@ -63,6 +64,8 @@ class RunConfig(BaseModel):
     ref_model_type: str | None = Field(None, description="stands for ref_model where that is not given")
     reward_model: str | None = Field(None, description="the frozen reward model: final/, checkpoint-N/ or an adapter")
     reward_model_type: str | None = Field(None, description="stands for reward_model where that is not given")
+    reward_funcs: tuple[str, ...] = Field((), description=REWARD_FUNCS)
+    reward_weights: tuple[float, ...] = Field((), description="of the reward model, then of each function; 1 each")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the weights in compute")
     attn_impl: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
@@ -144,7 +147,7 @@ class RunConfig(BaseModel):
 
 RUN_OPTIONS: dict[str, Option] = options.of_model(RunConfig, bare=frozenset({"resume"}))
 # By `_resolve`, if not given.
-RESOLVED = ("dataset", "lora_dropout", "gradient_accumulation_steps", "learning_rate", "output_dir")
+RESOLVED = ("dataset", "reward_funcs", "lora_dropout", "gradient_accumulation_steps", "learning_rate", "output_dir")
 
 
 @dataclass(frozen=True)
@@ -339,6 +342,8 @@ def _resolve(values: dict[str, Any], origins: dict[str, str], algo: str, world_s
     for name in ("ref_model", "reward_model"):
         if values.get(f"{name}_type"):
             fill(name, values[f"{name}_type"], origins[f"{name}_type"])
+    if "reward" in _frozen_roles()[algo] and not values.get("reward_model"):
+        fill("reward_funcs", (assets.REWARD,), f"{algo} default")
 
 
 def help_text(command: flags.Command) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsalign import dist
-from dsalign.algos import Output
+from dsalign import dist, engines
+from dsalign.algos import Output, Sampling
 from dsalign.data.batch import chunks, rows
 from dsalign.data.tokenize import Group
 from dsalign.models.adapters import as_started
+from dsalign.models.heads import unwrap
 from dsalign.models.load import VALUE_ROLES
+from dsalign.rollout.sampler import noise, sample
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +26,10 @@ logger = logging.getLogger(__name__)
 class Models:
     """Role -> engine. A frozen role without an engine of its own is the policy's engine, trained adapter off."""
 
-    def __init__(self, engines: Mapping[str, Any], device: torch.device, batch_size: int) -> None:
-        self.engines, self.device, self.batch_size = engines, device, batch_size
+    def __init__(
+        self, engines: Mapping[str, Any], device: torch.device, batch_size: int, temperature: float = 1.0
+    ) -> None:
+        self.engines, self.device, self.batch_size, self.temperature = engines, device, batch_size, temperature
 
     def forward(self, role: str, groups: Sequence[Group], *, entropy: bool = False) -> Output:
         """One forward pass of the role's model over these groups, with gradient unless torch says otherwise."""
@@ -33,19 +38,20 @@ class Models:
         with started:
             if role in VALUE_ROLES:
                 return Output(values=engine(inputs.ids, inputs.states))
-            logps, entropies = engine(inputs.ids, inputs.predict, inputs.targets, entropy)
+            logps, entropies = engine(inputs.ids, inputs.predict, inputs.targets, entropy, self.temperature)
             return Output(logps=logps, entropy=entropies)
 
-    def each_group(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
+    def each_group(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         """No gradient, float32, on the CPU: a group's token log-probabilities, or its values. Collective: ranks with
         fewer groups run empty passes, because a ZeRO-3 forward gathers parameters from all."""
         engine, _ = self._engine(role)
         training = engine.module.training
         engine.module.eval()
         found: list[Tensor] = []
-        count = dist.largest(-(-len(groups) // self.batch_size), self.device)
+        size = batch_size or self.batch_size
+        count = dist.largest(-(-len(groups) // size), self.device)
         with torch.no_grad():
-            for positions in chunks(range(len(groups)), self.batch_size, count):
+            for positions in chunks(range(len(groups)), size, count):
                 part = [groups[i] for i in positions]
                 out = self.forward(role, part)
                 flat = out.values if role in VALUE_ROLES else out.logps
@@ -64,10 +70,22 @@ class Models:
 
 
 class RunContext:
-    """`dsalign.algos.Context` over real engines."""
+    """`dsalign.algos.Context` over real engines. rewards: groups -> one [completions] tensor a group."""
 
-    def __init__(self, models: Models, *, seed: int, max_length: int, state: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        models: Models,
+        *,
+        seed: int,
+        max_length: int,
+        state: dict[str, Any],
+        end_ids: frozenset[int] = frozenset(),
+        total_batches: int = 1,
+        rewards: Callable[[Sequence[Group], int], list[Tensor]] | None = None,
+        decode: Callable[[Sequence[int]], str] = str,
+    ) -> None:
         self._models, self._seed, self.max_length, self.state = models, seed, max_length, state
+        self.end_ids, self.total_batches, self._rewards, self._decode = end_ids, total_batches, rewards, decode
         self._said: set[str] = set()
         self.at(0)
 
@@ -77,11 +95,35 @@ class RunContext:
         self.generator = torch.Generator().manual_seed(hash((self._seed, step)) % 2**63)
         return self
 
-    def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
-        return self._models.each_group(role, groups)
+    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        return self._models.each_group(role, groups, batch_size)
 
-    def values(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
-        return self._models.each_group(role, groups)
+    def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        return self._models.each_group(role, groups, batch_size)
+
+    def generate(
+        self, role: str, groups: Sequence[Group], sampling: Sampling, batch_size: int
+    ) -> tuple[list[Group], list[Tensor]]:
+        requests = [(group, i) for group in groups for i in range(sampling.samples)]
+        found: list[tuple[tuple[int, ...], Tensor]] = []
+        with engines.generating(self._models.engines[role]) as module:
+            for start in range(0, len(requests), batch_size):
+                part = requests[start : start + batch_size]
+                draws = [noise(self._seed, self.step, g.index, i, sampling.max_new_tokens) for g, i in part]
+                prompts = [g.prompt for g, _ in part]
+                stacked = torch.stack(draws).to(self._models.device)
+                found += sample(unwrap(module.model), prompts, stacked, sampling, self.end_ids)
+        answers = [found[i : i + sampling.samples] for i in range(0, len(found), sampling.samples)]
+        filled = [replace(g, completions=tuple(ids for ids, _ in a)) for g, a in zip(groups, answers, strict=True)]
+        return filled, [torch.cat([logps for _, logps in a]) for a in answers]
+
+    def scores(self, groups: Sequence[Group], batch_size: int) -> list[Tensor]:
+        if self._rewards is None:
+            raise ValueError("reward: expected a reward model or function, got none; give --reward_model")
+        return self._rewards(groups, batch_size)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decode(ids)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         return dist.total(numbers, self._models.device)

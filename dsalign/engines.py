@@ -178,6 +178,37 @@ def whole(engine: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def generating(engine: Any) -> Iterator[nn.Module]:
+    """Inside, the engine's module runs forward passes without any collective: at stage 3 its parameters are gathered
+    once for all of them, so ranks may run different numbers of passes. Collective to enter and to leave.
+
+    GatheredParameters alone is not enough: ZeRO-3's hooks would partition each module again after its first forward.
+    """
+    training = engine.module.training
+    engine.module.eval()
+    try:
+        if engine.zero_optimization_stage() != 3:
+            yield engine.module
+            return
+        offload = _parameter_offload(engine)
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            offload._remove_module_hooks()
+            try:
+                yield engine.module
+            finally:
+                offload.forward_hooks.clear()
+                offload.backward_hooks.clear()
+                offload.setup_zero_stage3_hooks()
+    finally:
+        engine.module.train(training)
+
+
+def _parameter_offload(engine: Any) -> Any:
+    """The object that owns the hooks: the engine's optimizer is one itself where nothing is trained."""
+    return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+
+
 class TouchGuard:
     """Checks that the first backward of a run reaches every trained parameter.
 

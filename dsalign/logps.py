@@ -35,11 +35,19 @@ class LogitTransform:
 
 
 def token_logps(
-    hidden: Tensor, head: nn.Module, targets: Tensor, transform: LogitTransform, *, entropy: bool
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    transform: LogitTransform,
+    *,
+    entropy: bool,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target, and the entropy of its distribution where asked for.
 
     hidden: [N, D] states that predict the N targets [N] int64; head: D -> V logits, called as a module so that ZeRO-3
-    gathers its weight. Returns [N] float32 nats, and [N] float32 nats without gradient or None.
+    gathers its weight; temperature > 0 divides the logits.
+    Returns [N] float32 nats, and [N] float32 nats without gradient or None.
     """
-    return selective_logps(transform(head(hidden)), targets, entropy=entropy)
+    logits = transform(head(hidden))
+    return selective_logps(logits if temperature == 1.0 else logits / temperature, targets, entropy=entropy)

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 FIRST = (
     "loss",
     "eval/loss",
+    "objective/scores",
+    "objective/kl",
     "rewards/accuracies",
     "rewards/margins",
     "kl",
@@ -25,7 +27,17 @@ FIRST = (
     "grad_norm",
     "lr",
 )
-NOT_ON_THE_LINE = ("num_tokens", "epoch", "tokens_per_s", "logps/")
+NOT_ON_THE_LINE = (  # only in metrics.jsonl
+    "num_tokens",
+    "epoch",
+    "tokens_per_s",
+    "logps/",
+    "objective/",
+    "policy/",
+    "loss/",
+    "val/",
+    "rollout/",
+)
 
 
 class Report:
@@ -34,7 +46,7 @@ class Report:
     def __init__(
         self, output_dir: Path, trackers: Sequence[str], *, rank: int, total_steps: int, resumed: bool
     ) -> None:
-        self._rank, self._total = rank, total_steps
+        self._rank, self._total, self._output_dir = rank, total_steps, output_dir
         self._started = self._last = time.monotonic()
         self._first_step: int | None = None
         self._last_tokens: float | None = None
@@ -68,7 +80,8 @@ class Report:
         if "num_tokens" in numbers and self._first_step is not None:
             numbers["tokens_per_s"] = (numbers["num_tokens"] - (self._last_tokens or 0)) / max(now - self._last, 1e-9)
             left = (now - self._started) / max(1, step - self._first_step) * (self._total - step)
-            tail = f" | {numbers['tokens_per_s']:,.0f} tok/s | ETA {duration(left)}"
+            rate = numbers["tokens_per_s"]  # 0 in a later pass over rows that are counted already
+            tail = (f" | {rate:,.0f} tok/s" if rate else "") + f" | ETA {duration(left)}"
             self._last, self._last_tokens = now, numbers["num_tokens"]
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
@@ -82,6 +95,16 @@ class Report:
             except Exception as error:  # a tracker is somebody else's code: whatever it raises, training goes on
                 logger.warning("report_to %s failed and is left out from here: %s", name, error)
                 del self._trackers[name]
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Sampled completions: a line each on the console, and all of them in samples.jsonl."""
+        if self._rank != 0 or not samples:
+            return
+        with (self._output_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for one in samples:
+                file.write(json.dumps({"step": step, **one}, ensure_ascii=False) + "\n")
+                text = json.dumps(one["completion"][:200], ensure_ascii=False)
+                self.say(f"sample at step {step} | score {number(one['score'])} | {text}")
 
 
 def number(x: float) -> str:
@@ -102,7 +125,7 @@ def quiet(rank: int) -> None:
     logging.getLogger("dsalign").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|deepspeed")
     importlib.import_module("transformers").logging.disable_progress_bar()
     importlib.import_module("datasets").disable_progress_bars()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsalign import assets, ds_files
+from dsalign.assets import rewards
 from dsalign.flags import nearest
 
 PRESETS = ("dsalign", "trl", "openrlhf", "llamafactory", "deepspeed-chat", "swift-v2.6")
@@ -17,6 +18,8 @@ FROZEN = {  # option -> the frozen role that it fills
     "ref_model_type": "reference",
     "reward_model": "reward",
     "reward_model_type": "reward",
+    "reward_funcs": "reward",
+    "reward_weights": "reward",
 }
 
 
@@ -65,6 +68,24 @@ def model_has_a_role(draft: Draft) -> Iterator[str]:
                 f"{draft.at(name)}: expected an algorithm with a frozen {role} model, {expected}, "
                 f"got {draft['algo']}; remove it or change --algo"
             )
+
+
+def rewards_have_a_source(draft: Draft) -> Iterator[str]:
+    """An algorithm with a frozen reward model needs one, or functions in its place."""
+    if draft.built().roles.get("reward") == "frozen" and not draft["reward_model"] and not draft["reward_funcs"]:
+        yield (
+            f"reward_model: expected a reward for {draft['algo']}, got neither reward_model nor reward_funcs; give "
+            "--reward_model FOLDER (of --algo rm) or --reward_funcs FILE.py:FUNCTION"
+        )
+
+
+def reward_functions_are_known(draft: Draft) -> Iterator[str]:
+    """A reward function with the prefix of what comes along must be one of them."""
+    for name in draft["reward_funcs"]:
+        if name.startswith(assets.PREFIX) and name not in rewards.FUNCTIONS:
+            known = sorted(rewards.FUNCTIONS)
+            advice = nearest(name, known) or "; choose one, or give path/to/file.py:function"
+            yield f"{draft.at('reward_funcs')}: expected one of {', '.join(known)}, got {name!r}{advice}"
 
 
 def evaluation_has_rows(draft: Draft) -> Iterator[str]:
@@ -162,6 +183,8 @@ def global_batch_is_large_enough(draft: Draft) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     model_has_a_role,
+    rewards_have_a_source,
+    reward_functions_are_known,
     evaluation_has_rows,
     one_source_of_validation,
     lora_options_need_lora,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,18 @@ from dsalign import dist, ds_files, engines
 from dsalign.checkpoint.store import Store, find, move_aside
 from dsalign.config import RunConfig
 from dsalign.context import Models, RunContext
-from dsalign.curves import write_report
 from dsalign.data.batch import rows
 from dsalign.data.loader import Loader, epoch_order
 from dsalign.data.rows import read_rows
 from dsalign.data.templates import Template, load_template
 from dsalign.data.tokenize import Group, tokenize_rows
-from dsalign.evaluate import evaluate
 from dsalign.launcher import Process
-from dsalign.metrics import Window
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import Source, resolve
-from dsalign.report import Report, number, quiet
+from dsalign.report import quiet
+from dsalign.rewards import Rewards
+from dsalign.session import Session
 from dsalign.trainer import Plan, Progress, Trainer
 
 logger = logging.getLogger(__name__)
@@ -63,20 +62,23 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     options = _load_options(config, device)
     main_source = sources[next(iter(config.algorithm.roles))]
     data = dist.together(lambda: _data(config, main_source, options))
+    if "reward" in sources and config.reward_model:
+        dist.together(lambda: _same_vocabulary(data.tokenizer, sources["reward"], config.reward_model, options))
     output_dir = Path(config.output_dir)
     engine_options = _engine_options(config, options)
     models = _models(config, sources, options, engine_options, device)
     _self_check(models, data.train)
     loader = _loader(config, data.train, shuffle=True)
+    held_out = _loader(config, data.held_out, shuffle=False) if data.held_out else None
     plan, total_batches = _plan(config, loader, engine_options)
     progress = Progress()
-    ctx = RunContext(models, seed=config.seed, max_length=config.max_length, state=progress.state)
-    trained = {role: models.engines[role] for role, how in config.algorithm.roles.items() if how == "train"}
+    ctx = _context(config, models, data, total_batches, progress.state)
+    trained = {role: models.engines[role] for role in sources if _trains(config, role)}
     store = Store(
         output_dir,
         trained,
         data.tokenizer,
-        main_source.weights,
+        {role: sources[role].weights for role in trained},
         _fingerprint(config, len(data.train), total_batches),
         keep=config.save_total_limit,
         adapters_only=config.tuner == "lora",
@@ -87,7 +89,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     else:
         dist.together(lambda: _begin(config, output_dir, command) if dist.rank() == 0 else None)
     trainer = Trainer(config.algorithm, models, ctx, loader, plan, progress)
-    return _fit(config, trainer, store, data, output_dir)
+    return Session(config, trainer, store, held_out).run()
 
 
 def _begin(config: RunConfig, output_dir: Path, command: str) -> None:
@@ -100,78 +102,19 @@ def _begin(config: RunConfig, output_dir: Path, command: str) -> None:
     (output_dir / "command.txt").write_text(command + "\n")
 
 
-def _fit(config: RunConfig, trainer: Trainer, store: Store, data: Data, output_dir: Path) -> dict[str, float]:
-    """Train with logging, evaluation and checkpoints; then write final/."""
-    progress, total = trainer.progress, trainer.total_steps
-    report = Report(
-        output_dir, config.report_to, rank=dist.rank(), total_steps=total, resumed=config.resume is not None
-    )
-    held_out = _loader(config, data.held_out, shuffle=False) if data.held_out else None
-    window, last = Window(), dict[str, float]()
-
-    def score() -> None:
-        assert held_out is not None
-        found = evaluate(config.algorithm, trainer.models, trainer.ctx, held_out)
-        report.log(progress.step, found)
-        last.update(found)
-        if progress.best_loss is None or found["eval/loss"] < progress.best_loss:
-            progress.best_loss, progress.best_step = found["eval/loss"], progress.step
-            if 0 < progress.step < total:
-                store.save(progress)
-
-    def after_step(metrics: dict[str, float]) -> None:
-        window.add(metrics)
-        step = progress.step
-        if step % config.logging_steps == 0 or step == total:
-            means = {**window.take(), "num_tokens": metrics["num_tokens"], "lr": metrics["lr"]}
-            last.update(means)
-            report.log(step, {**means, "epoch": progress.batches / trainer.loader.steps_per_epoch})
-        if held_out is not None and (step == total or (config.eval_steps and step % config.eval_steps == 0)):
-            score()
-        if step % config.save_steps == 0 and step < total and step != progress.best_step:
-            store.save(progress)
-
-    _opening(config, trainer, data, report, held_out)
-    if held_out is not None and progress.step == 0:
-        score()
-    report.start(progress.step, progress.num_tokens)
-    trainer.fit(after_step)
-    if progress.step:
-        store.save(progress)
-    store.export(output_dir / "final")
-    best = f", best eval/loss {number(progress.best_loss)} at step {progress.best_step}" if progress.best_loss else ""
-    if dist.rank() == 0:
-        write_report(output_dir, f"{config.algo} of {config.model}")
-    report.say(f"done: {progress.step} steps{best}; model in {output_dir / 'final'}, curves in report.html")
-    return last
-
-
-def _opening(config: RunConfig, trainer: Trainer, data: Data, report: Report, held_out: Loader | None) -> None:
-    loader, progress = trainer.loader, trainer.progress
-    engine = trainer.models.engines[trainer.trained[0]]
-    parameters = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad]
-    report.say(
-        f"{config.algo} {config.tuner} of {config.model}: {sum(parameters) / 1e6:.2f} M trained parameters, "
-        f"{config.deepspeed} on {dist.world_size()} rank(s), {trainer.models.device.type}, "
-        f"{str(next(engine.module.parameters()).dtype).removeprefix('torch.')}"
-    )
-    report.say(
-        f"{len(data.train)} rows, {trainer.total_steps} steps of {loader.global_batch} rows"
-        + (f", {len(data.held_out)} held out" if held_out else "")
-        + (f"; resuming at step {progress.step}" if progress.step else "")
-    )
-    for line in config.algorithm.notes(data.train):
-        report.say(line)
-    if loader.dropped:
-        report.say(f"warning: the last batch of each epoch has {loader.dropped} row(s), too few, and is left out")
-
-
 def _sources(config: RunConfig) -> dict[str, Source]:
     """Role -> where its weights come from. Rank 0 resolves first: it may convert an embedded model, once."""
-    wanted = {"reference": config.ref_model}
+    wanted = {
+        "reference": config.ref_model,
+        "reward": config.reward_model,
+        "value": config.reward_model,  # the critic starts as the reward model, where there is one
+    }
+    roles = [
+        role for role in config.algorithm.roles if role != "reward" or config.reward_model or _trains(config, role)
+    ]
 
     def all_roles() -> dict[str, Source]:
-        return {role: resolve(wanted.get(role) or config.model) for role in config.algorithm.roles}
+        return {role: resolve(wanted.get(role) or config.model) for role in roles}
 
     dist.together(lambda: all_roles() if dist.rank() == 0 else {})
     return dist.together(all_roles)
@@ -227,6 +170,17 @@ def _data(config: RunConfig, source: Source, options: load.LoadOptions) -> Data:
     )
 
 
+def _same_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, reward: Source, name: str | None, options: load.LoadOptions
+) -> None:
+    """A reward model reads the policy's token ids: they must mean the same to it."""
+    if load.load_tokenizer(reward, options).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"reward_model: {name} has another vocabulary than the policy's tokenizer, so it cannot read sampled ids; "
+            "train one with --algo rm from the same base, or score the text with --reward_funcs"
+        )
+
+
 def _engine_options(config: RunConfig, options: load.LoadOptions) -> engines.EngineOptions:
     ds_config = ds_files.read(config.deepspeed)
     engines.check(ds_config, config.deepspeed)
@@ -263,14 +217,14 @@ def _models(
                 adapter,
             )
     found: dict[str, Any] = {}
-    for role, how in config.algorithm.roles.items():
-        if how == "train":
+    for role in sources:
+        if _trains(config, role):
             module = dist.together(partial(load.load_trained, role, sources[role], options, lora))
             found[role] = engines.trained(module, engine_options)
         elif role != "reference" or lora is None or config.ref_model:
             module = dist.together(partial(load.load_frozen, role, sources[role], options))
             found[role] = engines.frozen(module, engine_options)
-    return Models(found, device, config.batch_size)
+    return Models(found, device, config.batch_size, config.algorithm.temperature)
 
 
 def _self_check(models: Models, groups: Sequence[Group]) -> None:
@@ -278,6 +232,8 @@ def _self_check(models: Models, groups: Sequence[Group]) -> None:
     if "policy" not in models.engines:
         return
     group = min(groups, key=lambda g: len(g.prompt) + sum(len(c) for c in g.completions))
+    if not group.completions:  # prompts only: their last token stands for an answer
+        group = replace(group, prompt=(group.prompt[0], *group.prompt[:-1]), completions=(group.prompt[-1:],))
     engine = models.engines["policy"]
     ours = torch.cat(models.each_group("policy", [group]))
     inputs = rows([group], models.device)
@@ -286,7 +242,7 @@ def _self_check(models: Models, groups: Sequence[Group]) -> None:
     with torch.no_grad():
         logits = engine.module.whole_logits(inputs.ids).flatten(0, 1)[inputs.predict].float()
     engine.module.train(training)
-    theirs = torch.log_softmax(logits, -1).gather(1, inputs.targets[:, None])[:, 0].cpu()
+    theirs = torch.log_softmax(logits / models.temperature, -1).gather(1, inputs.targets[:, None])[:, 0].cpu()
     gap = float((ours - theirs).abs().max())
     limit = 1e-3 if next(engine.module.parameters()).dtype is torch.float32 else 0.25  # nats
     if not gap <= limit:
@@ -297,10 +253,40 @@ def _self_check(models: Models, groups: Sequence[Group]) -> None:
         )
 
 
+def _context(config: RunConfig, models: Models, data: Data, total_batches: int, state: dict[str, Any]) -> RunContext:
+    """What `prepare` may ask for, with the rewards of the run where its algorithm has a frozen reward role."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(data.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    rewards = None
+    if config.algorithm.roles.get("reward") == "frozen":
+        rewards = dist.together(lambda: Rewards(models, config.reward_funcs, config.reward_weights, decode))
+    return RunContext(
+        models,
+        seed=config.seed,
+        max_length=config.max_length,
+        state=state,
+        end_ids=data.template.end_ids,
+        total_batches=total_batches,
+        rewards=rewards,
+        decode=decode,
+    )
+
+
+def _trains(config: RunConfig, role: str) -> bool:
+    return bool(config.algorithm.roles[role] == "train")
+
+
+def _global_batch(config: RunConfig) -> int:
+    """Groups in an optimizer step, over all ranks."""
+    return config.batch_size * config.gradient_accumulation_steps * dist.world_size()
+
+
 def _loader(config: RunConfig, groups: Sequence[Group], *, shuffle: bool) -> Loader:
     return Loader(
         groups,
-        global_batch=config.batch_size * config.gradient_accumulation_steps * dist.world_size(),
+        global_batch=_global_batch(config) * config.algorithm.mini_batches,
         seed=config.seed,
         rank=dist.rank(),
         world_size=dist.world_size(),
@@ -314,7 +300,8 @@ def _plan(config: RunConfig, loader: Loader, options: engines.EngineOptions) -> 
     if config.max_steps is not None:
         passes = config.algorithm.epochs * config.algorithm.mini_batches
         total = min(total, -(-config.max_steps // passes))
-    rates = {role: config.learning_rate for role, how in config.algorithm.roles.items() if how == "train"}
+    own = config.algorithm.role_learning_rates
+    rates = {role: own.get(role, config.learning_rate) for role in config.algorithm.roles if _trains(config, role)}
     plan = Plan(
         total_batches=total,
         batch_size=config.batch_size,
@@ -337,7 +324,7 @@ def _fingerprint(config: RunConfig, num_rows: int, total_batches: int) -> dict[s
         "tuner": config.tuner,
         "seed": config.seed,
         "rows": num_rows,
-        "global_batch": config.batch_size * config.gradient_accumulation_steps * dist.world_size(),
+        "global_batch": _global_batch(config),
         "ranks": dist.world_size(),
         "deepspeed": config.deepspeed,
         "batches": total_batches,

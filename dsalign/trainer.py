@@ -65,10 +65,14 @@ class Trainer:
         self.plan, self.progress = plan, progress
         self.trained = [role for role, how in algorithm.roles.items() if how == "train"]
         self.total_steps = plan.total_batches * algorithm.epochs * algorithm.mini_batches
+        self.at_boundary = True
         self._guards = {role: engines.TouchGuard(models.engines[role]) for role in self.trained}
 
-    def fit(self, after_step: Callable[[dict[str, float]], None]) -> None:
-        """Train from where `progress` says to the end of the plan."""
+    def fit(
+        self, after_step: Callable[[dict[str, float]], None], after_prepare: Callable[[Prepared], None] | None = None
+    ) -> None:
+        """Train from where `progress` says to the end of the plan. `after_step` may save a checkpoint where
+        `at_boundary` is true: between two prepared batches."""
         while self.progress.batches < self.plan.total_batches:
             index = self.progress.batches
             batch = self.loader.batch(index)
@@ -78,11 +82,15 @@ class Trainer:
             tokens = dist.total([num_tokens(prepared.groups)], self.models.device)[0]
             self.progress.num_tokens += int(tokens)
             self.progress.batches += 1
-            for positions in self._mini_batches(batch, index):
+            if after_prepare is not None:
+                after_prepare(prepared)
+            steps = self._mini_batches(batch, index)
+            for i, positions in enumerate(steps):
                 metrics = self.optimizer_step(prepared, positions)
                 self.progress.step += 1
+                self.at_boundary = i == len(steps) - 1 or self.algorithm.stop(metrics)
                 after_step({**metrics, "num_tokens": self.progress.num_tokens})
-                if self.algorithm.stop(metrics):
+                if self.at_boundary:
                     break
 
     def _mini_batches(self, batch: Batch, index: int) -> list[Sequence[int]]:

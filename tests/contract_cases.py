@@ -47,6 +47,8 @@ class IPO:
     epochs: ClassVar[int] = 1
     mini_batches: ClassVar[int] = 1
     min_groups: ClassVar[int] = 1
+    temperature: ClassVar[float] = 1.0
+    role_learning_rates: ClassVar[Mapping[str, float]] = {}
 
     prepare = staticmethod(with_reference)
 

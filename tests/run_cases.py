@@ -158,7 +158,7 @@ def store_of(trainer: Trainer, run: Run, output_dir: Path) -> Store:
         output_dir,
         {role: trainer.models.engines[role]},
         tokenizer(),
-        str(run.folder),
+        {role: str(run.folder)},
         {"seed": 1},
         keep=2,
         adapters_only=run.tuner == "lora",
@@ -201,7 +201,7 @@ def never_saved(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def rotation(output_dir: Path, keep: int, best: int | None) -> list[str]:
     """The names in the output folder after checkpoints at steps 2, 9, 10 and 11; nothing trained."""
-    store = Store(output_dir, {}, tiny_tokenizer(), "", {}, keep=keep, adapters_only=False)
+    store = Store(output_dir, {}, tiny_tokenizer(), {}, {}, keep=keep, adapters_only=False)
     for step in (2, 9, 10, 11):
         store.save(Progress(step=step, best_step=best))
     return sorted(p.name for p in output_dir.iterdir())
@@ -209,7 +209,7 @@ def rotation(output_dir: Path, keep: int, best: int | None) -> list[str]:
 
 def save_over(output_dir: Path) -> tuple[list[str], float]:
     """(names in checkpoint-1, its best_loss) after a killed save's leftovers, and after the same step saved twice."""
-    store = Store(output_dir, {}, tiny_tokenizer(), "", {}, keep=2, adapters_only=False)
+    store = Store(output_dir, {}, tiny_tokenizer(), {}, {}, keep=2, adapters_only=False)
     if dist.rank() == 0:
         (output_dir / ".staging-1").mkdir(parents=True)
         (output_dir / ".staging-1" / "left").touch()
@@ -221,7 +221,7 @@ def save_over(output_dir: Path) -> tuple[list[str], float]:
 
 def random_after_load(output_dir: Path) -> list[tuple[bool, bool]]:
     """Of each rank: whether torch and Python draw again what they drew after the save."""
-    store = Store(output_dir, {}, tiny_tokenizer(), "", {}, keep=2, adapters_only=False)
+    store = Store(output_dir, {}, tiny_tokenizer(), {}, {}, keep=2, adapters_only=False)
     torch.manual_seed(dist.rank())
     random.seed(dist.rank())
     random.gauss(0, 1)

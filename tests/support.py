@@ -17,6 +17,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dsalign import algos
 from dsalign.data.tokenize import Group
 
 ALGORITHMS = {  # settings that make a loss depend on the whole batch, where the defaults do not
@@ -31,6 +32,11 @@ ALGORITHMS = {  # settings that make a loss depend on the whole batch, where the
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'\"-()\n"
 SPECIALS = ("<pad>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = len(SPECIALS) + 1 + len(CHARACTERS)
+
+
+def from_rows() -> tuple[str, ...]:
+    """The algorithms that train on completions of their rows; the others sample their own from prompts."""
+    return tuple(name for name in algos.names() if algos.load(name).data != "prompts")
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -78,7 +84,7 @@ def tiny_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
 def random_groups(kind: str, n: int, seed: int = 0, longest: int = 9) -> list[Group]:
     """n groups of random tokens with uneven lengths; `kind` as in `Algorithm.data`."""
     draw = random.Random(seed)
-    count = {"pairs": 2, "labels": 1, "demonstrations": 1}[kind]
+    count = {"pairs": 2, "labels": 1, "demonstrations": 1, "prompts": 0}[kind]
 
     def tokens(least: int) -> tuple[int, ...]:
         return tuple(draw.randrange(4, VOCABULARY) for _ in range(draw.randint(least, longest)))

@@ -80,8 +80,8 @@ def test_a_typo_exits_2_before_torch_is_imported(tmp_path: Path) -> None:
     assert said.splitlines() == [
         "dsalign: error: 2 problem(s)",
         "  --learning_rat: expected a known option, got 'learning_rat'; did you mean learning_rate?",
-        "  --ref_model: expected an algorithm with a frozen reference model, one of dpo, kto, got sft; remove it or "
-        "change --algo",
+        "  --ref_model: expected an algorithm with a frozen reference model, one of dpo, kto, ppo, got sft; remove it "
+        "or change --algo",
     ]
 
 

@@ -93,6 +93,20 @@ def test_the_algorithm_is_all_that_must_be_given(algo: str, rows: str, tmp_path:
     assert (own.origins["model"], own.origins["dataset"]) == ("flag --model", "flag --dataset")
 
 
+def test_ppo_without_a_reward_has_one(tmp_path: Path) -> None:
+    """demo:friendly where neither a reward model nor a function is given, also by null; the YAML says so."""
+    parsed = parse(["--algo", "ppo"], world_size=1)
+    assert (parsed.config.reward_funcs, parsed.origins["reward_funcs"]) == (("demo:friendly",), "ppo default")
+    assert (parsed.config.dataset, parsed.origins["dataset"]) == (("demo:prompts",), "ppo default")
+    assert parse(["--config", yaml_file(tmp_path, parsed.config.dump())], world_size=1).config == parsed.config
+    null = yaml_file(tmp_path, "algo: ppo\nreward_funcs: null\n", "null.yaml")
+    assert parse(["--config", null], world_size=1).config.reward_funcs == ("demo:friendly",)
+    assert made("--algo", "ppo", "--reward_funcs", "x.py:f").reward_funcs == ("x.py:f",)
+    for flag in ("--reward_model", "--reward_model_id_or_path", "--reward_model_type"):
+        assert made("--algo", "ppo", flag, "r").reward_funcs == ()
+    assert made("--algo", "dpo").reward_funcs == ()
+
+
 @pytest.mark.parametrize(("batch", "ranks", "steps"), [(1, 1, 16), (3, 1, 6), (2, 4, 2), (4, 8, 1)])
 def test_accumulation_makes_a_global_batch_of_at_least_16(batch: int, ranks: int, steps: int) -> None:
     """ceil(16 / (batch x ranks)): 16/1, 16/3, 16/8, 16/32."""
@@ -317,7 +331,7 @@ class Duel:
     rounds: int | None = dataclasses.field(default_factory=lambda: 3)
 
     data: ClassVar[str] = "pairs"
-    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reward": "frozen"}
+    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reference": "frozen"}
     learning_rates: ClassVar[Mapping[str, float]] = {"full": 1.0, "lora": 2.0}
     dropout: ClassVar[float] = 0.0
     min_groups: ClassVar[int] = 3

@@ -17,7 +17,7 @@ import torch
 from fakes import CPU, Drawn, metrics_of, output, precision, prepared_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ALGORITHMS, RankPool, random_groups
+from support import ALGORITHMS, RankPool, from_rows, random_groups
 
 from dsalign import algos, options
 from dsalign.algos import Loss, Output, Prepared
@@ -29,6 +29,7 @@ from dsalign.models.load import VALUE_ROLES
 from dsalign.models.names import resolve
 
 each_algorithm = pytest.mark.parametrize("name", algos.names())
+each_from_rows = pytest.mark.parametrize("name", from_rows())
 ROLES = {"policy", "reference", "reward", "value", "actor", "critic"}
 NUM_GROUPS = 6
 
@@ -42,7 +43,7 @@ def trained_role(algorithm: Any) -> str:
 
 
 def test_there_are_tests_for_all_of_them() -> None:
-    assert set(ALGORITHMS) == set(algos.names())
+    assert set(ALGORITHMS) == set(from_rows())
 
 
 @each_algorithm
@@ -79,9 +80,9 @@ def test_every_field_says_its_range_or_choices(name: str) -> None:
     hints = options.of_algorithm(cls)
     for field in dataclasses.fields(cls):
         says = hints[field.name].help
-        wanted = (
-            r"\bor\b|\bone or several of\b" if "str" in str(field.type) else r">=? ?\d|\bin [\[(]\d|\bany numbers?\b"
-        )
+        numbers = r">=? ?\d|\bin [\[(]\d|\bany numbers?\b"
+        choices = {"str": r"\bor\b|\bone or several of\b", "bool": r"\btrue or false\b"}
+        wanted = next((choices[kind] for kind in choices if kind in str(field.type)), numbers)
         assert re.search(wanted, says), f"{name}.{field.name}: {says}"
 
 
@@ -96,6 +97,8 @@ def test_what_it_declares_is_legal(name: str) -> None:
     assert algorithm.needs <= {"entropy"}
     assert set(algorithm.learning_rates) == {"full", "lora"}
     assert all(0 < rate < 1e-2 for rate in algorithm.learning_rates.values())
+    assert algorithm.temperature > 0
+    assert all(algorithm.roles[role] == "train" and rate > 0 for role, rate in algorithm.role_learning_rates.items())
     assert (algorithm.dropout == 0) == ("frozen" in algorithm.roles.values()) and 0 <= algorithm.dropout < 1
     assert min(algorithm.epochs, algorithm.mini_batches, algorithm.min_groups) >= 1
 
@@ -161,7 +164,7 @@ def assert_equal(found: Any, want: Any) -> None:
         assert all(mine[name] == pytest.approx(theirs[name], rel=1e-12, abs=1e-12) for name in theirs)
 
 
-@each_algorithm
+@each_from_rows
 def test_its_terms_are_scalars_with_the_keys_of_its_units(name: str) -> None:
     algorithm, prepared, numbers = whole(name)
     loss = loss_of(algorithm, prepared, numbers.requires_grad_(), list(range(NUM_GROUPS)))
@@ -171,7 +174,7 @@ def test_its_terms_are_scalars_with_the_keys_of_its_units(name: str) -> None:
     assert all(isinstance(n, int) and n > 0 for n in algorithm.units(prepared.groups).values())
 
 
-@each_algorithm
+@each_from_rows
 @settings(max_examples=15, deadline=None)
 @given(order=st.permutations(range(NUM_GROUPS)), cuts=st.lists(st.integers(0, NUM_GROUPS), max_size=4))
 def test_the_loss_adds_over_any_cut_into_micro_batches(name: str, order: list[int], cuts: list[int]) -> None:
@@ -186,7 +189,7 @@ def test_the_loss_adds_over_any_cut_into_micro_batches(name: str, order: list[in
     assert {unit: sum(u[unit] for u in units) for unit in units[0]} == algorithm.units(prepared.groups)
 
 
-@each_algorithm
+@each_from_rows
 @settings(max_examples=10, deadline=None)
 @given(order=st.permutations(range(NUM_GROUPS)))
 def test_the_gradient_of_a_group_does_not_depend_on_its_row(name: str, order: list[int]) -> None:
@@ -202,7 +205,7 @@ def test_the_gradient_of_a_group_does_not_depend_on_its_row(name: str, order: li
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
 
 
-@each_algorithm
+@each_from_rows
 def test_padding_does_not_reach_the_loss(name: str, tiny: Path) -> None:
     """A real forward of four groups, alone and in a batch that a long group makes twice as wide."""
     algorithm = algos.load(name)(**ALGORITHMS[name])

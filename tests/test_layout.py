@@ -48,10 +48,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curves": set(),
     "report": set(),
     "metrics": {"algos", "dist"},
-    "context": {"algos", "data", "dist", "models"},
+    "rollout": {"algos"},
+    "context": {"algos", "data", "dist", "engines", "models", "rollout"},
+    "rewards": {"assets", "data"},
     "evaluate": {"context", "data", "dist", "metrics"},
     "trainer": {"algos", "context", "data", "dist", "engines", "metrics", "schedule"},
     "checkpoint": {"dist", "engines", "models", "trainer"},
+    "session": {"algos", "checkpoint", "config", "curves", "data", "dist", "evaluate", "metrics", "report", "trainer"},
 }
 TOP = {"run"}  # builds everything, so it may import everything but cli
 COLLECTIVE = {"dist", "engines", "checkpoint"}

@@ -27,17 +27,49 @@ def told(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
 @pytest.mark.parametrize("flag", ["--ref_model", "--ref_model_id_or_path", "--ref_model_type"])
 def test_a_reference_needs_an_algorithm_with_one(flag: str) -> None:
     assert told("--algo", "sft", flag, "x") == [
-        f"{flag}: expected an algorithm with a frozen reference model, one of dpo, kto, got sft; "
+        f"{flag}: expected an algorithm with a frozen reference model, one of dpo, kto, ppo, got sft; "
         "remove it or change --algo"
     ]
     assert told("--algo", "kto", flag, "x") == []
 
 
-@pytest.mark.parametrize("flag", ["--reward_model", "--reward_model_id_or_path", "--reward_model_type"])
+@pytest.mark.parametrize(
+    "flag", ["--reward_model", "--reward_model_id_or_path", "--reward_model_type", "--reward_funcs"]
+)
 def test_rm_trains_its_reward_model_and_takes_no_frozen_one(flag: str) -> None:
-    (line,) = told("--algo", "rm", flag, "x")
-    assert line.startswith(f"{flag}: expected an algorithm with a frozen reward model, ")
-    assert line.endswith(", got rm; remove it or change --algo")
+    assert told("--algo", "rm", flag, "x") == [
+        f"{flag}: expected an algorithm with a frozen reward model, one of ppo, got rm; remove it or change --algo"
+    ]
+
+
+def test_reward_weights_are_for_an_algorithm_with_a_frozen_reward() -> None:
+    assert told("--algo", "sft", "--reward_weights", "1", "0.5") == [
+        "--reward_weights: expected an algorithm with a frozen reward model, one of ppo, got sft; "
+        "remove it or change --algo"
+    ]
+
+
+def test_ppo_needs_a_reward_of_some_kind(tmp_path: Path) -> None:
+    """Without a word about rewards it has a default; an empty list says that there is to be none."""
+    assert told("--algo", "ppo") == []
+    (tmp_path / "none.yaml").write_text("reward_funcs: []\n")
+    assert told("--algo", "ppo", "--config", str(tmp_path / "none.yaml")) == [
+        "reward_model: expected a reward for ppo, got neither reward_model nor reward_funcs; give "
+        "--reward_model FOLDER (of --algo rm) or --reward_funcs FILE.py:FUNCTION"
+    ]
+    assert told("--algo", "ppo", "--reward_model", "x") == []
+    assert told("--algo", "ppo", "--reward_funcs", "x.py:f", "y.py:g", "--reward_weights", "1", "2") == []
+    assert told("--algo", "ppo", "--reward_model", "x", "--reward_funcs", "x.py:f") == []
+
+
+def test_a_reward_function_that_comes_along_is_named_rightly() -> None:
+    assert told("--algo", "ppo", "--reward_funcs", "demo:friendly", "x.py:f") == []
+    assert told("--algo", "ppo", "--reward_funcs", "demo:frendly") == [
+        "--reward_funcs: expected one of demo:friendly, got 'demo:frendly'; did you mean demo:friendly?"
+    ]
+    assert told("--algo", "ppo", "--reward_funcs", "demo:xyz") == [
+        "--reward_funcs: expected one of demo:friendly, got 'demo:xyz'; choose one, or give path/to/file.py:function"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +92,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("judged")
 def test_a_reward_model_goes_to_an_algorithm_with_that_frozen_role() -> None:
     assert told("--algo", "judged", "--reward_model", "x") == []
-    assert told("--algo", "judged", "--ref_model", "x") == [
+    assert told("--algo", "judged", "--reward_model", "x", "--ref_model", "x") == [
         "--ref_model: expected an algorithm with a frozen reference model, another one (none here has it yet), "
         "got judged; remove it or change --algo"
     ]
@@ -68,11 +100,12 @@ def test_a_reward_model_goes_to_an_algorithm_with_that_frozen_role() -> None:
 
 @pytest.mark.usefixtures("judged")
 def test_a_global_batch_may_be_too_small() -> None:
-    assert told("--algo", "judged", "--gradient_accumulation_steps", "1") == [
+    argv = ("--algo", "judged", "--reward_model", "x", "--gradient_accumulation_steps", "1")
+    assert told(*argv) == [
         "--gradient_accumulation_steps: expected a global batch of at least 2 for judged, got batch_size 1 x 1 x 1 "
         "ranks; raise one of them"
     ]
-    parse(["--algo", "judged", "--gradient_accumulation_steps", "1", *BASE], world_size=2)
+    parse([*argv, *BASE], world_size=2)
 
 
 def test_eval_steps_need_rows() -> None:
@@ -179,6 +212,8 @@ def test_every_rule_has_a_test_here() -> None:
     """One a rule, in the order of the table."""
     assert [rule.__name__ for rule in rules.RULES] == [
         "model_has_a_role",
+        "rewards_have_a_source",
+        "reward_functions_are_known",
         "evaluation_has_rows",
         "one_source_of_validation",
         "lora_options_need_lora",

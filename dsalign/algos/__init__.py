@@ -61,6 +61,18 @@ class Prepared:
     fields: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     shared: Mapping[str, float] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()  # sampled completions to show and keep: JSON-able
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. temperature > 0; top_p in (0, 1], 1 = off; top_k >= 0, 0 = off, 1 = greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    samples: int = 1  # completions a prompt
 
 
 @dataclass(frozen=True)
@@ -99,16 +111,29 @@ class Output:
 class Context(Protocol):
     """What `prepare` may ask for. Every method is collective: all ranks call it, in the same order."""
 
-    step: int
+    step: int  # prepared batches before this one
+    total_batches: int  # prepared batches of the whole run
     max_length: int  # tokens of a prompt and a completion
+    end_ids: frozenset[int]  # the tokens that end a completion
     generator: torch.Generator  # seeded by (seed, step): the same stream on every rank
     state: dict[str, Any]  # JSON-able, equal on all ranks, checkpointed
 
-    def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
-        """One [tokens of the group's completions] float32 tensor a group, no gradient."""
+    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        """One [tokens of the group's completions] float32 tensor a group, no gradient. batch_size: groups a forward."""
 
-    def values(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
-        """One [tokens + completions of the group] float32 tensor a group, no gradient."""
+    def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        """One [tokens + completions of the group] float32 tensor a group, no gradient. batch_size: groups a forward."""
+
+    def generate(
+        self, role: str, groups: Sequence[Group], sampling: Sampling, batch_size: int
+    ) -> tuple[list[Group], list[Tensor]]:
+        """(the groups with sampled completions, the sampler's log-probability of each token, one tensor a group)."""
+
+    def scores(self, groups: Sequence[Group], batch_size: int) -> list[Tensor]:
+        """One [completions] float32 tensor a group: rewards of the reward model and functions, weighted and added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids as text, without special tokens."""
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """The sum of each number over the ranks, in float64."""
@@ -127,6 +152,14 @@ class Algorithm(Protocol):
     needs: ClassVar[frozenset[str]]  # beyond log-probabilities: "entropy"
     learning_rates: ClassVar[Mapping[str, float]]  # tuner -> default learning rate
     dropout: ClassVar[float]  # LoRA dropout by default; 0 = the algorithm runs with all dropout off
+
+    @property
+    def temperature(self) -> float:
+        """Logits are divided by it in every log-probability of the run."""
+
+    @property
+    def role_learning_rates(self) -> Mapping[str, float]:
+        """Trained role -> peak learning rate, where it is not the run's."""
 
     @property
     def roles(self) -> Mapping[str, str]:

@@ -191,6 +191,8 @@ class DPO:
     dropout: ClassVar[float] = 0.0
     epochs: ClassVar[int] = 1
     mini_batches: ClassVar[int] = 1
+    temperature: ClassVar[float] = 1.0
+    role_learning_rates: ClassVar[Mapping[str, float]] = {}
     min_groups: ClassVar[int] = 1
 
     units = staticmethod(pair_units)

@@ -42,6 +42,8 @@ class KTO:
     dropout: ClassVar[float] = 0.0
     epochs: ClassVar[int] = 1
     mini_batches: ClassVar[int] = 1
+    temperature: ClassVar[float] = 1.0
+    role_learning_rates: ClassVar[Mapping[str, float]] = {}
 
     def __post_init__(self) -> None:
         check_range("beta", self.beta, 0, math.inf, open_low=True)

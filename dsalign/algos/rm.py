@@ -34,6 +34,8 @@ class RM:
     dropout: ClassVar[float] = 0.05
     epochs: ClassVar[int] = 1
     mini_batches: ClassVar[int] = 1
+    temperature: ClassVar[float] = 1.0
+    role_learning_rates: ClassVar[Mapping[str, float]] = {}
     min_groups: ClassVar[int] = 1
 
     prepare = staticmethod(plain)

@@ -1,10 +1,11 @@
-"""The demonstration rows that come with dsalign: one small file for each kind of row, named demo:KIND as a source."""
+"""What comes with dsalign: one small file of rows for each kind, named demo:KIND as a source, and a reward function."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 PREFIX = "demo:"  # no hub name has a colon, and a name, unlike a path, means the same on every machine
+REWARD = "demo:friendly"  # where an algorithm needs a reward and is given none; rewards.py has it
 _FOLDER = Path(__file__).resolve().parent
 
 

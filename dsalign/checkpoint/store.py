@@ -23,26 +23,27 @@ PROGRESS_FILE = "trainer.json"
 
 
 class Store:
-    """The checkpoints of one run. engines: the trained roles', the first is exported beside its DeepSpeed state."""
+    """The checkpoints of one run. engines: the trained roles'; each is exported beside its DeepSpeed state. bases: what
+    the adapter of each role sits on."""
 
     def __init__(
         self,
         output_dir: Path,
         engines: Mapping[str, Any],
         tokenizer: PreTrainedTokenizerBase,
-        base: str,
+        bases: Mapping[str, str],
         fingerprint: Mapping[str, Any],
         *,
         keep: int,
         adapters_only: bool,
     ) -> None:
-        self.output_dir, self.engines, self.tokenizer, self.base = output_dir, engines, tokenizer, base
+        self.output_dir, self.engines, self.tokenizer, self.bases = output_dir, engines, tokenizer, bases
         self.fingerprint, self.keep, self.adapters_only = dict(fingerprint), keep, adapters_only
 
     def export(self, folder: Path) -> None:
         """The trained models as folders: the first role at `folder`, further roles below it. Collective."""
         for i, (role, engine) in enumerate(self.engines.items()):
-            export(engine, folder if i == 0 else folder / role, self.tokenizer, self.base)
+            export(engine, folder if i == 0 else folder / role, self.tokenizer, self.bases[role])
 
     def save(self, progress: Progress) -> Path:
         """Write checkpoint-<step>; it appears under its name only when every rank has written its part. Collective."""

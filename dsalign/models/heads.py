@@ -32,14 +32,14 @@ class CausalModel(nn.Module):
         self.transform = LogitTransform.of(unwrap(model).config.get_text_config())
 
     def forward(
-        self, ids: Tensor, predict: Tensor, targets: Tensor, entropy: bool = False
+        self, ids: Tensor, predict: Tensor, targets: Tensor, entropy: bool = False, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [N] float32 of targets [N] at the flat positions predict [N] of ids [B, T]; and entropies
         [N] or None. Only those positions reach the head."""
         inner = unwrap(self.model)
         states = inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         head = inner.get_output_embeddings()
-        return token_logps(states[predict], head, targets, self.transform, entropy=entropy)
+        return token_logps(states[predict], head, targets, self.transform, entropy=entropy, temperature=temperature)
 
     def whole_logits(self, ids: Tensor) -> Tensor:
         """The model's own logits [B, T, V], by its own forward: what the start-up check compares with."""

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -122,12 +123,34 @@ def _wrap(role: str, model: Any, source: Source, options: LoadOptions, *, traine
     if role not in VALUE_ROLES:
         return CausalModel(model)
     wrapped = ValueModel(model, seed=options.seed)
-    head_found = wrapped.load_head(source.value_head)
+    head_found = wrapped.load_head(source.value_head) or _load_classifier_head(wrapped, source, options)
     if not trained:
         if not head_found:
-            raise ValueError(f"{role} model: {source.value_head or source.weights} has no value_head.safetensors")
+            where = source.value_head or source.weights
+            raise ValueError(f"{role} model: {where} has no value_head.safetensors; train one with --algo rm")
         wrapped.requires_grad_(False)
     return wrapped
+
+
+def _load_classifier_head(wrapped: ValueModel, source: Source, options: LoadOptions) -> bool:
+    """Use the score layer of a sequence-classification model as the value head; False where the source is none.
+
+    Raises ValueError where it has more than one label, as then no single number is the score.
+    """
+    config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return False
+    with _named(source):
+        classifier = AutoModelForSequenceClassification.from_pretrained(source.weights, dtype=torch.float32)
+    score = getattr(classifier, "score", None)
+    if not isinstance(score, torch.nn.Linear) or score.out_features != 1:
+        raise ValueError(f"reward model: {source.weights} must have one label (its `score` layer one output)")
+    with torch.no_grad():
+        wrapped.v_head.summary.weight.copy_(score.weight)
+        wrapped.v_head.summary.bias.zero_()
+        if score.bias is not None:
+            wrapped.v_head.summary.bias.copy_(score.bias)
+    return True
 
 
 def _without_dropout(config: Any) -> None:

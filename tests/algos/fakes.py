@@ -98,12 +98,12 @@ class FakeContext:
         self.asked: list[tuple[str, list[Group]]] = []
         self.warnings: list[str] = []
 
-    def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
+    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         self.asked.append((role, list(groups)))
         return [torch.tensor(np.concatenate(given(self.model, role, g))).to(torch.get_default_dtype()) for g in groups]
 
-    def values(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
-        raise AssertionError("no algorithm here prepares values")
+    def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        raise AssertionError("no algorithm trained on rows prepares values")
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         return [float(sum(column)) for column in zip(*self.ranks.exchange(self.rank, list(numbers)), strict=True)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import CPU, divided, metrics_of, output, prepared_on, table
-from support import ALGORITHMS, random_groups
+from support import ALGORITHMS, from_rows, random_groups
 
 from dsalign import algos
 from dsalign.algos import Output
@@ -228,7 +228,7 @@ def test_simpo() -> None:
     }
 
 
-@pytest.mark.parametrize("name", [name for name in algos.names() if name != "rm"])
+@pytest.mark.parametrize("name", [name for name in from_rows() if name != "rm"])
 def test_entropy_is_reported_only_where_the_model_gives_it(name: str) -> None:
     algorithm = algos.load(name)()
     groups = random_groups(algorithm.data, 3)
@@ -237,7 +237,7 @@ def test_entropy_is_reported_only_where_the_model_gives_it(name: str) -> None:
     assert "entropy" not in algorithm.policy_loss(Output(logps=torch.full((len(micro.segment),), -1.0)), micro).metrics
 
 
-@pytest.mark.parametrize("name", algos.names())
+@pytest.mark.parametrize("name", from_rows())
 def test_a_rank_without_rows_has_loss_0_and_a_zero_gradient(name: str) -> None:
     """Three ranks share two groups: the last one still prepares, counts 0 units, and its backward reaches a weight."""
     algorithm = algos.load(name)(**ALGORITHMS[name])
@@ -259,7 +259,7 @@ def test_a_rank_without_rows_has_loss_0_and_a_zero_gradient(name: str) -> None:
 
 def test_an_empty_rank_reports_the_names_of_the_others() -> None:
     """The means are taken over names that every rank must know, in the same order."""
-    for name in algos.names():
+    for name in from_rows():
         algorithm = algos.load(name)(**ALGORITHMS[name])
         groups = random_groups(algorithm.data, 2)
         names = []

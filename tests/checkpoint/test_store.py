@@ -130,7 +130,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
         tmp_path,
         {},
         tiny_tokenizer(),
-        "",
+        {},
         {"seed": 2, "rows": 8, "tuner": "lora", "ranks": 4},
         keep=2,
         adapters_only=False,
@@ -142,6 +142,8 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_an_engines_state_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 3)
-    store = Store(tmp_path, {"policy": None}, tiny_tokenizer(), "", {"seed": 1}, keep=2, adapters_only=False)
+    store = Store(
+        tmp_path, {"policy": None}, tiny_tokenizer(), {"policy": ""}, {"seed": 1}, keep=2, adapters_only=False
+    )
     with pytest.raises(ValueError, match=r"^resume: .*/checkpoint-3 has no DeepSpeed state for the policy$"):
         store.load(folder)

@@ -11,7 +11,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from support import ALGORITHMS, RankPool, random_groups
+from support import ALGORITHMS, RankPool, from_rows, random_groups
 
 from dsalign import algos
 from dsalign.algos import Batch, Output
@@ -101,7 +101,7 @@ class Plain:
 def plain(tiny: Path) -> Mapping[tuple[str, str], tuple[list[float], dict[str, np.ndarray]]]:
     """(algorithm, tuner) -> losses and weights of three plain SGD steps over 21 rows in batches of 8."""
     found = {}
-    for name in algos.names():
+    for name in from_rows():
         for tuner in ("full", "lora"):
             run = Plain(name, tiny, tuner, 8, 21)
             losses = run.train(0.05)
@@ -112,7 +112,7 @@ def plain(tiny: Path) -> Mapping[tuple[str, str], tuple[list[float], dict[str, n
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 @pytest.mark.parametrize("stage", [*STAGES, "2_offload", "3_offload"])
-@pytest.mark.parametrize("name", algos.names())
+@pytest.mark.parametrize("name", from_rows())
 def test_three_sgd_steps_equal_one_plain_process(
     name: str, stage: str, tuner: str, tiny: Path, two_ranks: RankPool, plain: Any
 ) -> None:
@@ -137,7 +137,7 @@ CUTS = {  # micro-batch size on one rank or two; the global batch is 8 groups of
 
 
 @pytest.mark.parametrize("stage", ["0", "3"])
-@pytest.mark.parametrize("name", algos.names())
+@pytest.mark.parametrize("name", from_rows())
 def test_gradient_does_not_depend_on_the_cut(
     name: str, stage: str, tiny: Path, one_rank: RankPool, two_ranks: RankPool
 ) -> None:
@@ -184,7 +184,7 @@ def test_gradient_checkpointing_changes_nothing(tiny: Path, two_ranks: RankPool)
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", algos.names())
+@pytest.mark.parametrize("name", from_rows())
 def test_loss_falls_on_a_learnable_task(name: str, stage: str, tuner: str, tiny: Path, two_ranks: RankPool) -> None:
     """Good completions are the letter a, bad ones z: 30 AdamW steps on 2 ranks take a good part of the loss away."""
     first, last = two_ranks.run(cases.learn, name, tiny, stage, tuner)

@@ -11,8 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from support import VOCABULARY, tiny_folder, tiny_tokenizer
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, dynamic_module_utils
+from support import VOCABULARY, tiny_config, tiny_folder, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    dynamic_module_utils,
+)
 
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
@@ -152,7 +160,9 @@ def test_a_frozen_role_is_frozen(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_frozen_reward_model_without_a_head_is_refused(tiny: Path) -> None:
     """A random head would give random rewards."""
-    with pytest.raises(ValueError, match=rf"^reward model: {tiny} has no value_head.safetensors$"):
+    with pytest.raises(
+        ValueError, match=rf"^reward model: {tiny} has no value_head.safetensors; train one with --algo rm$"
+    ):
         load.load_frozen("reward", resolve(str(tiny)), options())
 
 
@@ -216,3 +226,76 @@ def test_code_runs_where_it_is_trusted_and_that_is_said(
     assert f"running the Python code that comes with {folder} (--trust_remote_code)" in [
         r.message for r in caplog.records
     ]
+
+
+# ---- reward models with a score layer ------------------------------------------------------------------------------
+
+
+def classifier_folder(folder: Path, labels: int = 1, seed: int = 0, **changes: Any) -> Path:
+    """A sequence-classification model, as other trainers write reward models; random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForSequenceClassification(tiny_config(num_labels=labels, **changes)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("role", "trained"), [("reward", False), ("reward", True), ("value", True)])
+def test_the_score_layer_of_a_classifier_is_the_value_head(role: str, trained: bool, tmp_path: Path) -> None:
+    """The value at the last token is the classifier's own score; frozen as a reward, trained as a critic's start."""
+    source = resolve(str(classifier_folder(tmp_path)))
+    model = load.load_trained(role, source, options(), None) if trained else load.load_frozen(role, source, options())
+    assert isinstance(model, ValueModel)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    with torch.no_grad():
+        want = AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits[:, 0]
+        found = model(ids, torch.tensor([3, 7]))
+    torch.testing.assert_close(found, want)
+    assert want.abs().min() > 1e-3
+    assert {p.requires_grad for p in model.v_head.parameters()} == {trained}
+
+
+def test_the_bias_of_a_score_layer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most classifiers have none, and then the value head's is 0."""
+    folder = classifier_folder(tmp_path)
+    plain = load.load_frozen("reward", resolve(str(folder)), options())
+    assert plain.v_head.summary.bias.tolist() == [0.0]
+    opened = LlamaForSequenceClassification.from_pretrained(folder)
+    opened.score.bias = torch.nn.Parameter(torch.tensor([3.0]))
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: opened)
+    biased = load.load_frozen("reward", resolve(str(folder)), options())
+    assert biased.v_head.summary.bias.tolist() == [3.0]
+    assert torch.equal(biased.v_head.summary.weight, plain.v_head.summary.weight)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_score_layer_has_the_dtype_of_a_value_head(dtype: str, tmp_path: Path) -> None:
+    """Whatever the backbone's: a head of our own is kept in the same one."""
+    own = load.load_trained("reward", resolve(str(tiny_folder(tmp_path / "own"))), options(dtype=dtype), None)
+    scored = load.load_frozen("reward", resolve(str(classifier_folder(tmp_path / "scored"))), options(dtype=dtype))
+    assert scored.v_head.summary.weight.dtype == own.v_head.summary.weight.dtype
+
+
+def test_a_value_head_comes_before_a_score_layer(tmp_path: Path) -> None:
+    folder = classifier_folder(tmp_path)
+    save_file({WEIGHT: torch.arange(32.0)[None], BIAS: torch.tensor([7.0])}, folder / "value_head.safetensors")
+    assert load.load_frozen("reward", resolve(str(folder)), options()).v_head.summary.bias.tolist() == [7.0]
+
+
+def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
+    """No single one of its numbers is the score."""
+    folder = classifier_folder(tmp_path, labels=2)
+    for run in (
+        lambda: load.load_frozen("reward", resolve(str(folder)), options()),
+        lambda: load.load_trained("value", resolve(str(folder)), options(), None),
+    ):
+        with pytest.raises(ValueError) as caught:
+            run()
+        assert str(caught.value) == (f"reward model: {folder} must have one label (its `score` layer one output)")
+
+
+def test_a_policy_is_not_asked_for_a_score_layer(tiny: Path) -> None:
+    """Nor is a critic that starts from a causal model: its head is new and the same at every start."""
+    heads = [load.load_trained("value", resolve(str(tiny)), options(), None).v_head.summary.weight for _ in range(2)]
+    assert torch.equal(*heads)
+    assert isinstance(load.load_trained("policy", resolve(str(tiny)), options(), None), CausalModel)

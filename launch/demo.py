@@ -1,0 +1,244 @@
+"""PPO from nothing on two CPU ranks: a tiny model is brought up with SFT, a reward model with RM, and PPO shifts the
+style of its answers from half gruff to friendly. `--real` is PPO on SmolLM2-135M-Instruct and a reward function.
+
+Exits 0 where the mean reward of the last rollouts clearly exceeds that of the first, 1 where it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    logging,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD = ROOT / "dsalign" / "assets" / "demo" / "world.jsonl"
+OUTPUT = Path("output")  # of the checkout
+SPECIALS = ("<pad>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHOWN = 8  # questions that are answered before and after
+LAST = 3  # rollouts whose mean is compared with the first one's
+
+COMMON = {"tuner": "full", "weight_decay": 0}
+SFT = COMMON | {"batch_size": 32, "gradient_accumulation_steps": 1, "learning_rate": 3e-3, "num_train_epochs": 60}
+RM = COMMON | {"batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": 3e-4, "num_train_epochs": 4}
+PPO = COMMON | {
+    "num_ppo_epochs": 2,
+    "num_mini_batches": 2,
+    "logging_steps": 4,  # epochs x mini-batches: a line a rollout
+    "batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 2,
+    "num_train_epochs": 12,
+    "learning_rate": 2e-4,
+    "critic_learning_rate": 5e-4,
+    "kl_coef": 0.3,
+    "max_new_tokens": 24,
+    "num_sample_generations": 4,
+}
+REAL = {
+    "dataset": "demo:prompts",
+    "reward_funcs": "demo:friendly",
+    "tuner": "lora",
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_ppo_epochs": 2,
+    "logging_steps": 2,
+    "num_train_epochs": 4,
+    "learning_rate": 1e-3,
+    "max_new_tokens": 24,
+}
+
+
+def world() -> list[dict[str, str]]:
+    """Rows of prompt, friendly and gruff: a question and its two answers."""
+    return [json.loads(line) for line in WORLD.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(rows: Sequence[Mapping[str, str]], folder: Path) -> None:
+    """sft.jsonl with both styles in equal parts, pairs.jsonl that prefer the friendly one, prompts.jsonl."""
+    both = [{"prompt": row["prompt"], "completion": row[style]} for row in rows for style in ("friendly", "gruff")]
+    pairs = [{"prompt": row["prompt"], "chosen": row["friendly"], "rejected": row["gruff"]} for row in rows]
+    files = {"sft": both, "pairs": pairs, "prompts": [{"prompt": row["prompt"]} for row in rows]}
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
+    """Byte-level BPE trained on `texts`, with ChatML turns; <|im_end|> ends them."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([*texts, "system\nuser\nassistant\n"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+def make_base(rows: Sequence[Mapping[str, str]], folder: Path, seed: int) -> None:
+    """A folder with a Llama of 3 layers, 128 wide, with random weights, and the tokenizer of the rows."""
+    tokenizer = make_tokenizer([text for row in rows for text in row.values()])
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def arguments(algo: str, folder: Path, options: Mapping[str, Any]) -> list[str]:
+    """The words behind launch/train.py."""
+    given = {"algo": algo, "output_dir": folder / algo, **options}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def launch(ranks: int, words: Sequence[str]) -> None:
+    """Trains without a GPU. Raises SystemExit where it fails."""
+    shown = f"deepspeed --num_accelerators {ranks} launch/train.py {' '.join(words)}"
+    print(f"\n$ {shown}", flush=True)
+    with socket.socket() as listener:  # the launcher's own port may be another run's
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    # One thread a rank: a second one gains little on so small a model, and waits in a loop where the cores are shared.
+    environment = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [*runner, "--master_port", str(port), "--log_level", "error", "launch/train.py", *words]
+    started = time.monotonic()
+    code = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    if code:
+        sys.exit(f"demo: `{shown}` ended with code {code}")
+    print(f"({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def read_metric(folder: Path, name: str) -> list[float]:
+    """The values of a metric in the order of the steps."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+def curve(rewards: Sequence[float], width: int = 50) -> str:
+    """A line a rollout: its mean reward and a bar between the lowest and the highest."""
+    low, span = min(rewards), max(rewards) - min(rewards) or 1.0
+    bars = ("#" * (1 + round((reward - low) / span * (width - 1))) for reward in rewards)
+    return "\n".join(f"  {i:3} {reward:8.3f} {bar}" for i, (reward, bar) in enumerate(zip(rewards, bars, strict=True)))
+
+
+def verdict(rewards: Sequence[float], least: float) -> tuple[int, str]:
+    """(exit code, a line): 0 where the mean of the last rollouts is at least `least` above the first one's."""
+    last = rewards[-LAST:]
+    end = sum(last) / len(last)
+    rise = end - rewards[0]
+    risen = len(rewards) > LAST and rise >= least
+    text = (
+        f"mean reward {rewards[0]:.3f} at the first rollout (the baseline: nothing trained yet), {end:.3f} over the "
+        f"last {len(last)}: {rise:+.3f}, at least {least:+.3f} was expected"
+    )
+    return (0, f"PASSED: {text}") if risen else (1, f"FAILED: {text}")
+
+
+@torch.no_grad()
+def answers(folder: Path, questions: Sequence[str], seed: int) -> list[str]:
+    """One sampled answer to each question, by transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(seed)
+    found = []
+    for question in questions:
+        turn = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=PPO["max_new_tokens"])
+        found.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def tiny(seed: int) -> int:
+    """Base model -> SFT -> RM -> PPO, before and after; returns the exit code."""
+    folder, rows = OUTPUT / "demo", world()
+    folder.mkdir(parents=True, exist_ok=True)
+    random.Random(seed).shuffle(rows)
+    write_rows(rows, folder)
+    make_base(rows, folder / "base", seed)
+    start, reward = folder / "sft" / "final", folder / "rm" / "final"
+    sft = {"model": folder / "base", "dataset": folder / "sft.jsonl", "seed": seed, **SFT}
+    rm = {"model": start, "dataset": folder / "pairs.jsonl", "seed": seed, **RM}
+    ppo = {"model": start, "reward_model": reward, "dataset": folder / "prompts.jsonl", "seed": seed, **PPO}
+    for ranks, algo, options in ((1, "sft", sft), (1, "rm", rm), (2, "ppo", ppo)):
+        launch(ranks, arguments(algo, folder, options))
+    questions = [row["prompt"] for row in rows[:SHOWN]]
+    before, after = (answers(folder / algo / "final", questions, seed) for algo in ("sft", "ppo"))
+    for question, old, new in zip(questions, before, after, strict=True):
+        print(f"\n{question}\n  before  {old}\n  after   {new}")
+    rewards = read_metric(folder / "ppo", "objective/scores")
+    print(f"\nmean reward of each rollout\n{curve(rewards)}")
+    # Half of the answers are friendly at first, so half of the margin is all there is to win: half of that is clear.
+    code, text = verdict(rewards, read_metric(folder / "rm", "rewards/margins")[-1] / 4)
+    print(f"\n{text}")
+    return code
+
+
+def real(seed: int) -> int:
+    """PPO with LoRA on the embedded model, with a reward function; returns the exit code."""
+    folder = OUTPUT / "demo-real"
+    launch(2, arguments("ppo", folder, {"seed": seed, **REAL}))
+    rewards = read_metric(folder / "ppo", "objective/scores")
+    print(f"\nmean reward of each rollout\n{curve(rewards)}")
+    code, text = verdict(rewards, 0.1)
+    print(f"\n{text}")
+    return code
+
+
+def main() -> int:
+    """One of the two demonstrations; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct in place of the tiny model")
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    logging.disable_progress_bar()
+    started = time.monotonic()
+    code = real(options.seed) if options.real else tiny(options.seed)
+    print(f"{time.monotonic() - started:.0f} s in all; files in {OUTPUT / ('demo-real' if options.real else 'demo')}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

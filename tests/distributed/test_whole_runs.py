@@ -1,0 +1,131 @@
+"""Whole runs on two ranks, by the documented flags: what they leave, and that one run goes on from another."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import whole_runs
+from safetensors.torch import load_file
+from support import RankPool, tiny_folder
+
+DOCUMENTED = (
+    "--sft_type lora --num_train_epochs 2 --lora_target_modules ALL --gradient_checkpointing true --batch_size 1 "
+    "--learning_rate 5e-5 --gradient_accumulation_steps 16 --warmup_ratio 0.03 --save_total_limit 2"
+)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sft_then_rm_then_ppo_by_folders(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """The chain by the documented commands, two steps or more each; each starts from the last one's final/."""
+    base = ["--model_type", str(tiny), *DOCUMENTED.split(), "--logging_steps", "1"]
+    sft, rm, ppo = (tmp_path / name for name in ("sft", "rm", "ppo"))
+    two_ranks.run(
+        whole_runs.train, ["--rlhf_type", "sft", "--dataset", "demo:demonstrations#32", *base, "--output_dir", str(sft)]
+    )
+    base[1] = str(sft / "final")
+    two_ranks.run(whole_runs.train, ["--rlhf_type", "rm", "--dataset", "demo:pairs#32", *base, "--output_dir", str(rm)])
+    reward = ["--reward_model_id_or_path", str(rm / "final"), "--reward_model_type", str(tiny)]
+    words = ["--rlhf_type", "ppo", "--dataset", "demo:prompts#32", *base, *reward, "--output_dir", str(ppo)]
+    two_ranks.run(whole_runs.train, [*words, "--max_new_tokens", "8"])
+    for folder in (sft, rm, ppo):
+        assert {p.name for p in folder.iterdir()} >= {
+            "final",
+            "config.yaml",
+            "command.txt",
+            "metrics.jsonl",
+            "report.html",
+        }
+        assert (folder / "final" / "adapter_model.safetensors").exists()
+        base_name = json.loads((folder / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert Path(base_name) == tiny.resolve(), "an adapter sits on the base, also where it went on from another"
+    assert set(load_file(rm / "final" / "value_head.safetensors")) == {"v_head.summary.weight", "v_head.summary.bias"}
+    assert (ppo / "final" / "value" / "value_head.safetensors").exists()
+    first, *_, last = metrics(ppo)
+    assert last["step"] == 2 * 4, "two rollouts, four passes"
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5) and first["val/ratio"] == pytest.approx(1, abs=1e-5)
+    samples = [json.loads(line) for line in (ppo / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {0, 4} and all(math.isfinite(s["score"]) for s in samples)
+
+
+@pytest.mark.parametrize(
+    ("algo", "data", "more"),
+    [
+        ("ppo", "demo:prompts#24", "--max_new_tokens 6 --num_ppo_epochs 2 --num_mini_batches 1"),
+        ("dpo", "demo:pairs#40", "--rpo_alpha 0.5 --label_smoothing 0.1"),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    algo: str, data: str, more: str, tiny: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """From the first checkpoint on: the same rollouts, losses and weights, bit for bit."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def vowels(prompts, completions, **columns):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
+    )
+    words = ["--algo", algo, "--model", str(tiny), "--dataset", data, "--tuner", "full", "--batch_size", "4"]
+    words += ["--gradient_accumulation_steps", "1", "--learning_rate", "1e-3", "--logging_steps", "1", *more.split()]
+    words += ["--reward_funcs", f"{reward}:vowels"] if algo == "ppo" else []
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    two_ranks.run(
+        whole_runs.train, [*words, "--save_steps", "2", "--save_total_limit", "9", "--output_dir", str(whole)]
+    )
+    checkpoint = min(whole.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    two_ranks.run(whole_runs.train, [*words, "--resume", str(checkpoint), "--output_dir", str(resumed)])
+    step = int(checkpoint.name.rpartition("-")[2])
+    timed = ("tokens_per_s",)
+    want = [{k: v for k, v in line.items() if k not in timed} for line in metrics(whole) if line["step"] > step]
+    found = [{k: v for k, v in line.items() if k not in timed} for line in metrics(resumed)]
+    assert found == want and len(want) >= 2
+    for name in ["", "value"] if algo == "ppo" else [""]:
+        one, two = (load_file(folder / "final" / name / "model.safetensors") for folder in (whole, resumed))
+        assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_evaluation_keeps_the_best_checkpoint(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """Held-out rows are scored before the first step, every third and at the end; the best checkpoint stays."""
+    words = "--algo sft --dataset demo:demonstrations --split_dataset_ratio 0.25 --eval_steps 3 --tuner full "
+    words += "--batch_size 3 "
+    words += (
+        "--gradient_accumulation_steps 1 --learning_rate 3e-3 --num_train_epochs 2 --save_steps 1 --save_total_limit 1"
+    )
+    out = tmp_path / "out"
+    last = two_ranks.run(whole_runs.train, ["--model", str(tiny), *words.split(), "--output_dir", str(out)])
+    evaluations = {line["step"]: line["eval/loss"] for line in metrics(out) if "eval/loss" in line}
+    assert set(evaluations) == {0, 3, 6, 9, 12}
+    assert last["eval/loss"] == evaluations[12] < evaluations[0]
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-12", f"checkpoint-{best}"}
+
+
+def test_errors_of_a_run_are_said_in_one_sentence(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """Bad rows, a data set of nothing, a DeepSpeed file that sets what has a flag."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
+    base = ["--algo", "dpo", "--model", str(tiny), "--output_dir", str(tmp_path / "out")]
+    said = two_ranks.run(whole_runs.refusal, [*base, "--dataset", str(rows)])
+    assert f"{rows}:2" in said and "rejected" in said
+    settings = tmp_path / "ds.json"
+    settings.write_text('{"gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}')
+    said = two_ranks.run(whole_runs.refusal, [*base, "--dataset", "demo:pairs", "--deepspeed", str(settings)])
+    assert said.endswith("gradient_clipping is set by --max_grad_norm. Remove it from the file")
+    said = two_ranks.run(whole_runs.refusal, [*base, "--dataset", "demo:pairs", "--resume"])
+    assert "no checkpoint-N in" in said
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(two_ranks: RankPool, tiny: Path, tmp_path: Path) -> None:
+    """Its token ids would mean something else."""
+    other = tiny_folder(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = ["--algo", "ppo", "--model", str(tiny), "--reward_model", str(other), "--output_dir", str(tmp_path / "out")]
+    said = two_ranks.run(whole_runs.refusal, [*words, "--dataset", "demo:prompts"])
+    assert said.startswith(f"reward_model: {other} has another vocabulary than the policy's tokenizer")

@@ -1,0 +1,31 @@
+"""Whole runs inside ranks that live on: from the words of a command to final/."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+
+from dsalign import dist, run
+from dsalign.config import parse
+from dsalign.launcher import Process
+
+
+def train(words: list[str]) -> dict[str, float]:
+    """`dsalign WORDS` on every rank of the pool; the last metrics."""
+    rank, world = dist.rank(), dist.world_size()
+    config = parse(words, world_size=world).config
+    with mock.patch.object(dist, "shutdown"):
+        try:
+            return run.train(config, Process(rank, rank, world, world), "dsalign " + " ".join(words))
+        finally:
+            torch.set_num_threads(1)
+
+
+def refusal(words: list[str]) -> str:
+    """The message that such a run ends with."""
+    try:
+        train(words)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
