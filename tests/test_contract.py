@@ -123,7 +123,7 @@ def test_it_says_lines_and_does_not_stop(name: str) -> None:
 
 def whole(name: str) -> tuple[Any, Prepared, torch.Tensor]:
     """(algorithm, six prepared groups, a number for each token or each value), for the default dtype."""
-    algorithm = algos.load(name)(**ALGORITHMS[name])
+    algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
     groups = random_groups(algorithm.data, NUM_GROUPS, seed=6)
     ((prepared, _),) = prepared_on(algorithm, groups, Drawn())
     if trained_role(algorithm) not in VALUE_ROLES:
@@ -208,7 +208,7 @@ def test_the_gradient_of_a_group_does_not_depend_on_its_row(name: str, order: li
 @each_from_rows
 def test_padding_does_not_reach_the_loss(name: str, tiny: Path) -> None:
     """A real forward of four groups, alone and in a batch that a long group makes twice as wide."""
-    algorithm = algos.load(name)(**ALGORITHMS[name])
+    algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
     role = trained_role(algorithm)
     extra = 1 if role in VALUE_ROLES else 0
     module = load.load_trained(role, resolve(str(tiny)), load.LoadOptions(device=CPU), None).eval()

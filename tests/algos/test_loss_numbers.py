@@ -240,7 +240,7 @@ def test_entropy_is_reported_only_where_the_model_gives_it(name: str) -> None:
 @pytest.mark.parametrize("name", from_rows())
 def test_a_rank_without_rows_has_loss_0_and_a_zero_gradient(name: str) -> None:
     """Three ranks share two groups: the last one still prepares, counts 0 units, and its backward reaches a weight."""
-    algorithm = algos.load(name)(**ALGORITHMS[name])
+    algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
     groups = random_groups(algorithm.data, 2)
     found = prepared_on(algorithm, groups, lambda role, prompt, ids: np.full(len(ids), -1.0), world=3)
     prepared, _ = found[2]
@@ -260,7 +260,7 @@ def test_a_rank_without_rows_has_loss_0_and_a_zero_gradient(name: str) -> None:
 def test_an_empty_rank_reports_the_names_of_the_others() -> None:
     """The means are taken over names that every rank must know, in the same order."""
     for name in from_rows():
-        algorithm = algos.load(name)(**ALGORITHMS[name])
+        algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
         groups = random_groups(algorithm.data, 2)
         names = []
         for prepared, _ in prepared_on(algorithm, groups, lambda role, prompt, ids: np.full(len(ids), -1.0), world=3):
