@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -85,13 +86,26 @@ class Trainer:
             if after_prepare is not None:
                 after_prepare(prepared)
             steps = self._mini_batches(batch, index)
+            updates: list[dict[str, float]] = []
             for i, positions in enumerate(steps):
                 metrics = self.optimizer_step(prepared, positions)
                 self.progress.step += 1
+                updates.append(metrics)
                 self.at_boundary = i == len(steps) - 1 or self.algorithm.stop(metrics)
+                if self.at_boundary:
+                    metrics |= self._variances(updates)
                 after_step({**metrics, "num_tokens": self.progress.num_tokens})
                 if self.at_boundary:
                     break
+
+    def _variances(self, updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """NAME_var of every such need: the variance, with n - 1, of a metric over the updates of a prepared batch."""
+        found = {}
+        for need in self.algorithm.needs:
+            values = [metrics[need[:-4]] for metrics in updates if need.endswith("_var") and need[:-4] in metrics]
+            if len(values) > 1:
+                found[need] = statistics.variance(values)
+        return found
 
     def _mini_batches(self, batch: Batch, index: int) -> list[Sequence[int]]:
         """This rank's positions in each optimizer step over a prepared batch: a permutation of the whole batch by

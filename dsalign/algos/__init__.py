@@ -42,6 +42,7 @@ class Batch:
 
     groups: Sequence[Group]
     mine: Sequence[int]  # positions in `groups`, ascending
+    seen: int = 0  # groups of all batches before this one
 
     @property
     def local(self) -> list[Group]:
@@ -149,7 +150,8 @@ class Algorithm(Protocol):
     """The contract; see CONTRIBUTING.md for how to add one."""
 
     data: ClassVar[str]  # "demonstrations", "pairs", "labels", "prompts"
-    needs: ClassVar[frozenset[str]]  # beyond log-probabilities: "entropy"
+    needs: ClassVar[frozenset[str]]  # beyond log-probabilities: "entropy"; "NAME_var": a metric's variance over the
+    # updates of one prepared batch
     learning_rates: ClassVar[Mapping[str, float]]  # tuner -> default learning rate
     dropout: ClassVar[float]  # LoRA dropout by default; 0 = the algorithm runs with all dropout off
 

@@ -83,7 +83,7 @@ class PPO:
         "reference": "frozen",
         "reward": "frozen",
     }
-    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy", "val/ratio_var"})
     learning_rates: ClassVar[Mapping[str, float]] = {"full": 1e-6, "lora": 5e-5}
     dropout: ClassVar[float] = 0.0
     min_groups: ClassVar[int] = 1
@@ -151,6 +151,7 @@ class PPO:
             "advantages": whiten(ctx, advantages, shift_mean=True),
         }
         metrics = {**self._objective(ctx, groups, old, kl, scores), "rollout/logp_gap": _gap(sampler, old)}
+        metrics["episode"] = ((batch.seen + len(batch.groups)) * self.num_generations, 1)  # completions so far
         return Prepared(groups, fields, {}, metrics, self._samples(ctx, groups, scores))
 
     def _check_sampler(self, ctx: Context, sampler: Sequence[Tensor], old: Sequence[Tensor]) -> None:

@@ -53,4 +53,5 @@ class Loader:
         order = epoch_order(len(self.groups), self.seed, epoch) if self.shuffle else range(len(self.groups))
         chosen = order[position * self.global_batch : (position + 1) * self.global_batch]
         groups = [self.groups[i] for i in chosen]
-        return Batch(groups=groups, mine=range(self.rank, len(groups), self.world_size))
+        seen = epoch * (len(self.groups) - self.dropped) + position * self.global_batch
+        return Batch(groups=groups, mine=range(self.rank, len(groups), self.world_size), seen=seen)

@@ -133,6 +133,15 @@ def last_prepared(trainer: Recording) -> Any:
     return trainer.algorithm.prepare(trainer.ctx.at(99), batch), range(len(batch.mine))
 
 
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The metrics of every step of three rollouts of 8 prompts, in two passes, with two completions a prompt."""
+    algorithm = PPO(num_ppo_epochs=2, num_generations=2)
+    trainer = build(folder, algorithm, stage="0", tuner="full", batch_size=4, steps=3, recorded=True, rate=0.05)
+    seen: list[dict[str, float]] = []
+    trainer.fit(seen.append)
+    return seen
+
+
 def generate_and_export(folder: Path, out: Path, stage: str, tuner: str, tokenizer: Any) -> Any:
     """Greedy and sampled completions by prompt index, of the model that is exported to `out` after two updates, and the
     loss of one more step."""

@@ -77,3 +77,14 @@ def test_samples_do_not_depend_on_the_ranks(
     one = one_rank.run(ppo_cases.generate_and_export, tiny, tmp_path / "1", "0", "full", tiny_tokenizer())
     two = two_ranks.run(ppo_cases.generate_and_export, tiny, tmp_path / "2", "3", "full", tiny_tokenizer())
     assert one[1] == two[1]
+
+
+def test_what_is_counted_over_updates_and_rollouts(tiny: Path, two_ranks: RankPool) -> None:
+    """8 prompts with two completions are 16 episodes a rollout. The variance of the ratio over the two updates a and b
+    of a rollout is (a - b)^2 / 2, and stands with the last of them."""
+    seen = two_ranks.run(ppo_cases.logged, tiny)
+    assert [m["episode"] for m in seen] == [16, 16, 32, 32, 48, 48]
+    for first, last in zip(seen[::2], seen[1::2], strict=True):
+        assert "val/ratio_var" not in first
+        assert last["val/ratio_var"] == pytest.approx((first["val/ratio"] - last["val/ratio"]) ** 2 / 2, rel=1e-9)
+        assert last["val/ratio_var"] > 0
