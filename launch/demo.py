@@ -1,5 +1,5 @@
 """PPO from nothing on two CPU ranks: a tiny model is brought up with SFT, a reward model with RM, and PPO shifts the
-style of its answers from half gruff to friendly. `--real` is PPO on SmolLM2-135M-Instruct and a reward function.
+style of its answers from half gruff to friendly.
 
 Exits 0 where the mean reward of the last rollouts clearly exceeds that of the first, 1 where it does not.
 """
@@ -57,18 +57,6 @@ PPO = COMMON | {
     "kl_coef": 0.3,
     "max_new_tokens": 24,
     "num_sample_generations": 4,
-}
-REAL = {
-    "dataset": "demo:prompts",
-    "reward_funcs": "demo:friendly",
-    "tuner": "lora",
-    "batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "num_ppo_epochs": 2,
-    "logging_steps": 2,
-    "num_train_epochs": 4,
-    "learning_rate": 1e-3,
-    "max_new_tokens": 24,
 }
 
 
@@ -215,28 +203,16 @@ def tiny(seed: int) -> int:
     return code
 
 
-def real(seed: int) -> int:
-    """PPO with LoRA on the embedded model, with a reward function; returns the exit code."""
-    folder = OUTPUT / "demo-real"
-    launch(2, arguments("ppo", folder, {"seed": seed, **REAL}))
-    rewards = read_metric(folder / "ppo", "objective/scores")
-    print(f"\nmean reward of each rollout\n{curve(rewards)}")
-    code, text = verdict(rewards, 0.1)
-    print(f"\n{text}")
-    return code
-
-
 def main() -> int:
-    """One of the two demonstrations; returns the exit code."""
+    """The demonstration; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct in place of the tiny model")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     os.chdir(ROOT)
     logging.disable_progress_bar()
     started = time.monotonic()
-    code = real(options.seed) if options.real else tiny(options.seed)
-    print(f"{time.monotonic() - started:.0f} s in all; files in {OUTPUT / ('demo-real' if options.real else 'demo')}")
+    code = tiny(options.seed)
+    print(f"{time.monotonic() - started:.0f} s in all; files in {OUTPUT / 'demo'}")
     return code
 
 
