@@ -94,7 +94,8 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
 
 def _begin(config: RunConfig, output_dir: Path, command: str) -> None:
     """The output folder of a new run; an earlier run found there is moved aside, never written over."""
-    moved = move_aside(output_dir, [config.model, config.ref_model, *config.dataset, *config.val_dataset])
+    models = [config.model, config.ref_model, config.reward_model]
+    moved = move_aside(output_dir, [*models, *config.dataset, *config.val_dataset])
     if moved:
         logger.warning("%s holds an earlier run: moved to %s", output_dir, moved)
     output_dir.mkdir(parents=True, exist_ok=True)
