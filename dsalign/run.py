@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import Source, resolve
 from dsalign.report import quiet
 from dsalign.rewards import Rewards
+from dsalign.rewards.reading import Reading
 from dsalign.session import Session
 from dsalign.trainer import Plan, Progress, Trainer
 
@@ -62,8 +63,12 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     options = _load_options(config, device)
     main_source = sources[next(iter(config.algorithm.roles))]
     data = dist.together(lambda: _data(config, main_source, options))
-    if "reward" in sources and config.reward_model:
-        dist.together(lambda: _same_vocabulary(data.tokenizer, sources["reward"], config.reward_model, options))
+    reading = None
+    if "reward" in sources and not _trains(config, "reward"):
+        reading, same_vocabulary = dist.together(lambda: _reading(config, data, sources["reward"], options))
+        if not same_vocabulary and "value" in sources:  # a critic reads the policy's ids
+            logger.warning("value model: it starts from the policy's model with a new head")
+            sources["value"] = sources["policy"]
     output_dir = Path(config.output_dir)
     engine_options = _engine_options(config, options)
     models = _models(config, sources, options, engine_options, device)
@@ -72,7 +77,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     held_out = _loader(config, data.held_out, shuffle=False) if data.held_out else None
     plan, total_batches = _plan(config, loader, engine_options)
     progress = Progress()
-    ctx = _context(config, models, data, total_batches, progress.state)
+    ctx = _context(config, models, data, reading, total_batches, progress.state)
     trained = {role: models.engines[role] for role in sources if _trains(config, role)}
     store = Store(
         output_dir,
@@ -171,15 +176,26 @@ def _data(config: RunConfig, source: Source, options: load.LoadOptions) -> Data:
     )
 
 
-def _same_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, reward: Source, name: str | None, options: load.LoadOptions
-) -> None:
-    """A reward model reads the policy's token ids: they must mean the same to it."""
-    if load.load_tokenizer(reward, options).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"reward_model: {name} has another vocabulary than the policy's tokenizer, so it cannot read sampled ids; "
-            "train one with --algo rm from the same base, or score the text with --reward_funcs"
-        )
+def _reading(config: RunConfig, data: Data, reward: Source, options: load.LoadOptions) -> tuple[Reading | None, bool]:
+    """(how the reward model reads completions, whether its vocabulary is the policy's). None = the sampled ids, where
+    the template is the policy's too, or it has none."""
+    tokenizer = load.load_tokenizer(reward, options)
+    same = tokenizer.get_vocab() == data.tokenizer.get_vocab()
+    if same and tokenizer.chat_template in (None, data.tokenizer.chat_template):
+        return None, True
+    template, warning = load_template(tokenizer, None, load.end_token_ids(reward, tokenizer))
+    logger.warning(
+        "reward model %s: its %s is not the policy's, so it reads completions as text, in its own template",
+        config.reward_model,
+        "template" if same else "vocabulary",
+    )
+    if warning:
+        logger.warning("reward model: %s", warning)
+    return Reading(template, _decoder(data.tokenizer), data.template.end_ids), same
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _engine_options(config: RunConfig, options: load.LoadOptions) -> engines.EngineOptions:
@@ -254,15 +270,13 @@ def _self_check(models: Models, groups: Sequence[Group]) -> None:
         )
 
 
-def _context(config: RunConfig, models: Models, data: Data, total_batches: int, state: dict[str, Any]) -> RunContext:
+def _context(
+    config: RunConfig, models: Models, data: Data, reading: Reading | None, total_batches: int, state: dict[str, Any]
+) -> RunContext:
     """What `prepare` may ask for, with the rewards of the run where its algorithm has a frozen reward role."""
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(data.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    rewards = None
+    decode, rewards = _decoder(data.tokenizer), None
     if config.algorithm.roles.get("reward") == "frozen":
-        rewards = dist.together(lambda: Rewards(models, config.reward_funcs, config.reward_weights, decode))
+        rewards = dist.together(lambda: Rewards(models, config.reward_funcs, config.reward_weights, decode, reading))
     return RunContext(
         models,
         seed=config.seed,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dsalign.data.rows import Row
+from dsalign.data.rows import Message, Row
 from dsalign.data.templates import Encoded, Template
 
 TRUNCATIONS = ("delete", "left", "right", "raise")
@@ -27,6 +27,13 @@ class Group:
     label: bool | None = None  # True = desirable
     margin: float | None = None  # units of reward
     columns: Mapping[str, object] = field(default_factory=dict)  # what no format took
+    turns: tuple[Message, ...] = ()  # the prompt's messages, where there is no completion: for another model's template
+    masks: tuple[tuple[bool, ...], ...] | None = None  # which completion tokens count; None = all
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """|y| of each completion: its tokens that count."""
+        return tuple(map(len, self.completions)) if self.masks is None else tuple(map(sum, self.masks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,10 @@ def tokenize_rows(rows: Sequence[Row], template: Template, *, max_length: int, t
             truncated += 1
         ids = tuple(tuple(map(share, x, x)) for x in completions)
         shared_prompt = tuple(map(share, prompt, prompt))
-        groups.append(Group(len(groups), row.where, shared_prompt, ids, text, row.label, row.margin, row.columns))
+        turns = () if ids else row.prompt
+        groups.append(
+            Group(len(groups), row.where, shared_prompt, ids, text, row.label, row.margin, row.columns, turns)
+        )
     if not groups:
         counts = ", ".join(f"{count} {rule}" for rule, count in dropped.items()) or "there was none"
         raise ValueError(

@@ -24,9 +24,13 @@ class Rewards:
         functions: Sequence[str],
         weights: Sequence[float],
         decode: Callable[[Sequence[int]], str],
+        reading: Callable[[Sequence[Group]], Sequence[Group]] | None = None,
     ) -> None:
-        """Raises ValueError where a function is missing, there is no source, or the weights are not one a source."""
-        self._models, self._decode = models, decode
+        """reading: the groups as the reward model reads them; None = the sampled ids.
+
+        Raises ValueError where a function is missing, there is no source, or the weights are not one a source.
+        """
+        self._models, self._decode, self._reading = models, decode, reading
         self._has_model = "reward" in models.engines
         self._functions = [(name, load_function(name)) for name in functions]
         count = self._has_model + len(self._functions)
@@ -40,8 +44,9 @@ class Rewards:
         """One [completions] float32 tensor a group. Collective."""
         sources: list[list[Tensor]] = []
         if self._has_model:
-            values = self._models.each_group("reward", groups, batch_size)
-            sources.append([_last_values(v, g) for v, g in zip(values, groups, strict=True)])
+            read = self._reading(groups) if self._reading else groups
+            values = self._models.each_group("reward", read, batch_size)
+            sources.append([_last_values(v, g) for v, g in zip(values, read, strict=True)])
         for name, function in self._functions:
             sources.append(self._call(name, function, groups))
         parts = zip(*sources, strict=True)
