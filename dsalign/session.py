@@ -16,6 +16,8 @@ from dsalign.metrics import Window
 from dsalign.report import Report, number
 from dsalign.trainer import Trainer
 
+COUNTERS = ("num_tokens", "episode")
+
 
 class Session:
     """One training from its first line to final/. Every method is collective."""
@@ -57,8 +59,8 @@ class Session:
         config, step = self.config, self.progress.step
         self._window.add(metrics)
         if step % config.logging_steps == 0 or step == self.total:
-            now = {name: x for name, x in metrics.items() if name == "num_tokens" or name.endswith("lr")}
-            means = {**self._window.take(), **now}  # a learning rate is not averaged
+            now = {name: x for name, x in metrics.items() if name in COUNTERS or name.endswith("lr")}
+            means = {**self._window.take(), **now}  # where the run is: not averaged
             self._last |= means
             self.report.log(step, {**means, "epoch": self.progress.batches / self.trainer.loader.steps_per_epoch})
         if not self.trainer.at_boundary:

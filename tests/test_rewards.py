@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_groups
+from support import random_groups, tiny_tokenizer
 
+from dsalign.data.templates import Template
 from dsalign.rewards import Rewards
 from dsalign.rewards.functions import call, load_function
+from dsalign.rewards.reading import Reading
 
+END = frozenset({2})
 FILE = """
 from __future__ import annotations
 from dataclasses import dataclass
@@ -81,8 +84,8 @@ def decode(ids: Any) -> str:
     return "".join("abcdefgh"[i] for i in ids)
 
 
-def of(*functions: str, weights: tuple[float, ...] = (), values: Any = None) -> Rewards:
-    return Rewards(models(values), functions, weights, decode)
+def of(*functions: str, weights: tuple[float, ...] = (), values: Any = None, reading: Any = None) -> Rewards:
+    return Rewards(models(values), functions, weights, decode, reading)
 
 
 def numbers(found: list[torch.Tensor]) -> list[list[float]]:
@@ -183,6 +186,30 @@ def test_sources_are_added_with_their_weights(file: Path) -> None:
     assert numbers(weighted(RAGGED, 4)) == [[3.0, -4.5], [1.0, 7.5]]
     assert numbers(of(*names, values=VALUES)(RAGGED, 4)) == [[4.5, 0.0], [4.25, 6.0]]
     assert numbers(of(*names, weights=(0.0, 3.0))(RAGGED, 4)) == [[3.0, 3.0], [3.0, 3.0]]
+
+
+def test_a_reward_model_reads_in_its_own_way() -> None:
+    """Its reading has three and two tokens where the policy sampled two and one: the last values are the 3rd + 1, and
+    the 2nd + 1 after that; functions still see what was sampled."""
+    read = groups(((5, 6, 7), (1, 2)))
+    rewards = of(values=[[9.0, 9.0, 9.0, 1.0, 9.0, 9.0, 2.0]], reading=lambda some: read)
+    assert numbers(rewards(RAGGED[:1], 4)) == [[1.0, 2.0]]
+
+
+def test_reading_renders_the_conversation_again() -> None:
+    """Another template and vocabulary; an end token only where one was sampled, or where nothing else is left."""
+    tokenizer = tiny_tokenizer()
+    template = Template(
+        "q", tokenizer, "{% for m in messages %}{{ m.content }}{{ '?' if m.role == 'user' }}{% endfor %}", END
+    )
+    texts = {(50, 3): "yes", (51,): "no", (52, 3): "", (53,): ""}
+    reading = Reading(template, lambda ids: texts[tuple(ids)], frozenset({3}))
+    (group,) = groups(tuple(texts))
+    (found,) = reading([replace(group, turns=({"role": "user", "content": "so"},))])
+    yes, no, so = (tuple(tokenizer(text)["input_ids"]) for text in ("yes", "no", "so?"))
+    assert found.prompt == so
+    assert found.completions == ((*yes, 2), no, (2,), (2,))
+    assert found.where == group.where and reading([]) == []
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0)])

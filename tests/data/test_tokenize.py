@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,11 +41,18 @@ def test_groups_carry_what_the_rows_know(template):
         (
             Group(0, "f:1", (a, b), ((x, EOS), (y, z, EOS)), "ab", margin=0.5, columns={"id": 1}),
             Group(1, "f:2", (c,), ((EOS,),), "c", label=False),
-            Group(2, "f:3", (d,), (), "d"),
+            Group(2, "f:3", (d,), (), "d", turns=({"role": "user", "content": "d"},)),
         ),
         {},
         0,
     )
+
+
+def test_lengths_count_the_tokens_that_count():
+    """Three and two tokens, all of them; or of a mask the first and the last two of four."""
+    group = Group(0, "f:1", (5,), ((6, 7, 2), (8, 2)), "a")
+    assert group.lengths == (3, 2)
+    assert replace(group, completions=((6, 7, 8, 2),), masks=((True, False, True, True),)).lengths == (3,)
 
 
 def test_delete_drops_whole_rows_and_numbers_the_rest_without_gaps(template):

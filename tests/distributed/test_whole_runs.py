@@ -10,7 +10,7 @@ import pytest
 import torch
 import whole_runs
 from safetensors.torch import load_file
-from support import RankPool, tiny_folder
+from support import RankPool
 
 DOCUMENTED = (
     "--sft_type lora --num_train_epochs 2 --lora_target_modules ALL --gradient_checkpointing true --batch_size 1 "
@@ -117,15 +117,3 @@ def test_errors_of_a_run_are_said_in_one_sentence(tiny: Path, two_ranks: RankPoo
     assert said.endswith("gradient_clipping is set by --max_grad_norm. Remove it from the file")
     said = two_ranks.run(whole_runs.refusal, [*base, "--dataset", "demo:pairs", "--resume"])
     assert "no checkpoint-N in" in said
-
-
-def test_a_reward_model_with_another_tokenizer_is_refused(two_ranks: RankPool, tiny: Path, tmp_path: Path) -> None:
-    """Its token ids would mean something else."""
-    other = tiny_folder(tmp_path / "other")
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    words = ["--algo", "ppo", "--model", str(tiny), "--reward_model", str(other), "--output_dir", str(tmp_path / "out")]
-    said = two_ranks.run(whole_runs.refusal, [*words, "--dataset", "demo:prompts"])
-    assert said.startswith(f"reward_model: {other} has another vocabulary than the policy's tokenizer")
