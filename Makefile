@@ -9,7 +9,7 @@ CODE := setup.py dsalign kernels launch benchmarks tests
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo check fix test test-slow bench wheel clean
+.PHONY: help install demo demo-real check fix test test-slow bench wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,6 +29,9 @@ $(STAMP): setup.py constraints.txt
 
 demo: $(STAMP)  ## SFT, RM and PPO of a tiny model on two CPU ranks; fails where the reward does not rise
 	$(BIN)/python launch/demo.py
+
+demo-real: $(STAMP)  ## the same with SmolLM2-135M-Instruct and LoRA
+	$(BIN)/python launch/demo.py --real
 
 check: $(STAMP)  ## ruff and mypy; changes nothing
 	$(BIN)/ruff check $(CODE)

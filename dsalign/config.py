@@ -191,6 +191,8 @@ def parse(argv: Sequence[str], *, world_size: int) -> Parsed:
     name, guessed = _algorithm_name(command, given)
     problems += guessed
     own = options.of_algorithm(algos.load(name)) if name else {}
+    if name and "dataset" not in given:
+        given = _of_demo_rows(name, own) | given
     known = RUN_OPTIONS | own
     problems += [_unknown(one, name, known) for one in given.values() if one.name not in known and _is_wrong(one, name)]
     values, unreadable = _read(given, known)
@@ -238,6 +240,13 @@ def _merge(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
             else:
                 given[one.name] = one
     return given, problems
+
+
+def _of_demo_rows(algo: str, own: Mapping[str, Option]) -> dict[str, Given]:
+    """The options that the algorithm's demo rows bring along."""
+    rows = assets.of_kind(algos.load(algo).data)
+    brought = assets.OPTIONS.get(rows, {})
+    return {name: Given(name, name, (value,), file=rows) for name, value in brought.items() if name in own}
 
 
 def _algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[str, list[str]]:
@@ -331,7 +340,7 @@ def _resolve(values: dict[str, Any], origins: dict[str, str], algo: str, world_s
             values[name], origins[name] = value, origin
 
     cls = algos.load(algo)
-    fill("dataset", (f"{assets.PREFIX}{cls.data}",), f"{algo} default")
+    fill("dataset", (assets.of_kind(cls.data),), f"{algo} default")
     fill("lora_dropout", cls.dropout, f"{algo} default")
     fill("output_dir", f"output/{algo}", "default")
     if "tuner" in values:

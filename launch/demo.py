@@ -1,5 +1,6 @@
-"""PPO from nothing on two CPU ranks: a tiny model is brought up with SFT, a reward model with RM, and PPO shifts the
-style of its answers from half gruff to friendly.
+"""PPO from nothing on two CPU ranks: a model is brought up with SFT, a reward model with RM, and PPO shifts the style of
+its answers from half gruff to friendly. The model is a tiny one with random weights, or with --real SmolLM2-135M-Instruct
+with LoRA.
 
 Exits 0 where the mean reward of the last rollouts clearly exceeds that of the first, 1 where it does not.
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +41,69 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SHOWN = 8  # questions that are answered before and after
+EMBEDDED = "smollm2-135m-instruct"
 LAST = 3  # rollouts whose mean is compared with the first one's
 
-COMMON = {"tuner": "full", "weight_decay": 0}
-SFT = COMMON | {"batch_size": 32, "gradient_accumulation_steps": 1, "learning_rate": 3e-3, "num_train_epochs": 60}
-RM = COMMON | {"batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": 3e-4, "num_train_epochs": 4}
-PPO = COMMON | {
-    "num_ppo_epochs": 2,
-    "num_mini_batches": 2,
-    "logging_steps": 4,  # epochs x mini-batches: a line a rollout
-    "batch_size": 16,
-    "gradient_accumulation_steps": 1,
-    "num_generations": 2,
-    "num_train_epochs": 12,
-    "learning_rate": 2e-4,
-    "critic_learning_rate": 5e-4,
-    "kl_coef": 0.3,
-    "max_new_tokens": 24,
-    "num_sample_generations": 4,
-}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of each stage; `both` is those of all stages."""
+
+    folder: Path
+    ranks: int  # of SFT and RM; PPO has two
+    both: Mapping[str, Any]
+    sft: Mapping[str, Any]
+    rm: Mapping[str, Any]
+    ppo: Mapping[str, Any]
+
+    def options(self, algo: str) -> dict[str, Any]:
+        """Those of one stage, those of all stages among them."""
+        own: Mapping[str, Any] = getattr(self, algo)
+        return {"gradient_accumulation_steps": 1, **self.both, **own}
+
+
+TINY = Recipe(
+    folder=OUTPUT / "demo",
+    ranks=1,
+    both={"tuner": "full", "weight_decay": 0},
+    sft={"batch_size": 32, "learning_rate": 3e-3, "num_train_epochs": 60},
+    rm={"batch_size": 16, "learning_rate": 3e-4, "num_train_epochs": 4},
+    ppo={
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
+        "logging_steps": 4,  # epochs x mini-batches: a line a rollout
+        "batch_size": 16,
+        "num_generations": 2,
+        "num_train_epochs": 12,
+        "learning_rate": 2e-4,
+        "critic_learning_rate": 5e-4,
+        "kl_coef": 0.3,
+        "max_new_tokens": 24,
+        "num_sample_generations": 4,
+    },
+)
+REAL = Recipe(
+    folder=OUTPUT / "demo-real",
+    ranks=2,
+    both={"tuner": "lora", "weight_decay": 0},
+    # ChatML without the system prompt that the model's own template puts first: half as many tokens.
+    sft={"batch_size": 16, "learning_rate": 1e-3, "num_train_epochs": 3, "template": "chatml"},
+    rm={"batch_size": 4, "learning_rate": 3e-4, "num_train_epochs": 2},
+    ppo={
+        "num_ppo_epochs": 1,
+        "num_mini_batches": 2,
+        "logging_steps": 2,
+        "batch_size": 8,
+        "num_generations": 2,
+        "num_train_epochs": 5,
+        "learning_rate": 3e-4,
+        "critic_learning_rate": 5e-4,
+        "kl_coef": 0.1,
+        "max_new_tokens": 24,
+        "num_sample_generations": 4,
+    },
+)
 
 
 def world() -> list[dict[str, str]]:
@@ -164,7 +210,7 @@ def verdict(rewards: Sequence[float], least: float) -> tuple[int, str]:
 
 
 @torch.no_grad()
-def answers(folder: Path, questions: Sequence[str], seed: int) -> list[str]:
+def answers(folder: Path, questions: Sequence[str], seed: int, max_new_tokens: int) -> list[str]:
     """One sampled answer to each question, by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -173,26 +219,26 @@ def answers(folder: Path, questions: Sequence[str], seed: int) -> list[str]:
     for question in questions:
         turn = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=PPO["max_new_tokens"])
+        out = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
         found.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return found
 
 
-def tiny(seed: int) -> int:
+def run(recipe: Recipe, base: Path | str, seed: int) -> int:
     """Base model -> SFT -> RM -> PPO, before and after; returns the exit code."""
-    folder, rows = OUTPUT / "demo", world()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, rows = recipe.folder, world()
     random.Random(seed).shuffle(rows)
     write_rows(rows, folder)
-    make_base(rows, folder / "base", seed)
     start, reward = folder / "sft" / "final", folder / "rm" / "final"
-    sft = {"model": folder / "base", "dataset": folder / "sft.jsonl", "seed": seed, **SFT}
-    rm = {"model": start, "dataset": folder / "pairs.jsonl", "seed": seed, **RM}
-    ppo = {"model": start, "reward_model": reward, "dataset": folder / "prompts.jsonl", "seed": seed, **PPO}
-    for ranks, algo, options in ((1, "sft", sft), (1, "rm", rm), (2, "ppo", ppo)):
-        launch(ranks, arguments(algo, folder, options))
-    questions = [row["prompt"] for row in rows[:SHOWN]]
-    before, after = (answers(folder / algo / "final", questions, seed) for algo in ("sft", "ppo"))
+    given = {
+        "sft": {"model": base, "dataset": folder / "sft.jsonl"},
+        "rm": {"model": start, "dataset": folder / "pairs.jsonl"},
+        "ppo": {"model": start, "reward_model": reward, "dataset": folder / "prompts.jsonl"},
+    }
+    for ranks, algo in ((recipe.ranks, "sft"), (recipe.ranks, "rm"), (2, "ppo")):
+        launch(ranks, arguments(algo, folder, {**given[algo], "seed": seed, **recipe.options(algo)}))
+    questions, longest = [row["prompt"] for row in rows[:SHOWN]], recipe.ppo["max_new_tokens"]
+    before, after = (answers(folder / algo / "final", questions, seed, longest) for algo in ("sft", "ppo"))
     for question, old, new in zip(questions, before, after, strict=True):
         print(f"\n{question}\n  before  {old}\n  after   {new}")
     rewards = read_metric(folder / "ppo", "objective/scores")
@@ -207,12 +253,17 @@ def main() -> int:
     """The demonstration; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct with LoRA in place of a tiny model")
     options = parser.parse_args()
     os.chdir(ROOT)
     logging.disable_progress_bar()
     started = time.monotonic()
-    code = tiny(options.seed)
-    print(f"{time.monotonic() - started:.0f} s in all; files in {OUTPUT / 'demo'}")
+    recipe, base = (REAL, EMBEDDED) if options.real else (TINY, TINY.folder / "base")
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    if not options.real:
+        make_base(world(), TINY.folder / "base", options.seed)
+    code = run(recipe, base, options.seed)
+    print(f"{time.monotonic() - started:.0f} s in all; files in {recipe.folder}")
     return code
 
 

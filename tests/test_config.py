@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from dsalign import algos, config, flags, options
+from dsalign import algos, assets, config, flags, options
 from dsalign.config import ConfigError, Parsed, RunConfig, parse
 
 BASE = ("--model", "m", "--dataset", "rows")  # names of a hub: nothing is looked up
@@ -91,6 +91,17 @@ def test_the_algorithm_is_all_that_must_be_given(algo: str, rows: str, tmp_path:
     own = parse(["--algo", algo, *BASE], world_size=1)
     assert (own.config.model, own.config.dataset) == ("m", ("rows",))
     assert (own.origins["model"], own.origins["dataset"]) == ("flag --model", "flag --dataset")
+
+
+def test_the_demo_prompts_bring_their_length(tmp_path: Path) -> None:
+    """64 new tokens where the demo rows are read because none were named; a flag or named rows take over."""
+    parsed = parse(["--algo", "ppo"], world_size=1)
+    assert (parsed.config.algorithm.max_new_tokens, parsed.origins["max_new_tokens"]) == (64, "demo:prompts")
+    assert parse(["--algo", "ppo", "--max_new_tokens", "9"], world_size=1).config.algorithm.max_new_tokens == 9
+    assert parse(["--algo", "ppo", "--dataset", "demo:prompts"], world_size=1).config.algorithm.max_new_tokens == 512
+    again = parse(["--config", yaml_file(tmp_path, parsed.config.dump())], world_size=1)
+    assert again.config == parsed.config
+    assert set(assets.OPTIONS) <= set(assets.names())
 
 
 def test_ppo_without_a_reward_has_one(tmp_path: Path) -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 PREFIX = "demo:"  # no hub name has a colon, and a name, unlike a path, means the same on every machine
 REWARD = "demo:friendly"  # where an algorithm needs a reward and is given none; rewards.py has it
+# Options that stand in place of an algorithm's defaults where these rows are read because none were named: the demo
+# reward counts words beyond 40 against an answer, and 512 tokens each would be minutes a rollout on a CPU.
+OPTIONS: Mapping[str, Mapping[str, str]] = {"demo:prompts": {"max_new_tokens": "64"}}
 _FOLDER = Path(__file__).resolve().parent
 
 
 def names() -> tuple[str, ...]:
     """demo:demonstrations, demo:labels, demo:pairs, demo:prompts."""
     return tuple(sorted(f"{PREFIX}{path.stem}" for path in _FOLDER.glob("*.jsonl")))
+
+
+def of_kind(kind: str) -> str:
+    """The name of the rows of a kind."""
+    return f"{PREFIX}{kind}"
 
 
 def find(name: str) -> Path:

@@ -18,7 +18,7 @@ QUESTION = "{% for m in messages %}{{ m.role[0] + ': ' + m.content + '; ' }}{% e
 
 
 def samples(two_ranks: RankPool, policy: Path, reward: Path, out: Path, *more: str) -> list[dict[str, Any]]:
-    """What one rollout of PPO printed, less completions other than NEW ordinary characters: the text gives their ids."""
+    """What one rollout of PPO printed: the completions of NEW ordinary characters, whose text gives their ids."""
     words = ["--algo", "ppo", "--model", str(policy), "--reward_model", str(reward), "--dataset", "demo:prompts#16"]
     words += ["--max_new_tokens", str(NEW), "--num_ppo_epochs", "1", "--output_dir", str(out), *more]
     two_ranks.run(whole_runs.train, words)
