@@ -97,6 +97,9 @@ class RunConfig(BaseModel):
     num_train_epochs: int = Field(1, ge=1, description="passes over the data, >= 1; max_steps for a part of one")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps at most, >= 1")
     batch_size: int = Field(1, ge=1, description="groups in a micro-batch of one rank, >= 1")
+    max_tokens: int | None = Field(
+        None, ge=1, description="cut a step into micro-batches of so many tokens in place of batch_size groups, >= 1"
+    )
     gradient_accumulation_steps: int = Field(
         ge=1, description=f"micro-batches a step, >= 1; ceil({GLOBAL_BATCH} / (batch_size x ranks))"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsalign import dist, engines
 from dsalign.algos import Output, Sampling
-from dsalign.data.batch import chunks, rows
+from dsalign.data.batch import bins, chunks, num_tokens, packed, rows
 from dsalign.data.tokenize import Group
 from dsalign.models.adapters import as_started
 from dsalign.models.heads import unwrap
@@ -24,22 +24,46 @@ logger = logging.getLogger(__name__)
 
 
 class Models:
-    """Role -> engine. A frozen role without an engine of its own is the policy's engine, trained adapter off."""
+    """Role -> engine. A frozen role without an engine of its own is the policy's engine, trained adapter off.
+
+    A micro-batch has batch_size groups, or with max_tokens as many as fit into so many tokens.
+    """
 
     def __init__(
-        self, engines: Mapping[str, Any], device: torch.device, batch_size: int, temperature: float = 1.0
+        self,
+        engines: Mapping[str, Any],
+        device: torch.device,
+        batch_size: int,
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
     ) -> None:
         self.engines, self.device, self.batch_size, self.temperature = engines, device, batch_size, temperature
+        self.max_tokens = max_tokens
 
     def forward(self, role: str, groups: Sequence[Group], *, entropy: bool = False) -> Output:
         """One forward pass of the role's model over these groups, with gradient unless torch says otherwise."""
         engine, started = self._engine(role)
-        inputs = rows(groups, self.device)
+        inputs = (packed if engine.module.shares else rows)(groups, self.device)
         with started:
             if role in VALUE_ROLES:
-                return Output(values=engine(inputs.ids, inputs.states))
-            logps, entropies = engine(inputs.ids, inputs.predict, inputs.targets, entropy, self.temperature)
+                return Output(values=engine(inputs))
+            logps, entropies = engine(inputs, entropy, self.temperature)
             return Output(logps=logps, entropy=entropies)
+
+    def micro_batches(
+        self, role: str, groups: Sequence[Group], positions: Sequence[int], batch_size: int | None = None
+    ) -> list[Sequence[int]]:
+        """The groups at `positions`, cut for forward passes of the role's model; batch_size: groups a pass whatever
+        their length. Collective: as many as on the rank with the most, empty ones where this one has fewer."""
+        parts: Sequence[Sequence[int]]
+        if self.max_tokens is None or batch_size is not None:
+            parts = chunks(positions, batch_size or self.batch_size)
+        else:
+            module = self._engine(role)[0].module
+            sizes = [num_tokens([groups[i]], shared=module.shares) for i in positions]
+            parts = bins(positions, sizes, self.max_tokens)
+        count = dist.largest(len(parts), self.device)
+        return [*parts, *[positions[:0]] * (count - len(parts))]
 
     def each_group(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         """No gradient, float32, on the CPU: a group's token log-probabilities, or its values. Collective: ranks with
@@ -47,20 +71,19 @@ class Models:
         engine, _ = self._engine(role)
         training = engine.module.training
         engine.module.eval()
-        found: list[Tensor] = []
-        size = batch_size or self.batch_size
-        count = dist.largest(-(-len(groups) // size), self.device)
+        found: list[Tensor | None] = [None] * len(groups)
         with torch.no_grad():
-            for positions in chunks(range(len(groups)), size, count):
+            for positions in self.micro_batches(role, groups, range(len(groups)), batch_size):
                 part = [groups[i] for i in positions]
                 out = self.forward(role, part)
                 flat = out.values if role in VALUE_ROLES else out.logps
                 assert flat is not None
-                extra = 1 if role in VALUE_ROLES else 0
-                sizes = [sum(len(c) + extra for c in g.completions) for g in part]
-                found += flat.float().cpu().split(sizes)  # type: ignore[no-untyped-call]
+                valued = role in VALUE_ROLES
+                sizes = [sum(len(c) + 1 for c in g.completions) if valued else sum(g.lengths) for g in part]
+                for i, one in zip(positions, flat.float().cpu().split(sizes), strict=True):  # type: ignore[no-untyped-call]
+                    found[i] = one
         engine.module.train(training)
-        return found[: len(groups)]
+        return [one for one in found if one is not None]
 
     def _engine(self, role: str) -> tuple[Any, AbstractContextManager[None]]:
         if role in self.engines:

@@ -10,7 +10,7 @@ import torch
 
 from dsalign import dist
 from dsalign.context import Models, RunContext
-from dsalign.data.batch import chunks, cut
+from dsalign.data.batch import cut
 from dsalign.data.loader import Loader
 from dsalign.metrics import Sums
 
@@ -31,10 +31,9 @@ def evaluate(algorithm: Any, models: Models, ctx: RunContext, loader: Loader) ->
             prepared = algorithm.prepare(ctx.at(index), batch)
             sums.add(prepared.metrics)
             units.update(algorithm.units(prepared.groups))
-            width = -(-len(batch.groups) // loader.world_size)
-            for part in chunks(range(len(prepared.groups)), models.batch_size, -(-width // models.batch_size)):
-                micro = cut(prepared, part, models.device)
-                for role in trained:
+            for role in trained:
+                for part in models.micro_batches(role, prepared.groups, range(len(prepared.groups))):
+                    micro = cut(prepared, part, models.device)
                     out = models.forward(role, micro.groups, entropy="entropy" in algorithm.needs)
                     loss = getattr(algorithm, f"{role}_loss")(out, micro)
                     sums.add(loss.metrics)

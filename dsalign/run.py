@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from dsalign import dist, ds_files, engines
 from dsalign.checkpoint.store import Store, find, move_aside
 from dsalign.config import RunConfig
 from dsalign.context import Models, RunContext
-from dsalign.data.batch import rows
 from dsalign.data.loader import Loader, epoch_order
 from dsalign.data.rows import read_rows
 from dsalign.data.templates import Template, load_template
@@ -28,6 +27,7 @@ from dsalign.models.names import Source, resolve
 from dsalign.report import quiet
 from dsalign.rewards import Rewards
 from dsalign.rewards.reading import Reading
+from dsalign.selfcheck import self_check
 from dsalign.session import Session
 from dsalign.trainer import Plan, Progress, Trainer
 
@@ -72,7 +72,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     output_dir = Path(config.output_dir)
     engine_options = _engine_options(config, options)
     models = _models(config, sources, options, engine_options, device)
-    _self_check(models, data.train)
+    self_check(models, data.train)
     loader = _loader(config, data.train, shuffle=True)
     held_out = _loader(config, data.held_out, shuffle=False) if data.held_out else None
     plan, total_batches = _plan(config, loader, engine_options)
@@ -241,33 +241,7 @@ def _models(
         elif role != "reference" or lora is None or config.ref_model:
             module = dist.together(partial(load.load_frozen, role, sources[role], options))
             found[role] = engines.frozen(module, engine_options)
-    return Models(found, device, config.batch_size, config.algorithm.temperature)
-
-
-def _self_check(models: Models, groups: Sequence[Group]) -> None:
-    """Refuse a model whose log-probabilities, as dsalign computes them, differ from its own forward's. Collective."""
-    if "policy" not in models.engines:
-        return
-    group = min(groups, key=lambda g: len(g.prompt) + sum(len(c) for c in g.completions))
-    if not group.completions:  # prompts only: their last token stands for an answer
-        group = replace(group, prompt=(group.prompt[0], *group.prompt[:-1]), completions=(group.prompt[-1:],))
-    engine = models.engines["policy"]
-    ours = torch.cat(models.each_group("policy", [group]))
-    inputs = rows([group], models.device)
-    training = engine.module.training
-    engine.module.eval()
-    with torch.no_grad():
-        logits = engine.module.whole_logits(inputs.ids).flatten(0, 1)[inputs.predict].float()
-    engine.module.train(training)
-    theirs = torch.log_softmax(logits / models.temperature, -1).gather(1, inputs.targets[:, None])[:, 0].cpu()
-    gap = float((ours - theirs).abs().max())
-    limit = 1e-3 if next(engine.module.parameters()).dtype is torch.float32 else 0.25  # nats
-    if not gap <= limit:
-        name = type(engine.module.model).__name__
-        raise ValueError(
-            f"{name}: the log-probabilities of {group.where} differ by {gap:.2g} nats from the model's own forward; "
-            "dsalign does not know what this architecture does between its head and its logits"
-        )
+    return Models(found, device, config.batch_size, config.algorithm.temperature, config.max_tokens)
 
 
 def _context(
@@ -319,7 +293,6 @@ def _plan(config: RunConfig, loader: Loader, options: engines.EngineOptions) -> 
     rates = {role: own.get(role, config.learning_rate) for role in config.algorithm.roles if _trains(config, role)}
     plan = Plan(
         total_batches=total,
-        batch_size=config.batch_size,
         world_size=dist.world_size(),
         seed=config.seed,
         learning_rates=rates,

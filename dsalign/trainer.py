@@ -15,7 +15,7 @@ from torch import Tensor
 from dsalign import dist, engines
 from dsalign.algos import Batch, MicroBatch, Output, Prepared
 from dsalign.context import Models, RunContext
-from dsalign.data.batch import chunks, cut, num_tokens
+from dsalign.data.batch import cut, num_tokens
 from dsalign.data.loader import Loader
 from dsalign.metrics import Sums
 from dsalign.schedule import learning_rate_factor
@@ -46,7 +46,6 @@ class Plan:
     """How long a run is and how its steps are taken. learning_rates: role -> peak rate."""
 
     total_batches: int
-    batch_size: int
     world_size: int
     seed: int
     learning_rates: Mapping[str, float]
@@ -131,12 +130,11 @@ class Trainer:
         device, world = self.models.device, self.plan.world_size
         units = self.algorithm.units([prepared.groups[i] for i in positions])
         counts = dict(zip(units, dist.total([float(n) for n in units.values()], device), strict=True))
-        count = dist.largest(-(-len(positions) // self.plan.batch_size), device)
-        parts = chunks(positions, self.plan.batch_size, count)
         sums, total_loss, result = Sums(), 0.0, dict[str, float]()
         sums.add(prepared.metrics)
         for role in self.trained:
             losses = []
+            parts = self.models.micro_batches(role, prepared.groups, positions)
             for i, part in enumerate(parts):
                 micro = cut(prepared, part, device)
                 loss = self._backward(role, micro, counts, sums, last=i == len(parts) - 1)

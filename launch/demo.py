@@ -1,6 +1,6 @@
-"""PPO from nothing on two CPU ranks: a model is brought up with SFT, a reward model with RM, and PPO shifts the style of
-its answers from half gruff to friendly. The model is a tiny one with random weights, or with --real SmolLM2-135M-Instruct
-with LoRA.
+"""PPO from nothing on two CPU ranks: a model is brought up with SFT, a reward model with RM, and PPO shifts the style
+of its answers from half gruff to friendly. The model is a tiny one with random weights, or with --real
+SmolLM2-135M-Instruct with LoRA.
 
 Exits 0 where the mean reward of the last rollouts clearly exceeds that of the first, 1 where it does not.
 """
@@ -43,7 +43,6 @@ CHATML = (
 SHOWN = 8  # questions that are answered before and after
 EMBEDDED = "smollm2-135m-instruct"
 LAST = 3  # rollouts whose mean is compared with the first one's
-
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from support import random_groups, tiny_tokenizer
 
-from dsalign import algos, dist, engines
+from dsalign import algos, dist, engines, selfcheck
 from dsalign.checkpoint import portable
 from dsalign.checkpoint.store import Store
 from dsalign.context import Models, RunContext
@@ -20,12 +22,13 @@ from dsalign.data.loader import Loader
 from dsalign.data.tokenize import Group
 from dsalign.evaluate import evaluate
 from dsalign.metrics import Sums
-from dsalign.models import load
+from dsalign.models import attention, heads, load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import resolve
 from dsalign.trainer import Plan, Progress, Trainer
 
 CPU = torch.device("cpu")
+BY_GROUP, WHOLE_LOGITS = attention._by_group, heads.CausalModel.whole_logits
 SETTINGS = {"rm": {"center_rewards_coefficient": 0.1}}  # else the bias of the value head has no gradient
 STEPS = 4  # of 4 rows; 8 rows, so an epoch ends in the middle
 
@@ -83,7 +86,7 @@ def build(run: Run) -> Trainer:
         random_groups(algorithm.data, 8), global_batch=4, seed=1, rank=dist.rank(), world_size=dist.world_size()
     )
     rates = dict.fromkeys(algorithm.roles, 1e-2)
-    plan = Plan(STEPS, 2, dist.world_size(), 1, rates, "cosine", 0.25, 0.0)
+    plan = Plan(STEPS, dist.world_size(), 1, rates, "cosine", 0.25, 0.0)
     progress = Progress(state={"seen": 3})
     ctx = RunContext(models, seed=1, max_length=64, state=progress.state)
     return Trainer(algorithm, models, ctx, loader, plan, progress)
@@ -319,3 +322,45 @@ def large_and_small() -> dict[str, float]:
     for number, count in ((2.0**24, 1), (1.0, 0)):
         sums.add({"large": (torch.tensor(number), count)})
     return sums.reduced(CPU)
+
+
+def leaking(query: Any, key: Any, value: Any, *more: Any) -> Any:
+    """Attention over a packed row as if it were one sequence."""
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def asking(query: Any, key: Any, value: Any, prefix: attention.SharedPrefix, *more: Any) -> Any:
+    """The right attention, in a layer that wanted attention sinks too."""
+    prefix.unsupported = "s_aux"
+    return BY_GROUP(query, key, value, prefix, *more)
+
+
+def doubled(model: heads.CausalModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits that the model scales where dsalign does not know of it."""
+    return 2 * WHOLE_LOGITS(model, ids)
+
+
+def self_checked(folder: Path, fault: str) -> Any:
+    """({role: whether it packs}, the warnings) of the start-up check of a policy and a critic at ZeRO 3, or the message
+    it ends with. fault: "leak" lets groups see each other, "sinks" is a layer that asks for more than attention,
+    "scale" a model whose logits are not what its head gives."""
+    options, source = load.LoadOptions(device=CPU), resolve(str(folder))
+    modules = {role: load.load_trained(role, source, options, None) for role in ("policy", "value")}
+    models = Models({role: engines.trained(m, engine_options(3)) for role, m in modules.items()}, CPU, 2)
+    lines: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(selfcheck.logger, "warning", lambda text, *a: lines.append(text % a)))
+        if fault == "leak":
+            stack.enter_context(mock.patch.object(attention, "_by_group", leaking))
+        if fault == "sinks":
+            stack.enter_context(mock.patch.object(attention, "_by_group", asking))
+        if fault == "scale":
+            own = heads.CausalModel.whole_logits
+            stack.enter_context(
+                mock.patch.object(heads.CausalModel, "whole_logits", lambda self, ids: 2 * own(self, ids))
+            )
+        try:
+            selfcheck.self_check(models, random_groups("pairs", 8))
+        except ValueError as error:
+            return str(error)
+    return {role: m.shares for role, m in modules.items()}, lines

@@ -221,9 +221,9 @@ def test_padding_does_not_reach_the_loss(name: str, tiny: Path) -> None:
         widths.append(inputs.ids.shape[1])
         with torch.no_grad():
             if extra:
-                flat = module(inputs.ids, inputs.states)
+                flat = module(inputs)
             else:
-                flat, _ = module(inputs.ids, inputs.predict, inputs.targets, False)
+                flat, _ = module(inputs, False)
         count = sum(len(c) + extra for g in groups for c in g.completions)
         found.append(added([loss_of(algorithm, prepared, flat[:count], list(range(4)))]))
     assert widths[1] >= 2 * widths[0]

@@ -73,7 +73,7 @@ def test_the_tokenizer_keeps_every_text_and_fits_the_answers(demo: dict[str, Any
             row["friendly"],
             row["gruff"],
         ]
-        assert all(len(ids) <= demo["PPO"]["max_new_tokens"] for ids in completions)
+        assert all(len(ids) <= demo["TINY"].ppo["max_new_tokens"] for ids in completions)
 
 
 def test_the_model_is_tiny_and_the_same_for_a_seed(demo: dict[str, Any], base: Path, tmp_path: Path) -> None:
@@ -83,16 +83,18 @@ def test_the_model_is_tiny_and_the_same_for_a_seed(demo: dict[str, Any], base: P
     assert sum(p.numel() for p in one.values()) < 2e6
 
 
-@pytest.mark.parametrize(("algo", "options", "ranks"), [("sft", "SFT", 1), ("rm", "RM", 1), ("ppo", "PPO", 2)])
-def test_the_commands_can_be_read(demo: dict[str, Any], algo: str, options: str, ranks: int) -> None:
+@pytest.mark.parametrize(("recipe", "tuner"), [("TINY", "full"), ("REAL", "lora")])
+@pytest.mark.parametrize("algo", ["sft", "rm", "ppo"])
+def test_the_commands_can_be_read(demo: dict[str, Any], recipe: str, tuner: str, algo: str) -> None:
     """The words of a launch are flags of the command."""
-    argv = demo["arguments"](algo, Path("out"), {"model": "m", "dataset": "rows", **demo[options]})
-    config = parse(argv, world_size=ranks).config
-    assert (config.algo, config.output_dir, config.tuner) == (algo, f"out/{algo}", "full")
+    argv = demo["arguments"](algo, Path("out"), {"model": "m", "dataset": "rows", **demo[recipe].options(algo)})
+    config = parse(argv, world_size=2).config
+    assert (config.algo, config.output_dir, config.tuner) == (algo, f"out/{algo}", tuner)
 
 
-def test_a_rollout_is_a_line_of_metrics(demo: dict[str, Any]) -> None:
-    options = demo["PPO"]
+@pytest.mark.parametrize("recipe", ["TINY", "REAL"])
+def test_a_rollout_is_a_line_of_metrics(demo: dict[str, Any], recipe: str) -> None:
+    options = demo[recipe].ppo
     assert options["logging_steps"] == options["num_ppo_epochs"] * options["num_mini_batches"]
 
 
@@ -137,8 +139,11 @@ def test_a_launch_that_fails_ends_the_demonstration(demo: dict[str, Any], monkey
 
 
 @pytest.mark.slow
-def test_the_whole_demo_passes() -> None:
-    """What `make demo` runs: SFT, RM and PPO through the launcher; its exit code is the verdict on the reward."""
-    done = subprocess.run([sys.executable, "launch/demo.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("words", [[], ["--real"]], ids=["tiny", "real"])
+def test_the_whole_demo_passes(words: list[str]) -> None:
+    """What `make demo` and `make demo-real` run: SFT, RM and PPO through the launcher; the exit code is the verdict."""
+    command = [sys.executable, "launch/demo.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "PASSED" in done.stdout

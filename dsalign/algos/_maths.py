@@ -50,7 +50,7 @@ def chosen_nll(batch: MicroBatch, logps: Tensor) -> Tensor:
 
 def pair_units(groups: Sequence[Group]) -> Mapping[str, int]:
     """The units of pair algorithms: pairs, and the tokens of chosen completions."""
-    return {"pairs": len(groups), "chosen_tokens": sum(len(g.completions[0]) for g in groups)}
+    return {"pairs": len(groups), "chosen_tokens": sum(g.lengths[0] for g in groups)}
 
 
 def mean(numbers: Tensor) -> Metric:

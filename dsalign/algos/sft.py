@@ -34,7 +34,7 @@ class SFT:
         return []
 
     def units(self, groups: Sequence[Group]) -> Mapping[str, int]:
-        return {"tokens": sum(len(c) for g in groups for c in g.completions)}
+        return {"tokens": sum(sum(g.lengths) for g in groups)}
 
     def policy_loss(self, out: Output, batch: MicroBatch) -> Loss:
         """-sum_t log pi(y_t | x, y_<t) over completion tokens."""

@@ -1,9 +1,10 @@
-"""From groups to the tensors of a forward pass: one completion a row, right padded, the padding gone after."""
+"""From groups to the tensors of a forward pass, and to the micro-batches of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -13,37 +14,86 @@ from dsalign.data.tokenize import Group
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Inputs of one forward pass.
+class Span:
+    """A group in a packed row: its prompt, then its completions one after another. Numbers of tokens."""
 
-    ids: [B, T] int64, right padded with 0 (under a causal mask no real token sees the padding, so there is no mask).
-    predict: [N] int64, flat positions whose hidden state predicts each completion token. targets: [N] int64.
-    states: [N + S] int64, flat positions from the last prompt token to the last completion token of each completion.
+    prompt: int
+    completions: tuple[int, ...]
+
+    def positions(self) -> Iterator[int]:
+        """The position id of each token: those of every completion go on from the prompt's."""
+        yield from range(self.prompt)
+        for length in self.completions:
+            yield from range(self.prompt, self.prompt + length)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one forward pass computes.
+
+    ids: [B, T] int64. predict: [N] int64, flat positions whose hidden state predicts each completion token that counts.
+    targets: [N] int64. states: [M] int64, flat positions from the last prompt token to the last completion token of
+    each completion. positions: [1, T] int64 and spans: of a packed row; without them a row is one completion.
     """
 
     ids: Tensor
     predict: Tensor
     targets: Tensor
     states: Tensor
+    positions: Tensor | None = None
+    spans: tuple[Span, ...] = ()
 
 
-def rows(groups: Sequence[Group], device: torch.device) -> Rows:
-    """The rows of some groups; with none, one row of one token of which nothing is predicted, so that a rank without
-    work still takes part in the collectives of a forward and a backward pass."""
-    sequences = [(g.prompt, completion) for g in groups for completion in g.completions]
-    width = max((len(p) + len(c) for p, c in sequences), default=1)
+def packed(groups: Sequence[Group], device: torch.device) -> Inputs:
+    """The groups as one row without padding, in which every prompt stands once; with none, one token of which nothing
+    is predicted, so that a rank without work still takes part in the collectives of a forward and a backward pass."""
+    ids: list[int] = []
+    predict: list[int] = []
+    states: list[int] = []
+    targets: list[int] = []
+    spans: list[Span] = []
+    for group in groups:
+        last = len(ids) + len(group.prompt) - 1
+        ids += group.prompt
+        for completion, mask in zip(group.completions, _masks(group), strict=True):
+            path = [last, *range(len(ids), len(ids) + len(completion))]
+            ids += completion
+            states += path
+            predict += compress(path[:-1], mask)
+            targets += compress(completion, mask)
+        spans.append(Span(len(group.prompt), tuple(map(len, group.completions))))
+    if not ids:
+        ids, spans = [0], [Span(1, ())]
+    positions = [p for span in spans for p in span.positions()]
+    row, where = (torch.tensor([x], device=device) for x in (ids, positions))
+    return Inputs(row, *_index(device, predict, targets, states), where, tuple(spans))
+
+
+def rows(groups: Sequence[Group], device: torch.device) -> Inputs:
+    """The groups as one completion a row, right padded with 0 (under a causal mask no real token sees the padding, so
+    there is no mask): for models whose layers look at a row in other ways than causal attention does."""
+    sequences = [(g.prompt, c, m) for g in groups for c, m in zip(g.completions, _masks(g), strict=True)]
+    width = max((len(p) + len(c) for p, c, _ in sequences), default=1)
     ids = torch.zeros(max(1, len(sequences)), width, dtype=torch.int64)
     predict: list[int] = []
     states: list[int] = []
     targets: list[int] = []
-    for i, (prompt, completion) in enumerate(sequences):
+    for i, (prompt, completion, mask) in enumerate(sequences):
         ids[i, : len(prompt) + len(completion)] = torch.tensor([*prompt, *completion])
         first = i * width + len(prompt) - 1
-        predict += range(first, first + len(completion))
+        predict += compress(range(first, first + len(completion)), mask)
         states += range(first, first + len(completion) + 1)
-        targets += completion
-    index = [torch.tensor(x, dtype=torch.int64, device=device) for x in (predict, targets, states)]
-    return Rows(ids.to(device), *index)
+        targets += compress(completion, mask)
+    return Inputs(ids.to(device), *_index(device, predict, targets, states))
+
+
+def _index(device: torch.device, *lists: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    predict, targets, states = (torch.tensor(x, dtype=torch.int64, device=device) for x in lists)
+    return predict, targets, states
+
+
+def _masks(group: Group) -> Sequence[Sequence[bool]]:
+    return [[True] * len(c) for c in group.completions] if group.masks is None else group.masks
 
 
 def micro_batch(
@@ -53,7 +103,7 @@ def micro_batch(
     shared: Mapping[str, float] | None = None,
 ) -> MicroBatch:
     """The flat view of some groups that a loss works on; `fields` has one tensor for each of these groups."""
-    lengths = torch.tensor([len(c) for g in groups for c in g.completions], dtype=torch.int64, device=device)
+    lengths = torch.tensor([n for g in groups for n in g.lengths], dtype=torch.int64, device=device)
     segment = torch.repeat_interleave(lengths)
     starts = torch.cumsum(lengths, 0) - lengths
     position = torch.arange(len(segment), device=device) - starts[segment]
@@ -68,12 +118,31 @@ def cut(prepared: Prepared, positions: Sequence[int], device: torch.device) -> M
     return micro_batch(groups, device, fields, prepared.shared)
 
 
-def chunks(positions: Sequence[int], size: int, count: int) -> list[Sequence[int]]:
-    """`positions` in chunks of `size`, then empty ones up to `count` chunks."""
-    found = [positions[i : i + size] for i in range(0, len(positions), size)]
-    return [*found, *[positions[:0]] * (count - len(found))]
+def chunks(positions: Sequence[int], size: int) -> list[Sequence[int]]:
+    """`positions` in chunks of `size`."""
+    return [positions[i : i + size] for i in range(0, len(positions), size)]
 
 
-def num_tokens(groups: Sequence[Group]) -> int:
-    """Real input tokens, each prompt once."""
-    return sum(len(g.prompt) + sum(len(c) for c in g.completions) for g in groups)
+def bins(positions: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
+    """`positions` in bins of at most `most` by their `sizes`: best fit, the largest first. One that is larger has a bin
+    of its own."""
+    found: list[list[int]] = []
+    room: list[int] = []
+    for position, size in sorted(zip(positions, sizes, strict=True), key=lambda x: (-x[1], x[0])):
+        fitting = [i for i, free in enumerate(room) if free >= size]
+        if fitting:
+            best = min(fitting, key=room.__getitem__)
+            found[best].append(position)
+            room[best] -= size
+        else:
+            found.append([position])
+            room.append(most - size)
+    return sorted(sorted(one) for one in found)
+
+
+def num_tokens(groups: Sequence[Group], *, shared: bool = True) -> int:
+    """Real input tokens, each prompt once, or with `shared` off once a completion."""
+    return sum(
+        len(g.prompt) * (1 if shared else max(1, len(g.completions))) + sum(len(c) for c in g.completions)
+        for g in groups
+    )

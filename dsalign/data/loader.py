@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 
 from dsalign.algos import Batch
+from dsalign.data.batch import num_tokens
 from dsalign.data.tokenize import Group
 
 
@@ -43,15 +44,30 @@ class Loader:
             raise ValueError(f"the data set has {len(groups)} usable rows, the algorithm needs at least {min_groups}")
         self.groups, self.global_batch, self.seed, self.shuffle = groups, global_batch, seed, shuffle
         self.rank, self.world_size = rank, world_size
+        self._order: tuple[int, Sequence[int]] = (-1, ())
         last = len(groups) % global_batch
         self.dropped = last if 0 < last < min_groups else 0
         self.steps_per_epoch = math.ceil((len(groups) - self.dropped) / global_batch)
 
     def batch(self, step: int) -> Batch:
-        """The batch of the step-th prepared batch of the run, counted from 0. Groups go to ranks in turn."""
+        """The batch of the step-th prepared batch of the run, counted from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = epoch_order(len(self.groups), self.seed, epoch) if self.shuffle else range(len(self.groups))
-        chosen = order[position * self.global_batch : (position + 1) * self.global_batch]
+        if self._order[0] != epoch:
+            everyone = range(len(self.groups))
+            self._order = epoch, epoch_order(len(everyone), self.seed, epoch) if self.shuffle else everyone
+        chosen = self._order[1][position * self.global_batch : (position + 1) * self.global_batch]
         groups = [self.groups[i] for i in chosen]
         seen = epoch * (len(self.groups) - self.dropped) + position * self.global_batch
-        return Batch(groups=groups, mine=range(self.rank, len(groups), self.world_size), seen=seen)
+        mine = deal([num_tokens([g]) for g in groups], self.world_size)[self.rank]
+        return Batch(groups=groups, mine=mine, seen=seen)
+
+
+def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """Positions of `sizes` for each rank, ascending: the largest first and to and fro (0, 1, 1, 0, ...), so that ranks
+    have as many groups, one more at most, and about as many tokens."""
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    turns = [*range(hands), *reversed(range(hands))]
+    found: list[list[int]] = [[] for _ in range(hands)]
+    for turn, i in enumerate(order):
+        found[turns[turn % len(turns)]].append(i)
+    return [sorted(hand) for hand in found]

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dsalign.data.batch import Inputs
 from dsalign.logps import LogitTransform, token_logps
+from dsalign.models.attention import SharedPrefix
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
@@ -23,23 +25,40 @@ def unwrap(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-class CausalModel(nn.Module):
+class Backbone(nn.Module):
+    """The hidden states of a model. shares: whether it takes packed rows. unsupported: what a layer asked for in the
+    last forward over a packed row that such a row does not get, or ""."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, shares: bool) -> None:
+        super().__init__()
+        self.model, self.shares, self.unsupported = model, shares, ""
+
+    def states(self, inputs: Inputs) -> Tensor:
+        """[B T, D] the last hidden state of every position."""
+        decoder, more = unwrap(self.model).get_decoder(), dict[str, Any]()
+        prefix = SharedPrefix(inputs.spans, inputs.ids.device) if inputs.spans else None
+        if prefix is not None:
+            # A mask of four dimensions is taken as it is, so that none of size T x T is made; nothing reads it.
+            mask = torch.zeros(1, 1, 1, 1, device=inputs.ids.device)
+            more = {"position_ids": inputs.positions, "attention_mask": mask, "shared_prefix": prefix}
+        out = decoder(input_ids=inputs.ids, use_cache=False, **more)
+        self.unsupported = prefix.unsupported if prefix is not None else ""
+        return cast(Tensor, out.last_hidden_state.flatten(0, 1))
+
+
+class CausalModel(Backbone):
     """A causal language model, seen through the log-probabilities of chosen positions."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(self, model: PreTrainedModel | PeftModel, shares: bool = False) -> None:
+        super().__init__(model, shares)
         self.transform = LogitTransform.of(unwrap(model).config.get_text_config())
 
-    def forward(
-        self, ids: Tensor, predict: Tensor, targets: Tensor, entropy: bool = False, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [N] float32 of targets [N] at the flat positions predict [N] of ids [B, T]; and entropies
-        [N] or None. Only those positions reach the head."""
-        inner = unwrap(self.model)
-        states = inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        head = inner.get_output_embeddings()
-        return token_logps(states[predict], head, targets, self.transform, entropy=entropy, temperature=temperature)
+    def forward(self, inputs: Inputs, entropy: bool = False, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [N] float32 of the inputs' targets, and entropies [N] or None. Only the positions that
+        predict them reach the head."""
+        states = self.states(inputs)[inputs.predict]
+        head = unwrap(self.model).get_output_embeddings()
+        return token_logps(states, head, inputs.targets, self.transform, entropy=entropy, temperature=temperature)
 
     def whole_logits(self, ids: Tensor) -> Tensor:
         """The model's own logits [B, T, V], by its own forward: what the start-up check compares with."""
@@ -69,22 +88,20 @@ class ValueHead(nn.Module):
         return cast(Tensor, self.summary(states))[:, 0]
 
 
-class ValueModel(nn.Module):
+class ValueModel(Backbone):
     """A causal language model's backbone with a value head; the language-model head is kept, unused and frozen."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, seed: int) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(self, model: PreTrainedModel | PeftModel, seed: int, shares: bool = False) -> None:
+        super().__init__(model, shares)
         inner = unwrap(model)
         self.v_head = ValueHead(inner.config.get_text_config().hidden_size, seed)
         head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
         if head is not None and getattr(head, "weight", None) is not embedding.weight:
             head.requires_grad_(False)  # it gets no gradient, and ZeRO-3 would step it with an old one
 
-    def forward(self, ids: Tensor, states: Tensor) -> Tensor:
-        """Values [M] float32 at the flat positions states [M] of ids [B, T]."""
-        hidden = unwrap(self.model).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return cast(Tensor, self.v_head(hidden.flatten(0, 1)[states]))
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Values [M] float32 at the inputs' states."""
+        return cast(Tensor, self.v_head(self.states(inputs)[inputs.states]))
 
     def load_head(self, folder: Path | None) -> bool:
         """Read the value head of a folder, if it has one: ours, or a foreign value_head.bin with tensors only.

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dsalign.models import adapters
+from dsalign.models import adapters, attention
 from dsalign.models.heads import CausalModel, ValueModel
 from dsalign.models.names import Source
 
@@ -105,24 +105,29 @@ def load_trained(
 ) -> CausalModel | ValueModel:
     """The model of a trained role: with `lora` a PEFT model whose adapter alone is trained, else all weights."""
     model = load_causal(source, options)
+    shares = attention.share(model)
     if lora is None:
         model = adapters.merge(model, source.adapter)
         model.requires_grad_(True)
     else:
         model = adapters.add(model, source, lora, seed=options.seed)
-    return _wrap(role, model, source, options, trained=True)
+    return _wrap(role, model, source, options, shares, trained=True)
 
 
 def load_frozen(role: str, source: Source, options: LoadOptions) -> CausalModel | ValueModel:
     """The model of a frozen role; an adapter of the source is merged into its weights."""
-    model = adapters.merge(load_causal(source, options), source.adapter).requires_grad_(False)
-    return _wrap(role, model, source, options, trained=False)
+    model = load_causal(source, options)
+    shares = attention.share(model)
+    model = adapters.merge(model, source.adapter).requires_grad_(False)
+    return _wrap(role, model, source, options, shares, trained=False)
 
 
-def _wrap(role: str, model: Any, source: Source, options: LoadOptions, *, trained: bool) -> CausalModel | ValueModel:
+def _wrap(
+    role: str, model: Any, source: Source, options: LoadOptions, shares: bool, *, trained: bool
+) -> CausalModel | ValueModel:
     if role not in VALUE_ROLES:
-        return CausalModel(model)
-    wrapped = ValueModel(model, seed=options.seed)
+        return CausalModel(model, shares)
+    wrapped = ValueModel(model, options.seed, shares)
     head_found = wrapped.load_head(source.value_head) or _load_classifier_head(wrapped, source, options)
     if not trained:
         if not head_found:

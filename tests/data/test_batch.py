@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import random_groups
 
 from dsalign.algos import Prepared
-from dsalign.data.batch import chunks, cut, micro_batch, num_tokens, rows
+from dsalign.data.batch import Span, bins, chunks, cut, micro_batch, num_tokens, packed, rows
 from dsalign.data.tokenize import Group
 
 CPU = torch.device("cpu")
@@ -75,15 +80,63 @@ def test_cut_takes_groups_and_their_fields() -> None:
     assert cut(prepared, [], CPU).shared == {"z": 1.0}
 
 
+def test_a_packed_row_by_hand() -> None:
+    """5 6 | 7 8 2 | 9 and 4 | 3 2 in one row of nine. 7 is predicted at 1, 8 and 2 at 2 and 3, 9 at 1 again, 3 and 2 at
+    6 and 7; each completion's positions go on from its prompt's."""
+    found = packed([PAIR, LONE], CPU)
+    assert found.ids.tolist() == [[5, 6, 7, 8, 2, 9, 4, 3, 2]]
+    assert found.positions is not None
+    assert found.positions.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2]]
+    assert found.spans == (Span(2, (3, 1)), Span(1, (2,)))
+    assert found.predict.tolist() == [1, 2, 3, 1, 6, 7]
+    assert found.targets.tolist() == [7, 8, 2, 9, 3, 2]
+    assert found.states.tolist() == [1, 2, 3, 4, 1, 5, 6, 7, 8]
+
+
+def test_a_packed_row_of_nothing_is_one_token() -> None:
+    found = packed([], CPU)
+    assert found.ids.tolist() == [[0]] and found.spans == (Span(1, ()),)
+    assert [x.tolist() for x in (found.predict, found.targets, found.states)] == [[], [], []]
+    assert found.ids.dtype == found.predict.dtype == torch.int64
+
+
+@pytest.mark.parametrize("layout", [rows, packed])
+def test_only_tokens_that_count_are_predicted(layout: Any) -> None:
+    """Of 7 8 2 the 8 is somebody else's turn: it is read, not predicted; lengths and segments count two."""
+    group = dataclasses.replace(PAIR, completions=((7, 8, 2),), masks=((True, False, True),))
+    found = layout([group], CPU)
+    assert found.ids.tolist() == [[5, 6, 7, 8, 2]]
+    assert (found.predict.tolist(), found.targets.tolist()) == ([1, 3], [7, 2])
+    assert found.states.tolist() == [1, 2, 3, 4]
+    micro = micro_batch([group], CPU)
+    assert (micro.lengths.tolist(), micro.segment.tolist(), micro.position.tolist()) == ([2], [0, 0], [0, 1])
+
+
 def test_chunks_by_hand() -> None:
-    """Five positions in twos: 2, 2, 1; then empty ones up to the count."""
-    assert [list(c) for c in chunks([4, 3, 2, 1, 0], 2, 3)] == [[4, 3], [2, 1], [0]]
-    assert [list(c) for c in chunks(range(1), 2, 3)] == [[0], [], []]
-    assert [list(c) for c in chunks([], 2, 2)] == [[], []]
-    assert chunks([], 2, 0) == []
+    """Five positions in twos: 2, 2, 1."""
+    assert [list(c) for c in chunks([4, 3, 2, 1, 0], 2)] == [[4, 3], [2, 1], [0]]
+    assert chunks([], 2) == []
+
+
+def test_bins_by_hand() -> None:
+    """Room for 10: 7 alone leaves 3, 6 leaves 4, 4 fits there best, 3 with the 7; 12 is larger than any and alone."""
+    assert bins([0, 1, 2, 3, 4], [3, 7, 12, 4, 6], 10) == [[0, 1], [2], [3, 4]]
+    assert bins([5, 9], [5, 5], 10) == [[5, 9]]
+    assert bins([], [], 10) == []
+
+
+@given(st.lists(st.integers(1, 50)), st.integers(1, 60))
+def test_bins_hold_everything_once_and_no_more_than_they_may(sizes: list[int], most: int) -> None:
+    """No two of the bins could be one: at least half of the room of all bins but one is used."""
+    found = bins(range(len(sizes)), sizes, most)
+    assert sorted(i for one in found for i in one) == list(range(len(sizes)))
+    loads = sorted(sum(sizes[i] for i in one) for one in found)
+    assert all(load <= most or len(one) == 1 for one in found for load in [sum(sizes[i] for i in one)])
+    assert len(loads) < 2 or loads[0] + loads[1] > most
 
 
 def test_num_tokens_counts_each_prompt_once() -> None:
     """2 + 3 + 1, and 1 + 2."""
     assert num_tokens([PAIR, LONE]) == 9
+    assert num_tokens([PAIR, LONE], shared=False) == 11, "the prompt of two once more"
     assert num_tokens([]) == 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 from support import random_groups
 
-from dsalign.data.loader import Loader, epoch_order
+from dsalign.data.loader import Loader, deal, epoch_order
 
 GROUPS = random_groups("labels", 10)
 
@@ -74,7 +75,27 @@ def test_shards_are_disjoint_complete_and_even(world_size: int) -> None:
 
 def test_a_rank_may_get_nothing() -> None:
     """Two rows in the last batch of an epoch, and three ranks."""
-    assert [list(loader(rank=rank, world_size=3).batch(2).mine) for rank in range(3)] == [[0], [1], []]
+    hands = [list(loader(rank=rank, world_size=3).batch(2).mine) for rank in range(3)]
+    assert sorted(hands) == [[], [0], [1]]
+
+
+def test_dealing_by_hand() -> None:
+    """9, 7, 6, 5, 4 to and fro over two: 9 + 5 + 4 and 7 + 6; equal sizes by position; a rank may go without."""
+    assert deal([5, 9, 4, 7, 6], 2) == [[0, 1, 2], [3, 4]]
+    assert deal([3, 3, 3, 3], 2) == [[0, 3], [1, 2]]
+    assert deal([3, 8], 3) == [[1], [0], []]
+    assert deal([], 2) == [[], []]
+    assert deal([4, 5], 1) == [[0, 1]]
+
+
+def test_ranks_have_about_as_many_tokens() -> None:
+    """64 groups of 1 to 1000 tokens over four ranks: 16 groups each, within 2% of each other."""
+    draw = random.Random(0)
+    sizes = [draw.randint(1, 1000) for _ in range(64)]
+    hands = deal(sizes, 4)
+    tokens = [sum(sizes[i] for i in hand) for hand in hands]
+    assert [len(hand) for hand in hands] == [16] * 4
+    assert max(tokens) <= 1.02 * min(tokens)
 
 
 def test_a_last_batch_that_is_too_small_is_left_out() -> None:

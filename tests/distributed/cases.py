@@ -136,7 +136,6 @@ def build(
     )
     plan = Plan(
         total_batches=steps or loader.steps_per_epoch,
-        batch_size=batch_size,
         world_size=world,
         seed=1,
         learning_rates=dict.fromkeys(algorithm.roles, learning_rate),
@@ -189,7 +188,7 @@ class Spare(torch.nn.Module):
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.shares = inner, inner.shares
         self.spare = torch.nn.Parameter(torch.zeros(3))
 
     def forward(self, *inputs: Any) -> Any:

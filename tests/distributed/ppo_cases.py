@@ -84,7 +84,6 @@ def build(
     loader = Loader(prompts(16), global_batch=global_batch, seed=1, rank=dist.rank(), world_size=world)
     plan = Plan(
         total_batches=steps,
-        batch_size=batch_size,
         world_size=world,
         seed=1,
         learning_rates={"policy": rate, "value": rate},

@@ -47,8 +47,8 @@ def forward(module: Any, groups: Any, role: str) -> Output:
     """A plain forward over these groups, one row a completion."""
     inputs = rows(groups, torch.device("cpu"))
     if role == "reward":
-        return Output(values=module(inputs.ids, inputs.states))
-    logps, entropy = module(inputs.ids, inputs.predict, inputs.targets, True)
+        return Output(values=module(inputs))
+    logps, entropy = module(inputs, True)
     return Output(logps=logps, entropy=entropy)
 
 

@@ -35,7 +35,7 @@ def base(tiny: Path) -> Any:
 
 def logps(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return CausalModel(model)(INPUTS.ids, INPUTS.predict, INPUTS.targets)[0]
+        return CausalModel(model)(INPUTS)[0]
 
 
 def plain(model: Any) -> torch.Tensor:

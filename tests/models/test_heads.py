@@ -63,7 +63,7 @@ def test_log_probabilities_are_the_models_own(name: str) -> None:
     groups = random_groups("pairs", 5)
     inputs = rows(groups, CPU)
     with torch.no_grad():
-        logps, entropy = CausalModel(model)(inputs.ids, inputs.predict, inputs.targets, True)
+        logps, entropy = CausalModel(model)(inputs, True)
         own = torch.log_softmax(CausalModel(model).whole_logits(inputs.ids).flatten(0, 1)[inputs.predict], -1)
     torch.testing.assert_close(logps, torch.cat(plain_logps(model, groups)), atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(entropy, -(own.exp() * own).sum(-1), atol=2e-6, rtol=1e-5)
@@ -74,10 +74,10 @@ def test_log_probabilities_are_the_models_own(name: str) -> None:
 def test_the_transform_matters_in_the_test_above(name: str, key: str) -> None:
     """Without it the log-probabilities are other ones."""
     wrapped, inputs = CausalModel(build(CONFIGS[name]).requires_grad_(False)), rows(random_groups("pairs", 5), CPU)
-    right, _ = wrapped(inputs.ids, inputs.predict, inputs.targets)
+    right, _ = wrapped(inputs)
     assert getattr(wrapped.transform, key) not in (None, 1.0)
     wrapped.transform = type(wrapped.transform)()
-    wrong, _ = wrapped(inputs.ids, inputs.predict, inputs.targets)
+    wrong, _ = wrapped(inputs)
     assert float((right - wrong).abs().max()) > 0.01
 
 
@@ -85,7 +85,7 @@ def test_nothing_to_predict_keeps_the_graph() -> None:
     """What a rank without rows runs: no log-probabilities, and a gradient of 0 for every parameter."""
     model = build(CONFIGS["llama"])
     inputs = rows([], CPU)
-    logps, entropy = CausalModel(model)(inputs.ids, inputs.predict, inputs.targets, True)
+    logps, entropy = CausalModel(model)(inputs, True)
     assert logps.shape == (0,)
     assert entropy is not None
     (0 * logps.sum()).backward()
@@ -103,7 +103,7 @@ def test_values_are_at_the_right_positions() -> None:
     weight, bias = wrapped.v_head.summary.weight, wrapped.v_head.summary.bias
     want = torch.cat(plain_values(model, weight, bias, groups))
     with torch.no_grad():
-        values = wrapped(inputs.ids, inputs.states)
+        values = wrapped(inputs)
     assert values.shape == (sum(len(c) + 1 for g in groups for c in g.completions),)
     torch.testing.assert_close(values, want, atol=2e-6, rtol=1e-5)
 

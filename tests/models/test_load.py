@@ -22,6 +22,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
+from dsalign.data.batch import Inputs
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueModel
@@ -249,7 +250,8 @@ def test_the_score_layer_of_a_classifier_is_the_value_head(role: str, trained: b
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     with torch.no_grad():
         want = AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits[:, 0]
-        found = model(ids, torch.tensor([3, 7]))
+        nothing = torch.empty(0, dtype=torch.int64)
+        found = model(Inputs(ids, nothing, nothing, states=torch.tensor([3, 7])))
     torch.testing.assert_close(found, want)
     assert want.abs().min() > 1e-3
     assert {p.requires_grad for p in model.v_head.parameters()} == {trained}

@@ -1,0 +1,237 @@
+"""A packed row with shared prompts gives what each prompt and completion alone gives, for values and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from plain import plain_logps
+from support import VOCABULARY, random_groups, tiny_config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GraniteConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dsalign.data.batch import Inputs, Span, packed, rows
+from dsalign.data.tokenize import Group
+from dsalign.models import attention
+from dsalign.models.attention import SharedPrefix
+from dsalign.models.heads import CausalModel, ValueModel
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "bos_token_id": 2,
+}
+WINDOW = 6  # tokens; the rows below are up to 19 long
+LAYERS = ["sliding_attention", "full_attention"]
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": tiny_config(),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral window": MistralConfig(**SIZES, sliding_window=WINDOW),
+    "gemma": GemmaConfig(**SIZES, head_dim=8),
+    "gemma2 window": Gemma2Config(
+        **SIZES, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, sliding_window=WINDOW
+    ),
+    "gemma3 window": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=WINDOW, layer_types=LAYERS),
+    "granite": GraniteConfig(**SIZES, logits_scaling=4.0),
+    "cohere": CohereConfig(**SIZES, logit_scale=0.25),
+}
+
+
+def build(config: PreTrainedConfig, shares: bool = True) -> CausalModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    return CausalModel(model, attention.share(model) if shares else False)
+
+
+def groups(seed: int = 0) -> list[Group]:
+    """Prompts of 2 to 9 tokens with 1, 2 and 3 completions of 1 to 10, and one prompt without any."""
+    draw = random.Random(seed)
+    found = random_groups("prompts", 4, seed)
+    counts = (2, 1, 3, 0)
+    return [
+        dataclasses.replace(
+            g,
+            completions=tuple(
+                (*(draw.randrange(4, VOCABULARY) for _ in range(draw.randint(0, 9))), 2) for _ in range(count)
+            ),
+        )
+        for g, count in zip(found, counts, strict=True)
+    ]
+
+
+def gradients(wrapped: CausalModel, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(log-probabilities, gradient of a sum with fixed uneven weights)."""
+    wrapped.zero_grad()
+    logps, _ = wrapped(inputs)
+    weights = torch.linspace(-1, 2, len(logps))
+    (weights * logps).sum().backward()
+    return logps.detach(), {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_row_is_every_sequence_alone(name: str) -> None:
+    """Log-probabilities and gradients of four groups in one row, against the untouched model one sequence at a time,
+    and against padded rows; the window of 6 cuts what most tokens see."""
+    wrapped = build(CONFIGS[name])
+    assert wrapped.shares
+    ours, mine = gradients(wrapped, packed(groups(), CPU))
+    assert wrapped.unsupported == ""
+    untouched = build(CONFIGS[name], shares=False)
+    torch.testing.assert_close(ours, torch.cat(plain_logps(untouched.model, groups()[:3])), atol=5e-6, rtol=1e-5)
+    theirs, want = gradients(untouched, rows(groups(), CPU))
+    torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
+    assert mine.keys() == want.keys()
+    size = max(float(g.norm()) for g in want.values())
+    for parameter, gradient in want.items():
+        assert float((mine[parameter] - gradient).norm()) <= 1e-5 * size, parameter
+
+
+@pytest.mark.parametrize("name", ["mistral window", "gemma2 window", "gemma3 window"])
+def test_the_window_matters_in_the_test_above(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the log-probabilities are other ones."""
+    wrapped = build(CONFIGS[name])
+    with torch.no_grad():
+        right, _ = wrapped(packed(groups(), CPU))
+        plain = SharedPrefix.dense
+        monkeypatch.setattr(SharedPrefix, "dense", lambda self, window: plain(self, None))
+        wrong, _ = wrapped(packed(groups(), CPU))
+    assert float((right - wrong).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2 window"])
+def test_without_spans_the_model_is_what_it_was(name: str) -> None:
+    """Rows, and generation with a cache and left padding."""
+    ours, theirs = build(CONFIGS[name]), build(CONFIGS[name], shares=False)
+    ids = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        assert torch.equal(ours.model.generate(ids, **settings), theirs.model.generate(ids, **settings))
+        torch.testing.assert_close(ours(rows(groups(), CPU))[0], theirs(rows(groups(), CPU))[0])
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    """The layers are computed again in backward, with the spans they were computed with."""
+    wrapped = build(CONFIGS["llama"])
+    logps, want = gradients(wrapped, packed(groups(), CPU))
+    wrapped.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wrapped.train()
+    again, found = gradients(wrapped, packed(groups(), CPU))
+    torch.testing.assert_close(again, logps)
+    assert all(torch.allclose(found[n], g, atol=1e-7) for n, g in want.items())
+
+
+def test_values_are_those_of_padded_rows() -> None:
+    """One a position from the last prompt token on; the prompt's own value stands once a completion."""
+    wrapped = build(CONFIGS["llama"])
+    ours, theirs = ValueModel(wrapped.model, seed=0, shares=True), ValueModel(build(CONFIGS["llama"], False).model, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(packed(groups(), CPU)), theirs(rows(groups(), CPU)), atol=5e-6, rtol=1e-5)
+
+
+def test_who_sees_whom_by_hand() -> None:
+    """Prompt a b, completions c d and e; then prompt f with completion g. With a window of 2, c (position 2) no longer
+    sees a, nor does e, and d sees c only."""
+    prefix = SharedPrefix([Span(2, (2, 1)), Span(1, (1,))], CPU)
+    want = [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+    i = torch.arange(7)
+    assert prefix.position.tolist() == [0, 1, 2, 3, 2, 0, 1]
+    found = prefix.allowed(None)(None, None, i[:, None], i[None, :])
+    assert found.int().tolist() == want
+    windowed = prefix.allowed(2)(None, None, i[:, None], i[None, :]).int()
+    assert windowed[2:5].tolist() == [[0, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0]]
+    first, second = prefix.dense(None)
+    assert first is not None and first.int().tolist() == [row[:5] for row in want[:5]]
+    assert second is None, "one completion is plain causal attention"
+
+
+def test_blocks_of_flex_attention_are_the_dense_mask() -> None:
+    """300 tokens, so that some blocks of 128 are full, some partial, some empty: the block mask as a dense one."""
+    prefix = SharedPrefix([Span(140, (60, 30)), Span(20, (50,))], CPU)
+    i = torch.arange(300)
+    want = prefix.allowed(None)(None, None, i[:, None], i[None, :])
+    found = torch.zeros(384, 384, dtype=torch.bool)
+    blocks = prefix.blocks(None)
+    for at, value in ((blocks.kv_indices, blocks.kv_num_blocks), (blocks.full_kv_indices, blocks.full_kv_num_blocks)):
+        for row in range(3):
+            for column in at[0, 0, row, : int(value[0, 0, row])].tolist():
+                found[row * 128 : (row + 1) * 128, column * 128 : (column + 1) * 128] = True
+    assert not (want & ~found[:300, :300]).any(), "no token that is seen lies in a block that is skipped"
+    assert not found[256:, :128].any(), "the second group starts at 230: its last rows skip the first block"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 7])
+def test_flex_attention_is_the_attention_by_group(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's function, not compiled, on a CPU."""
+    monkeypatch.setattr(attention, "_compiled", lambda: attention.flex_attention)
+    prefix = SharedPrefix([Span(14, (6, 3)), Span(2, (5,))], CPU)
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 30, 16, generator=draw) for heads in (4, 2, 2))
+    for softcap in (None, 1.5):
+        ours = attention._by_blocks(query, key, value, prefix, 0.0, 0.3, window, softcap)
+        theirs = attention._by_group(query, key, value, prefix, 0.0, 0.3, window, softcap)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_share() -> None:
+    """A recurrent model, layers of chunked attention, and an attention that the user asked for."""
+    assert not build(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1)).shares
+    other = AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="flex_attention")
+    assert not attention.share(other) and other.config._attn_implementation == "flex_attention"
+    chunked = build(CONFIGS["llama"], shares=False).model
+    chunked.config.attention_chunk_size = 8
+    assert not attention.can_share(chunked)
+    chunked.config.attention_chunk_size = None
+    assert attention.can_share(chunked)
+    chunked.config.layer_types = ["linear_attention", "full_attention"]
+    assert not attention.can_share(chunked)
+
+
+def test_what_is_not_computed_is_said() -> None:
+    """A layer that hands over attention sinks gets an answer without them, and the prefix says so."""
+    prefix = SharedPrefix([Span(2, (2,))], CPU)
+    query = torch.randn(1, 4, 4, 8)
+    layer: Any = torch.nn.Identity()
+    attend = attention._attention("sdpa")
+    attend(layer, query, query, query, None, shared_prefix=prefix)
+    assert prefix.unsupported == ""
+    attend(layer, query, query, query, None, shared_prefix=prefix, s_aux=torch.zeros(4))
+    assert prefix.unsupported == "s_aux"
