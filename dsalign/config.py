@@ -62,6 +62,9 @@ class RunConfig(BaseModel):
     tuner: Literal["lora", "full"] = Field("lora", description="train LoRA adapters or every weight")
     ref_model: str | None = Field(None, description="the frozen reference; by default the model as it starts")
     ref_model_type: str | None = Field(None, description="stands for ref_model where that is not given")
+    ref_cache: Literal["auto", "on", "off"] = Field(
+        "auto", description="compute the reference's log-probabilities once and keep them on disk; auto: where it pays"
+    )
     reward_model: str | None = Field(None, description="the frozen reward model: final/, checkpoint-N/ or an adapter")
     reward_model_type: str | None = Field(None, description="stands for reward_model where that is not given")
     reward_funcs: tuple[str, ...] = Field((), description=REWARD_FUNCS)

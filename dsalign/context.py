@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from dsalign import dist, engines
@@ -21,6 +23,7 @@ from dsalign.models.load import VALUE_ROLES
 from dsalign.rollout.sampler import noise, sample
 
 logger = logging.getLogger(__name__)
+ReferenceLogps: TypeAlias = Callable[["Models", Sequence[Group], int | None], list[Tensor]]
 
 
 class Models:
@@ -37,7 +40,7 @@ class Models:
         temperature: float = 1.0,
         max_tokens: int | None = None,
     ) -> None:
-        self.engines, self.device, self.batch_size, self.temperature = engines, device, batch_size, temperature
+        self.engines, self.device, self.batch_size, self.temperature = dict(engines), device, batch_size, temperature
         self.max_tokens = max_tokens
 
     def forward(self, role: str, groups: Sequence[Group], *, entropy: bool = False) -> Output:
@@ -89,11 +92,18 @@ class Models:
         if role in self.engines:
             return self.engines[role], nullcontext()
         policy = self.engines["policy"]
+        assert isinstance(policy.module.model, PeftModel), f"{role}: no engine, and no adapter to turn off"
         return policy, as_started(policy.module)
+
+    def release(self, role: str) -> None:
+        """Give back the memory of a role that is not asked again."""
+        self.engines.pop(role, None)
+        gc.collect()
 
 
 class RunContext:
-    """`dsalign.algos.Context` over real engines. rewards: groups -> one [completions] tensor a group."""
+    """`dsalign.algos.Context` over real engines. rewards: groups -> one [completions] tensor a group. reference: where
+    the reference's log-probabilities are computed beforehand, what looks them up."""
 
     def __init__(
         self,
@@ -105,10 +115,12 @@ class RunContext:
         end_ids: frozenset[int] = frozenset(),
         total_batches: int = 1,
         rewards: Callable[[Sequence[Group], int], list[Tensor]] | None = None,
+        reference: ReferenceLogps | None = None,
         decode: Callable[[Sequence[int]], str] = str,
     ) -> None:
         self._models, self._seed, self.max_length, self.state = models, seed, max_length, state
         self.end_ids, self.total_batches, self._rewards, self._decode = end_ids, total_batches, rewards, decode
+        self._reference = reference
         self._said: set[str] = set()
         self.at(0)
 
@@ -119,6 +131,8 @@ class RunContext:
         return self
 
     def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        if role == "reference" and self._reference is not None:
+            return self._reference(self._models, groups, batch_size)
         return self._models.each_group(role, groups, batch_size)
 
     def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:

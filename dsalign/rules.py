@@ -122,6 +122,16 @@ def dropout_is_allowed(draft: Draft) -> Iterator[str]:
         )
 
 
+def reference_can_be_cached(draft: Draft) -> Iterator[str]:
+    """Only a frozen reference that reads the rows' own completions says the same every time."""
+    algorithm = draft.built()
+    if draft["ref_cache"] == "on" and (algorithm.roles.get("reference") != "frozen" or algorithm.data == "prompts"):
+        yield (
+            f"{draft.at('ref_cache')}: expected auto or off, as {draft['algo']} has no frozen reference of rows, "
+            "got on; remove it"
+        )
+
+
 def data_files_exist(draft: Draft) -> Iterator[str]:
     """A data set that looks like a file, a folder or demo rows must be one; any other name may be on the hub."""
     for name in ("dataset", "val_dataset"):
@@ -189,6 +199,7 @@ RULES: tuple[Rule, ...] = (
     one_source_of_validation,
     lora_options_need_lora,
     dropout_is_allowed,
+    reference_can_be_cached,
     data_files_exist,
     model_folders_exist,
     checkpoint_exists,

@@ -24,6 +24,7 @@ from dsalign.launcher import Process
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import Source, resolve
+from dsalign.refcache import ReferenceCache, weights_key
 from dsalign.report import quiet
 from dsalign.rewards import Rewards
 from dsalign.rewards.reading import Reading
@@ -71,13 +72,19 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
             sources["value"] = sources["policy"]
     output_dir = Path(config.output_dir)
     engine_options = _engine_options(config, options)
-    models = _models(config, sources, options, engine_options, device)
-    self_check(models, data.train)
     loader = _loader(config, data.train, shuffle=True)
     held_out = _loader(config, data.held_out, shuffle=False) if data.held_out else None
     plan, total_batches = _plan(config, loader, engine_options)
+    cache = _reference_cache(config, data, sources, engine_options.dtype, total_batches * loader.global_batch)
+    spare = "live_reference" not in config.algorithm.needs
+    unused = {"reference"} if cache is not None and spare and cache.complete() else set()
+    built = {role: source for role, source in sources.items() if role not in unused}
+    models = _models(config, built, options, engine_options, device)
+    self_check(models, data.train)
+    if cache is not None:
+        _fill(cache, models, spare)
     progress = Progress()
-    ctx = _context(config, models, data, reading, total_batches, progress.state)
+    ctx = _context(config, models, data, reading, cache, total_batches, progress.state)
     trained = {role: models.engines[role] for role in sources if _trains(config, role)}
     store = Store(
         output_dir,
@@ -244,8 +251,39 @@ def _models(
     return Models(found, device, config.batch_size, config.algorithm.temperature, config.max_tokens)
 
 
+def _reference_cache(
+    config: RunConfig, data: Data, sources: dict[str, Source], dtype: torch.dtype, planned: int
+) -> ReferenceCache | None:
+    """The cache of a run that has one; planned: groups that the run will see. By default where it saves a pass or the
+    memory of a model, unless the run is shorter than one pass over its rows."""
+    if config.algorithm.roles.get("reference") != "frozen" or config.algorithm.data == "prompts":
+        return None
+    own_model = config.tuner == "full" or config.ref_model is not None
+    pays = planned >= len(data.train) and (own_model or planned >= 2 * len(data.train) or bool(data.held_out))
+    if config.ref_cache == "off" or (config.ref_cache == "auto" and not pays):
+        return None
+    key = dist.together(lambda: weights_key(sources["reference"], dtype) if dist.rank() == 0 else "")
+    return ReferenceCache([data.train, data.held_out], dist.from_rank_0(key))
+
+
+def _fill(cache: ReferenceCache, models: Models, spare: bool) -> None:
+    """Compute what the cache lacks; then, with `spare`, nobody asks the reference itself again."""
+    computed = cache.fill(models)
+    if dist.rank() == 0:
+        what = f"computed for {computed} rows" if computed else "read"
+        logger.info("reference log-probabilities %s: %s", what, cache.folder)
+    if spare:
+        models.release("reference")
+
+
 def _context(
-    config: RunConfig, models: Models, data: Data, reading: Reading | None, total_batches: int, state: dict[str, Any]
+    config: RunConfig,
+    models: Models,
+    data: Data,
+    reading: Reading | None,
+    cache: ReferenceCache | None,
+    total_batches: int,
+    state: dict[str, Any],
 ) -> RunContext:
     """What `prepare` may ask for, with the rewards of the run where its algorithm has a frozen reward role."""
     decode, rewards = _decoder(data.tokenizer), None
@@ -259,6 +297,7 @@ def _context(
         end_ids=data.template.end_ids,
         total_batches=total_batches,
         rewards=rewards,
+        reference=cache.logps if cache is not None else None,
         decode=decode,
     )
 

@@ -95,7 +95,7 @@ REAL = Recipe(
         "logging_steps": 2,
         "batch_size": 8,
         "num_generations": 2,
-        "num_train_epochs": 5,
+        "num_train_epochs": 4,
         "learning_rate": 3e-4,
         "critic_learning_rate": 5e-4,
         "kl_coef": 0.1,

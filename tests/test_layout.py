@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"algos"},
     "context": {"algos", "data", "dist", "engines", "models", "rollout"},
     "selfcheck": {"context", "data", "dist", "models"},
+    "refcache": {"context", "data", "dist", "models"},
     "rewards": {"assets", "data"},
     "evaluate": {"context", "data", "dist", "metrics"},
     "trainer": {"algos", "context", "data", "dist", "engines", "metrics", "schedule"},

@@ -131,6 +131,15 @@ def test_lora_options_need_lora() -> None:
     assert told("--algo", "sft", "--lora_rank", "4") == []
 
 
+def test_only_a_reference_of_rows_is_cached() -> None:
+    for algo in ("ppo", "sft"):
+        assert told("--algo", algo, "--ref_cache", "on") == [
+            f"--ref_cache: expected auto or off, as {algo} has no frozen reference of rows, got on; remove it"
+        ]
+        assert told("--algo", algo, "--ref_cache", "auto") == []
+    assert told("--algo", "dpo", "--ref_cache", "on") == told("--algo", "kto", "--ref_cache", "on") == []
+
+
 def test_dropout_stays_off_where_the_algorithm_says_so() -> None:
     assert told("--algo", "dpo", "--lora_dropout", "0.1") == [
         "--lora_dropout: expected 0, as dpo runs with all dropout off, got 0.1; remove it"
@@ -218,6 +227,7 @@ def test_every_rule_has_a_test_here() -> None:
         "one_source_of_validation",
         "lora_options_need_lora",
         "dropout_is_allowed",
+        "reference_can_be_cached",
         "data_files_exist",
         "model_folders_exist",
         "checkpoint_exists",

@@ -150,10 +150,13 @@ class Algorithm(Protocol):
     """The contract; see CONTRIBUTING.md for how to add one."""
 
     data: ClassVar[str]  # "demonstrations", "pairs", "labels", "prompts"
-    needs: ClassVar[frozenset[str]]  # beyond log-probabilities: "entropy"; "NAME_var": a metric's variance over the
-    # updates of one prepared batch
     learning_rates: ClassVar[Mapping[str, float]]  # tuner -> default learning rate
     dropout: ClassVar[float]  # LoRA dropout by default; 0 = the algorithm runs with all dropout off
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Beyond log-probabilities: "entropy"; "live_reference": the reference's of groups that are no rows;
+        "NAME_var": a metric's variance over the updates of one prepared batch."""
 
     @property
     def temperature(self) -> float:

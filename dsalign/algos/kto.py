@@ -37,7 +37,6 @@ class KTO:
 
     data: ClassVar[str] = "labels"
     roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reference": "frozen"}
-    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
     learning_rates: ClassVar[Mapping[str, float]] = {"full": 1e-6, "lora": 5e-5}
     dropout: ClassVar[float] = 0.0
     epochs: ClassVar[int] = 1
@@ -50,6 +49,11 @@ class KTO:
         check_range("desirable_weight", self.desirable_weight, 0, math.inf)
         check_range("undesirable_weight", self.undesirable_weight, 0, math.inf)
         check_choice("loss_type", self.loss_type, ("kto", "apo_zero_unpaired"))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The reference is asked about mismatched pairs, which are no rows."""
+        return frozenset({"entropy", "live_reference"} if self.loss_type == "kto" else {"entropy"})
 
     @property
     def min_groups(self) -> int:

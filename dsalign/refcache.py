@@ -1,0 +1,175 @@
+"""Log-probabilities of the frozen reference, computed once and kept on disk: every epoch and evaluation reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+from transformers.utils import cached_file
+
+from dsalign import dist
+from dsalign.context import Models
+from dsalign.data.tokenize import Group
+from dsalign.models.names import Source, cache_folder
+
+logger = logging.getLogger(__name__)
+PART = 1024  # groups a file
+WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+READ_BYTES = 1 << 24
+FORMAT = "1"  # of the files; another one is another key
+
+
+class ReferenceCache:
+    """The token log-probabilities of every group of some data sets under one reference.
+
+    A group is known by its token ids, so a completion put together elsewhere (KTO's mismatched ones) is no part of it.
+    """
+
+    def __init__(self, sets: Sequence[Sequence[Group]], key: str) -> None:
+        """key: of the reference's weights and dtype, see `weights_key`."""
+        self._groups = ConcatDataset[Group](sets)  # type: ignore[arg-type]  # any sequence will do
+        everything = range(len(self._groups))
+        digests = np.fromiter((digest(self._groups[i]) for i in everything), dtype=np.uint64, count=len(everything))
+        self.folder = cache_folder() / "reference" / hashlib.sha256(key.encode() + digests.tobytes()).hexdigest()[:32]
+        self._order = np.argsort(digests, kind="stable")
+        self._sorted = digests[self._order]
+        lengths = [sum(self._groups[i].lengths) for i in everything]
+        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._files: list[Any] = [self._open(part) for part in self._parts()]
+
+    def _parts(self) -> range:
+        return range(-(-len(self._groups) // PART))
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05}.safetensors"
+
+    def complete(self) -> bool:
+        """Whether everything is there, on every rank. Collective."""
+        return dist.largest(self._files.count(None), torch.device("cpu")) == 0
+
+    def fill(self, models: Models) -> int:
+        """Compute what is missing on any rank; returns how many groups that were. Collective.
+
+        A part appears under its name when it is whole, so a run that was stopped goes on where it was.
+        """
+        computed = 0
+        for part in self._parts():
+            if not dist.largest(int(self._files[part] is None), models.device):
+                continue
+            first = part * PART
+            mine = range(first + dist.rank(), min(first + PART, len(self._groups)), dist.world_size())
+            found = models.each_group("reference", [self._groups[i] for i in mine])
+            flat = torch.cat([torch.empty(0), *found]).double()
+            everything = dist.gather(flat, models.device).float()
+            self._write(part, everything)
+            computed += min(PART, len(self._groups) - first)
+        return computed
+
+    def _write(self, part: int, by_rank: Tensor) -> None:
+        """by_rank: the tokens of the part's groups, rank after rank."""
+        first, world = part * PART, dist.world_size()
+        last = min(first + PART, len(self._groups))
+        order = [i for rank in range(world) for i in range(first + rank, last, world)]
+        pieces = by_rank.split([self._length(i) for i in order])  # type: ignore[no-untyped-call]
+        flat = torch.cat([piece for _, piece in sorted(zip(order, pieces, strict=True), key=lambda x: x[0])])
+        path = self._path(part)
+        for turn in (True, False):  # rank 0, then ranks that do not see its file system
+            missing = self._files[part] is None and (dist.rank() == 0) is turn
+            dist.together(lambda missing=missing: _save(flat, path) if missing else None)  # type: ignore[misc]
+            self._files[part] = self._files[part] or self._open(part)
+
+    def _length(self, position: int) -> int:
+        return int(self._starts[position + 1] - self._starts[position])
+
+    def _open(self, part: int) -> Any:
+        """The part's file; None where there is none, or it does not verify, which is said."""
+        path = self._path(part)
+        if not path.exists():
+            return None
+        last = min((part + 1) * PART, len(self._groups))
+        try:
+            file: Any = safe_open(path, framework="pt")
+            logps, want = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError) as error:
+            logps, want = torch.empty(0), str(error)
+        if want == _checksum(logps) and len(logps) == int(self._starts[last] - self._starts[part * PART]):
+            return file
+        logger.warning("reference cache: %s does not match its checksum and is computed again", path)
+        return None
+
+    def get(self, group: Group) -> Tensor | None:
+        """[tokens of the group's completions] float32 nats, or None for a group that is no part of the cache."""
+        wanted = np.uint64(digest(group))
+        at = int(np.searchsorted(self._sorted, wanted))
+        if at == len(self._sorted) or self._sorted[at] != wanted:
+            return None
+        position = int(self._order[at])
+        part = position // PART
+        file = self._files[part]
+        assert file is not None, "fill comes first"
+        start = int(self._starts[position] - self._starts[part * PART])
+        found: Tensor = file.get_slice("logps")[start : start + self._length(position)]
+        return found
+
+    def logps(self, models: Models, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        """One tensor a group: read where it is part of the cache, else computed. Collective."""
+        found = [self.get(group) for group in groups]
+        missing = [i for i, one in enumerate(found) if one is None]
+        if dist.largest(len(missing), models.device):
+            computed = models.each_group("reference", [groups[i] for i in missing], batch_size)
+            for i, one in zip(missing, computed, strict=True):
+                found[i] = one
+        return [one for one in found if one is not None]
+
+
+def digest(group: Group) -> int:
+    """64 bits of what the model sees of a group and of which tokens count."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for ids in (group.prompt, *group.completions):
+        hashed.update(array("i", [len(ids), *ids]).tobytes())
+    for mask in group.masks or ():
+        hashed.update(bytes(mask))
+    return int.from_bytes(hashed.digest(), sys.byteorder)
+
+
+def weights_key(source: Source, dtype: torch.dtype) -> str:
+    """A hash of every byte of a source's weights, configuration and adapter, and of the dtype they compute in."""
+    hashed = hashlib.sha256(f"{FORMAT} {dtype}".encode())
+    for path in _weight_files(source):
+        hashed.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(READ_BYTES):
+                hashed.update(block)
+    return hashed.hexdigest()
+
+
+def _weight_files(source: Source) -> Iterator[Path]:
+    folder = Path(source.weights)
+    if not folder.is_dir():  # a hub name, whose files transformers has in its cache by now
+        folder = Path(str(cached_file(source.weights, "config.json"))).parent
+    for where in (folder, source.adapter):
+        if where is not None:
+            yield from sorted({path for pattern in WEIGHTS for path in where.glob(pattern)})
+
+
+def _checksum(logps: Tensor) -> str:
+    return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
+
+
+def _save(logps: Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{dist.rank()}.{os.getpid()}")
+    save_file({"logps": logps}, staging, metadata={"sha256": _checksum(logps)})
+    staging.replace(path)
