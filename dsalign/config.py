@@ -86,6 +86,12 @@ class RunConfig(BaseModel):
         min_length=1,
         description=f"files, folders, hub names or {assets.PREFIX}KIND; #n takes n rows; by algorithm demo rows",
     )
+    dataset_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="how many times an epoch takes the rows of each data set, > 0; 1 each"
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="stop at a row that cannot be used, or leave it out and count it"
+    )
     val_dataset: tuple[str, ...] = Field((), description="rows to evaluate on, named like dataset")
     split_dataset_ratio: float = Field(0.0, ge=0, lt=1, description="share of dataset to evaluate on, in [0, 1)")
     columns: dict[str, str] = Field({}, description="columns to rename, theirs=ours")
@@ -197,9 +203,9 @@ def parse(argv: Sequence[str], *, world_size: int) -> Parsed:
     name, guessed = _algorithm_name(command, given)
     problems += guessed
     own = options.of_algorithm(algos.load(name)) if name else {}
-    if name and "dataset" not in given:
-        given = _of_demo_rows(name, own) | given
     known = RUN_OPTIONS | own
+    if name and "dataset" not in given:
+        given = _of_demo_rows(name, known) | given
     problems += [_unknown(one, name, known) for one in given.values() if one.name not in known and _is_wrong(one, name)]
     values, unreadable = _read(given, known)
     algorithm = None
@@ -248,11 +254,11 @@ def _merge(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
     return given, problems
 
 
-def _of_demo_rows(algo: str, own: Mapping[str, Option]) -> dict[str, Given]:
+def _of_demo_rows(algo: str, known: Mapping[str, Option]) -> dict[str, Given]:
     """The options that the algorithm's demo rows bring along."""
     rows = assets.of_kind(algos.load(algo).data)
     brought = assets.OPTIONS.get(rows, {})
-    return {name: Given(name, name, (value,), file=rows) for name, value in brought.items() if name in own}
+    return {name: Given(name, name, (value,), file=rows) for name, value in brought.items() if name in known}
 
 
 def _algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from dsalign.assets import rewards
 from dsalign.flags import nearest
 
 PRESETS = ("dsalign", "trl", "openrlhf", "llamafactory", "deepspeed-chat", "swift-v2.6")
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
 FROZEN = {  # option -> the frozen role that it fills
     "ref_model": "reference",
     "ref_model_type": "reference",
@@ -132,6 +133,16 @@ def reference_can_be_cached(draft: Draft) -> Iterator[str]:
         )
 
 
+def weights_are_one_a_data_set(draft: Draft) -> Iterator[str]:
+    """dataset_weights goes with dataset, name by name."""
+    weights, sets = draft["dataset_weights"], draft["dataset"]
+    if weights and len(weights) != len(sets):
+        yield (
+            f"{draft.at('dataset_weights')}: expected one for each of {len(sets)} data sets, got {len(weights)}; "
+            "write as many as --dataset has names"
+        )
+
+
 def data_files_exist(draft: Draft) -> Iterator[str]:
     """A data set that looks like a file, a folder or demo rows must be one; any other name may be on the hub."""
     for name in ("dataset", "val_dataset"):
@@ -200,6 +211,7 @@ RULES: tuple[Rule, ...] = (
     lora_options_need_lora,
     dropout_is_allowed,
     reference_can_be_cached,
+    weights_are_one_a_data_set,
     data_files_exist,
     model_folders_exist,
     checkpoint_exists,
@@ -221,7 +233,9 @@ def broken(draft: Draft) -> list[str]:
 
 
 def _exists(path: str) -> bool:
-    return Path(path).expanduser().exists()
+    """Whether there is such a file or folder, or one that a pattern with * ? [ matches."""
+    whole = Path(path).expanduser()
+    return whole.exists() or any(True for _ in glob.iglob(str(whole), recursive=True))
 
 
 def _without_count(source: str) -> str:

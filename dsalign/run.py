@@ -17,7 +17,7 @@ from dsalign.checkpoint.store import Store, find, move_aside
 from dsalign.config import RunConfig
 from dsalign.context import Models, RunContext
 from dsalign.data.loader import Loader, epoch_order
-from dsalign.data.rows import read_rows
+from dsalign.data.rows import Skipped, iter_rows
 from dsalign.data.templates import Template, load_template
 from dsalign.data.tokenize import Group, tokenize_rows
 from dsalign.launcher import Process
@@ -154,18 +154,27 @@ def _data(config: RunConfig, source: Source, options: load.LoadOptions) -> Data:
     if template.chat_template is not None:
         tokenizer.chat_template = template.chat_template  # final/ is to be prompted as it was trained
 
-    def groups(sources: Sequence[str]) -> Sequence[Group]:
-        found = read_rows(
-            sources, config.algorithm.data, columns=config.columns, system=config.system, seed=config.seed
+    def groups(sources: Sequence[str], weights: Sequence[float] = ()) -> Sequence[Group]:
+        skipped = Skipped() if config.on_bad_row == "skip" else None
+        rows = iter_rows(
+            sources,
+            config.algorithm.data,
+            columns=config.columns,
+            system=config.system,
+            seed=config.seed,
+            weights=weights,
+            skipped=skipped,
         )
-        tokenized = tokenize_rows(found, template, max_length=config.max_length, truncation=config.truncation_strategy)
+        tokenized = tokenize_rows(rows, template, max_length=config.max_length, truncation=config.truncation_strategy)
         if tokenized.dropped or tokenized.truncated:
             drops = [f"{count} dropped ({rule})" for rule, count in tokenized.dropped.items()]
             cuts = [f"{tokenized.truncated} truncated"] if tokenized.truncated else []
-            logger.warning("%s: of %d rows %s", " ".join(sources), len(found), ", ".join([*drops, *cuts]))
+            logger.warning("%s: of %d rows %s", " ".join(sources), tokenized.num_rows, ", ".join([*drops, *cuts]))
+        if skipped:
+            logger.warning("%s: %d bad rows left out, the first: %s", " ".join(sources), skipped.count, skipped.first)
         return tokenized.groups
 
-    every = groups(config.dataset)
+    every = groups(config.dataset, config.dataset_weights)
     if config.val_dataset:
         return Data(tokenizer, template, every, groups(config.val_dataset))
     held = round(len(every) * config.split_dataset_ratio)

@@ -8,7 +8,7 @@ import random
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsalign import algos
+from dsalign.data.rows import Row, iter_rows
 from dsalign.data.tokenize import Group
 
 ALGORITHMS = {  # settings that make a loss depend on the whole batch, where the defaults do not
@@ -32,6 +33,11 @@ ALGORITHMS = {  # settings that make a loss depend on the whole batch, where the
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'\"-()\n"
 SPECIALS = ("<pad>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = len(SPECIALS) + 1 + len(CHARACTERS)
+
+
+def read_rows(sources: Sequence[str], kind: str, **options: Any) -> list[Row]:
+    """All rows of some sources."""
+    return list(iter_rows(sources, kind, **options))
 
 
 def from_rows() -> tuple[str, ...]:

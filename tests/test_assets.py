@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import read_rows
 
 from dsalign import algos, assets
 from dsalign.assets.rewards import FUNCTIONS, friendly
 from dsalign.config import RUN_OPTIONS
-from dsalign.data.rows import KINDS, Row, RowError, read_rows
+from dsalign.data.records import RowError
+from dsalign.data.rows import KINDS, Row
 from dsalign.models.names import EMBEDDED
 
 

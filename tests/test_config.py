@@ -93,10 +93,13 @@ def test_the_algorithm_is_all_that_must_be_given(algo: str, rows: str, tmp_path:
     assert (own.origins["model"], own.origins["dataset"]) == ("flag --model", "flag --dataset")
 
 
-def test_the_demo_prompts_bring_their_length(tmp_path: Path) -> None:
-    """64 new tokens where the demo rows are read because none were named; a flag or named rows take over."""
+def test_the_demo_prompts_bring_options(tmp_path: Path) -> None:
+    """Short answers, one pass, a line a step where the demo rows are read because none were named; a flag or named rows
+    take over."""
     parsed = parse(["--algo", "ppo"], world_size=1)
     assert (parsed.config.algorithm.max_new_tokens, parsed.origins["max_new_tokens"]) == (64, "demo:prompts")
+    assert (parsed.config.algorithm.num_ppo_epochs, parsed.config.logging_steps) == (1, 1)
+    assert parsed.origins["logging_steps"] == "demo:prompts"
     assert parse(["--algo", "ppo", "--max_new_tokens", "9"], world_size=1).config.algorithm.max_new_tokens == 9
     assert parse(["--algo", "ppo", "--dataset", "demo:prompts"], world_size=1).config.algorithm.max_new_tokens == 512
     again = parse(["--config", yaml_file(tmp_path, parsed.config.dump())], world_size=1)

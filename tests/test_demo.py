@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from support import read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsalign.config import parse
-from dsalign.data.rows import read_rows
 from dsalign.data.templates import load_template
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -140,6 +140,24 @@ def test_only_a_reference_of_rows_is_cached() -> None:
     assert told("--algo", "dpo", "--ref_cache", "on") == told("--algo", "kto", "--ref_cache", "on") == []
 
 
+def test_there_is_a_weight_for_each_data_set() -> None:
+    assert told("--algo", "dpo", "--dataset_weights", "2", "1") == [
+        "--dataset_weights: expected one for each of 1 data sets, got 2; write as many as --dataset has names"
+    ]
+    assert told("--algo", "dpo", "--dataset_weights", "0.5") == []
+    assert told("--algo", "dpo", "--dataset_weights", "0")[0].startswith("--dataset_weights: expected greater than 0")
+
+
+def test_packed_files_and_patterns_must_match_something(tmp_path: Path) -> None:
+    base = ("--model", "m")
+    missing = str(tmp_path / "rows*.jsonl.gz")
+    assert told("--algo", "dpo", "--dataset", missing, base=base) == [
+        f"--dataset: expected a file or folder that exists, got {missing!r}; check the path"
+    ]
+    (tmp_path / "rows1.jsonl.gz").touch()
+    assert told("--algo", "dpo", "--dataset", missing, base=base) == []
+
+
 def test_dropout_stays_off_where_the_algorithm_says_so() -> None:
     assert told("--algo", "dpo", "--lora_dropout", "0.1") == [
         "--lora_dropout: expected 0, as dpo runs with all dropout off, got 0.1; remove it"
@@ -228,6 +246,7 @@ def test_every_rule_has_a_test_here() -> None:
         "lora_options_need_lora",
         "dropout_is_allowed",
         "reference_can_be_cached",
+        "weights_are_one_a_data_set",
         "data_files_exist",
         "model_folders_exist",
         "checkpoint_exists",

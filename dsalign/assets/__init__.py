@@ -7,9 +7,11 @@ from pathlib import Path
 
 PREFIX = "demo:"  # no hub name has a colon, and a name, unlike a path, means the same on every machine
 REWARD = "demo:friendly"  # where an algorithm needs a reward and is given none; rewards.py has it
-# Options that stand in place of an algorithm's defaults where these rows are read because none were named: the demo
-# reward counts words beyond 40 against an answer, and 512 tokens each would be minutes a rollout on a CPU.
-OPTIONS: Mapping[str, Mapping[str, str]] = {"demo:prompts": {"max_new_tokens": "64"}}
+# Options that stand in place of defaults where these rows are read because none were named, so that a first run on a
+# CPU takes minutes: the demo reward counts words beyond 40 against an answer, and passes over a rollout take longest.
+OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "demo:prompts": {"max_new_tokens": "64", "num_ppo_epochs": "1", "logging_steps": "1"}
+}
 _FOLDER = Path(__file__).resolve().parent
 
 

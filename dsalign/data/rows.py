@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsalign.data.readers import RowError, read_source, rename, shorten
+from dsalign.data.readers import read_source
+from dsalign.data.records import Record, RowError, rename, shorten
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Turns = list[Message]
 
 KINDS = ("pairs", "labels", "prompts", "demonstrations")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-
-__all__ = ["KINDS", "Message", "Row", "RowError", "read_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,37 @@ class Row:
     columns: Mapping[str, object] = field(default_factory=dict)  # what no format took
 
 
-def read_rows(
+@dataclass
+class Skipped:
+    """The bad rows that were left out: how many, and what was wrong with the first."""
+
+    count: int = 0
+    first: str = ""
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def add(self, error: RowError) -> None:
+        self.first = self.first or str(error)
+        self.count += 1
+
+
+def iter_rows(
     sources: Sequence[str],
     kind: str,
     *,
     columns: Mapping[str, str] | None = None,
     system: str | None = None,
     seed: int = 42,
-) -> list[Row]:
-    """The rows of all sources, one source after the other, in stored order.
+    weights: Sequence[float] = (),
+    skipped: Skipped | None = None,
+) -> Iterator[Row]:
+    """The rows of all sources, one source after the other, in stored order, read as they are asked for.
 
-    sources: files, folders, demo rows, hub names or registered short names, each with an optional "#n" (a sample of n
-    rows, fixed by `seed`). kind: one of KINDS. columns: {theirs: ours}. system: put in front where a row has none.
+    sources: files, folders, globs, demo rows, hub names or registered short names, each with an optional "#n" (a sample
+    of n rows, fixed by `seed`). kind: one of KINDS. columns: {theirs: ours}. system: put in front where a row has none.
+    weights: how many times the rows of each source are taken; 2.5 = twice, and each with probability 0.5 once more,
+    fixed by `seed`; none = once each. skipped: where bad rows are counted instead of raised.
     A string prompt is one user turn. Of a conversation with several answers the last is the completion.
     Raises RowError (a ValueError) for the first row that cannot be used, ValueError for a bad argument or source.
     """
@@ -52,19 +71,34 @@ def read_rows(
         raise ValueError(f"kind of rows: expected one of {', '.join(KINDS)}, got {kind!r}")
     if not sources:
         raise ValueError("data set: expected at least one file, folder or hub name, got none; name one with --dataset")
-    columns = columns or {}
-    rows, missing = [], set(columns)
-    for source in sources:
-        for record in read_source(source, seed):
-            missing.difference_update(record.values)
-            values = rename(record.where, record.values, columns)
-            rows.append(_convert(_Fields(record.where, values, record.text_only), kind, system))
+    renamed = columns or {}
+    missing = set(renamed)
+
+    def convert(item: Record | RowError) -> Row | None:
+        try:
+            if isinstance(item, RowError):
+                raise item
+            missing.difference_update(item.values)
+            values = rename(item.where, item.values, renamed)
+            return _convert(_Fields(item.where, values, item.text_only), kind, system)
+        except RowError as error:
+            if skipped is None:
+                raise
+            skipped.add(error)
+            return None
+
+    for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True):
+        for turn in range(math.ceil(weight)):
+            draw = random.Random(f"dsalign weights {seed} {source}")
+            share = min(1.0, weight - turn)
+            for item in read_source(source, seed):
+                if (share == 1 or draw.random() < share) and (row := convert(item)) is not None:
+                    yield row
     if missing:
         raise ValueError(
             f"columns: expected names that some row of {', '.join(sources)} has, got {sorted(missing)}; "
             "write columns={theirs: ours}"
         )
-    return rows
 
 
 class _Fields:
@@ -91,6 +125,9 @@ class _Fields:
     def check_text(self, column: str, value: object) -> str:
         if not isinstance(value, str):
             raise self.bad(column, "text", value, "write a string, or name another column with columns={theirs: ours}")
+        if "\0" in value:
+            fix = f"the character at {value.index(chr(0))} is NUL: leave the row out, or write it again"
+            raise self.bad(column, "text", value, fix)
         if not value.isascii():
             try:
                 value.encode()

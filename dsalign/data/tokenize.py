@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from dsalign.data.rows import Message, Row
 from dsalign.data.templates import Encoded, Template
@@ -41,11 +42,12 @@ class Tokenized:
     """The groups of a data set and what was left out of it."""
 
     groups: tuple[Group, ...]
+    num_rows: int  # read
     dropped: Mapping[str, int]  # rule -> rows
     truncated: int  # groups that lost tokens
 
 
-def tokenize_rows(rows: Sequence[Row], template: Template, *, max_length: int, truncation: str) -> Tokenized:
+def tokenize_rows(rows: Iterable[Row], template: Template, *, max_length: int, truncation: str) -> Tokenized:
     """The rows as groups of at most max_length tokens, in order, numbered from 0 without gaps.
 
     A group's length is len(prompt) + len(longest completion). truncation: "delete" drops a longer row; "left" cuts its
@@ -59,9 +61,10 @@ def tokenize_rows(rows: Sequence[Row], template: Template, *, max_length: int, t
         raise ValueError(f"max_length: expected at least 2 (a prompt and a completion token), got {max_length}")
     groups: list[Group] = []
     dropped: Counter[str] = Counter()
-    truncated = 0
+    truncated = num_rows = 0
     share = dict[int, int]().setdefault  # one int object an id: 8 bytes a token instead of 40
     for row, (text, prompt, completions) in _encode(rows, template):
+        num_rows += 1
         length = len(prompt) + max(map(len, completions), default=0)
         if length > max_length:
             if truncation == "raise":
@@ -86,15 +89,15 @@ def tokenize_rows(rows: Sequence[Row], template: Template, *, max_length: int, t
     if not groups:
         counts = ", ".join(f"{count} {rule}" for rule, count in dropped.items()) or "there was none"
         raise ValueError(
-            f"data set: expected rows of at most max_length = {max_length} tokens, got none of {len(rows)} rows "
+            f"data set: expected rows of at most max_length = {max_length} tokens, got none of {num_rows} rows "
             f"({counts}); raise --max_length, or use --truncation_strategy left"
         )
-    return Tokenized(tuple(groups), dict(dropped), truncated)
+    return Tokenized(tuple(groups), num_rows, dict(dropped), truncated)
 
 
-def _encode(rows: Sequence[Row], template: Template) -> Iterator[tuple[Row, Encoded]]:
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
+def _encode(rows: Iterable[Row], template: Template) -> Iterator[tuple[Row, Encoded]]:
+    left = iter(rows)
+    while chunk := list(islice(left, CHUNK)):
         try:
             encoded = template.encode_many([(row.prompt, row.completions) for row in chunk])
         except ValueError:

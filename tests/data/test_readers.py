@@ -1,16 +1,33 @@
 from __future__ import annotations
 
+import csv
+import dataclasses
+import gzip
+import json
+
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsalign.data import readers
-from dsalign.data.readers import REGISTERED, RowError, read_source, rename, shorten
+from dsalign.data import readers, text_files
+from dsalign.data.readers import read_source
+from dsalign.data.records import RowError, rename, shorten
+from dsalign.data.registry import REGISTERED, transcript
+from dsalign.data.rows import iter_rows
+
+
+def raised(items):
+    for item in items:
+        if isinstance(item, RowError):
+            raise item
+        yield item.where, dict(item.values)
 
 
 def read(source, seed=42):
-    return [(record.where, dict(record.values)) for record in read_source(source, seed)]
+    return list(raised(read_source(source, seed)))
 
 
 def parquet(name, rows):
@@ -80,6 +97,89 @@ def test_a_file_may_have_a_hash_in_its_name(write):
     assert len(read("folder#1")) == 2
 
 
+def test_a_pattern_reads_what_it_matches_in_order(write):
+    write("d/b.jsonl", [{"a": 2}])
+    write("d/a.jsonl", [{"a": 1}])
+    write("d/e/c.jsonl", [{"a": 3}])
+    write("d/notes.txt", "no rows")
+    assert read("d/*.jsonl") == [("d/a.jsonl:1", {"a": 1}), ("d/b.jsonl:1", {"a": 2})]
+    assert [row["a"] for _, row in read("d/**/*")] == [1, 2, 3]
+    assert [row["a"] for _, row in read("d/[b]*#1")] == [2]
+    with pytest.raises(ValueError, match=r"^data set 'd/x\*': expected a pattern that .*put it into quotes$"):
+        read("d/x*")
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+@pytest.mark.parametrize(("suffix", "text"), [(".jsonl", '{"a": "\u00e9"}\n{"a": 2}\n'), (".csv", "a\n\u00e9\n2\n")])
+def test_packed_text_is_the_text(write, packed, suffix, text):
+    name = f"rows{suffix}{packed}"
+    if packed == ".gz":
+        write(name, gzip.compress(text.encode()))
+    else:
+        write(name, "")
+        with pyarrow.CompressedOutputStream(name, "zstd") as stream:
+            stream.write(text.encode())
+    plain = read(write(f"rows{suffix}", text))
+    assert [row for _, row in read(name)] == [row for _, row in plain]
+    assert [where for where, _ in read(name)] == [f"{name}:{where.rpartition(':')[2]}" for where, _ in plain]
+
+
+def test_a_packed_file_that_was_cut_off(write):
+    whole = gzip.compress(b'{"a": 1}\n' * 100)
+    with pytest.raises(RowError, match=r"^a.jsonl.gz: expected a whole .gz file, got an error: .*; pack it again$"):
+        read(write("a.jsonl.gz", whole[:-10]))
+    with pytest.raises(RowError, match=r"^b.jsonl.zst: expected a whole .zst file"):
+        read(write("b.jsonl.zst", b"not packed"))
+
+
+def test_what_can_be_read_behind_a_bad_line_is_read(write):
+    """Bad JSON, bad UTF-8, no object, and a cell too many: each an error in its place."""
+    name = write("a.jsonl", b'{"a": 1}\n{"a": }\n{"a": "\xff"}\n3\n{"a": 5}\n')
+    items = list(read_source(name, 0))
+    assert [type(item).__name__ for item in items] == ["Record", "RowError", "RowError", "RowError", "Record"]
+    assert [str(item).partition(": expected")[0] for item in items[1:4]] == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"]
+    name = write("a.csv", "a,b\n1,2\n3\n4,5\n")
+    assert [type(item).__name__ for item in read_source(name, 0)] == ["Record", "RowError", "Record"]
+
+
+def test_a_line_of_many_megabytes_is_no_row(write, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 20)
+    name = write("a.jsonl", '{"a": "' + "x" * 30 + '"}\n{"a": 1}\n')
+    first, second = read_source(name, 0)
+    assert str(first).startswith('a.jsonl:1: expected a line of at most 20 bytes, got 40, beginning with b\'{"a": "xxx')
+    assert second.values == {"a": 1}
+
+
+@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".csv", ".jsonl.gz", ".jsonl.zst"]))
+def test_any_bytes_are_rows_or_errors_that_name_the_file(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.mktemp("fuzz") / f"x{suffix}"
+    path.write_bytes(content)
+    try:
+        for item in read_source(str(path), 0):
+            assert str(path) in (str(item) if isinstance(item, RowError) else item.where)
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+
+
+@given(st.lists(st.fixed_dictionaries({"prompt": TEXT, "answer": TEXT}), min_size=1, max_size=5))
+def test_what_is_written_is_read_in_every_format(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("formats")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "c.json").write_text(json.dumps(rows))
+    with (folder / "d.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "answer"], quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+    parquet(folder / "e.parquet", rows)
+    for path in sorted(folder.iterdir()):
+        assert [row for _, row in read(str(path))] == rows, path.name
+
+
 # --- the hub ------------------------------------------------------------------------------------------------------
 
 
@@ -88,13 +188,13 @@ def hub(monkeypatch, tmp_path):
     """Local folders stand for hub repositories: the code path of the library is the same."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    return lambda name: [(record.where, dict(record.values)) for record in readers._hub(name)]
+    return lambda name: list(raised(readers._hub(name)))
 
 
 def register(monkeypatch, short, folder):
     """The registered data set, with a local folder in the place of its hub repository."""
     known = REGISTERED[short]
-    moved = readers.Registered(folder, known.files, known.columns, known.convert)
+    moved = dataclasses.replace(known, hub_name=folder)
     monkeypatch.setattr(readers, "REGISTERED", {**REGISTERED, short: moved})
 
 
@@ -116,7 +216,7 @@ def test_hub_failure_names_the_cause_and_the_short_names(monkeypatch):
         ValueError, match=r"data set 'ultrafeedback-kt'.*gave ConnectionError: 'no route'; did you mean"
     ):
         read("ultrafeedback-kt")
-    with pytest.raises(ValueError, match=r"one of .*ultrafeedback-kto; loading 'a/b' .*check the name and the network"):
+    with pytest.raises(ValueError, match=r"one of .*ultrafeedback-kto, .*; loading 'a/b' .*check the name and"):
         read("a/b")
     with pytest.raises(ValueError, match=r"loading 'dikw/hh_rlhf_cn' .*check the name and the network"):
         read("hh-rlhf-cn-harmless-base-cn")
@@ -150,6 +250,69 @@ def test_registered_data_set_that_has_changed(write, hub, monkeypatch):
     register(monkeypatch, "hh-rlhf-cn-harmless-base-cn", "hh")
     with pytest.raises(RowError, match=r"cn:row 1: expected the columns of .*KeyError.*the hub data set has changed"):
         read("hh-rlhf-cn-harmless-base-cn")
+
+
+TRANSCRIPT = "\n\nHuman: Hi\n\nthere?\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant:"
+
+
+def test_a_transcript_by_hand():
+    """A blank line inside a turn stays; an answer may be empty; what does not begin like one is none."""
+    assert [(m["role"], m["content"]) for m in transcript(TRANSCRIPT)] == [
+        ("user", "Hi\n\nthere?"),
+        ("assistant", "Hello."),
+        ("user", "Bye"),
+        ("assistant", ""),
+    ]
+    with pytest.raises(ValueError, match=r"^a transcript begins with a blank line and 'Human:', not with 'Hello'$"):
+        transcript("Hello")
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+OTHER = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]
+SCHEMAS = {  # short name -> (kind, a row as the hub has it, prompt and completions)
+    "hh-rlhf": (
+        "pairs",
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+        ("a", "b", "c"),
+    ),
+    "ultrafeedback-kto": ("labels", {"prompt": "a", "completion": "b", "label": True}, ("a", "b")),
+    "kto-mix-14k": ("labels", {"prompt": CHAT[:1], "completion": CHAT[1:], "label": False}, ("a", "b")),
+    "orpo-dpo-mix-40k": (
+        "pairs",
+        {"source": "s", "chosen": CHAT, "rejected": OTHER, "prompt": "a", "question": "a"},
+        ("a", "b", "c"),
+    ),
+    "ultrafeedback-binarized": (
+        "pairs",
+        {"prompt": "a", "prompt_id": "1", "chosen": CHAT, "rejected": OTHER, "messages": CHAT, "score_chosen": 1.0},
+        ("a", "b", "c"),
+    ),
+    "orca-dpo-pairs": ("pairs", {"system": "s", "question": "a", "chosen": "b", "rejected": "c"}, ("a", "b", "c")),
+    "distilabel-orca-dpo-pairs": (
+        "pairs",
+        {"system": "s", "input": "a", "chosen": "b", "rejected": "c", "generations": ["b", "c"], "status": "tie"},
+        ("a", "b", "c"),
+    ),
+    "ultrachat-200k": ("demonstrations", {"prompt": "a", "prompt_id": "1", "messages": CHAT}, ("a", "b")),
+    "no-robots": ("demonstrations", {"prompt": "a", "messages": CHAT, "category": "x"}, ("a", "b")),
+    "alpaca": ("demonstrations", {"instruction": "a", "input": "", "output": "b", "text": "a b"}, ("a", "b")),
+}
+
+
+@pytest.mark.parametrize("short", SCHEMAS)
+def test_registered_schemas_become_rows(short, write, hub, monkeypatch):
+    """A local folder of the same schema in the place of the hub's: prompt and completions as they should be."""
+    kind, row, (prompt, *completions) = SCHEMAS[short]
+    write(f"there/data/{REGISTERED[short].split}.jsonl", [row])
+    register(monkeypatch, short, "there")
+    if REGISTERED[short].split != "train":
+        split = {REGISTERED[short].split: f"data/{REGISTERED[short].split}.jsonl"}
+        plain = readers.load_dataset
+        monkeypatch.setattr(readers, "load_dataset", lambda name, **more: plain(name, **{**more, "data_files": split}))
+    (found,) = iter_rows([short], kind)
+    assert found.prompt[-1]["content"] == prompt and list(found.completions) == completions
+    if "system" in row:
+        assert found.prompt[0] == {"role": "system", "content": "s"}
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
+from support import read_rows
 
-from dsalign.data.rows import FORMATS, KINDS, Row, RowError, read_rows
+from dsalign.data.records import RowError
+from dsalign.data.rows import FORMATS, KINDS, Row, Skipped, iter_rows
 
 
 def turns(*texts, system=None):
@@ -243,3 +246,58 @@ def test_bad_arguments(write):
         read_rows([write("a.jsonl", [PAIR])], "pair")
     with pytest.raises(ValueError, match=r"data set: expected at least one file, .*got none"):
         read_rows([], "pairs")
+
+
+# --- many rows ----------------------------------------------------------------------------------------------------
+
+
+def prompts(rows):
+    return [row.prompt[0]["content"] for row in rows]
+
+
+def test_weights_take_rows_more_than_once_or_a_random_part(write):
+    """2 = twice in order; 0.5 of 400 rows is about half of them, the same half for a seed; 1.25 all and some again."""
+    write("a.jsonl", [{"prompt": f"a{i}"} for i in range(3)])
+    write("b.jsonl", [{"prompt": f"b{i}"} for i in range(400)])
+    found = prompts(iter_rows(["a.jsonl", "b.jsonl"], "prompts", weights=[2, 0.5], seed=1))
+    assert found[:6] == ["a0", "a1", "a2"] * 2
+    half = found[6:]
+    assert (
+        160 <= len(half) <= 240 and half == sorted(half, key=lambda name: int(name[1:])) and len(set(half)) == len(half)
+    )
+    again = prompts(iter_rows(["b.jsonl"], "prompts", weights=[0.5], seed=1))
+    assert again == half != prompts(iter_rows(["b.jsonl"], "prompts", weights=[0.5], seed=2))
+    more = prompts(iter_rows(["b.jsonl"], "prompts", weights=[1.25]))
+    assert len(set(more[:400])) == 400 and 70 <= len(more[400:]) <= 130
+
+
+def test_bad_rows_are_left_out_and_counted_where_that_is_asked_for(write):
+    """A line that is no JSON, a label in quotes, a NUL: three of five; the first is kept to be shown."""
+    good = '{"prompt": "p", "completion": "c", "label": true}'
+    lines = [good, '{"prompt": ', good.replace("true", '"false"'), good.replace('"c"', '"\\u0000"'), good]
+    write("a.jsonl", "\n".join(lines) + "\n")
+    skipped = Skipped()
+    assert [row.where for row in iter_rows(["a.jsonl"], "labels", skipped=skipped)] == ["a.jsonl:1", "a.jsonl:5"]
+    assert skipped.count == 3 and skipped.first.startswith("a.jsonl:2: expected JSON")
+    with pytest.raises(RowError, match=r"^a.jsonl:2: expected JSON"):
+        list(iter_rows(["a.jsonl"], "labels"))
+
+
+def test_text_with_a_nul_is_no_text(write):
+    write("a.jsonl", '{"prompt": "a\\u0000b"}\n')
+    with pytest.raises(RowError, match=r"^a.jsonl:1: column 'prompt': expected text, .*at 1 is NUL: leave the row out"):
+        list(iter_rows(["a.jsonl"], "prompts"))
+
+
+def test_rows_are_read_as_they_are_asked_for(write):
+    """The first rows come before the broken one behind them is seen; memory does not grow with the file."""
+    write("a.jsonl", "".join(json.dumps({"prompt": "x" * 1000}) + "\n" for _ in range(2000)) + "broken\n")
+    rows = iter_rows(["a.jsonl"], "prompts")
+    assert next(rows).where == "a.jsonl:1"
+    tracemalloc.start()
+    with pytest.raises(RowError, match=r"^a.jsonl:2001: expected JSON"):
+        for _ in rows:
+            pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000, "of 2 MB"

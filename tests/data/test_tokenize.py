@@ -43,6 +43,7 @@ def test_groups_carry_what_the_rows_know(template):
             Group(1, "f:2", (c,), ((EOS,),), "c", label=False),
             Group(2, "f:3", (d,), (), "d", turns=({"role": "user", "content": "d"},)),
         ),
+        3,
         {},
         0,
     )

@@ -97,6 +97,7 @@ def build(
     checkpointing: bool = False,
     settings: dict[str, Any] | None = None,
     wrap: Any = None,
+    max_tokens: int | None = None,
 ) -> Recording:
     """A trainer of one algorithm on the tiny model of `folder`."""
     found_class = ActorCritic if name == "actor_critic" else algos.load(name)
@@ -124,7 +125,7 @@ def build(
             found[role] = engines.trained(wrap(module) if wrap else module, engine_options)
         elif tuner == "full":
             found[role] = engines.frozen(load.load_frozen(role, source, options), engine_options)
-    models = Models(found, device, batch_size)
+    models = Models(found, device, batch_size, max_tokens=max_tokens)
     groups = random_groups(algorithm.data, rows) if groups is None else groups
     loader = Loader(
         groups,
@@ -148,7 +149,14 @@ def build(
 
 
 def gradient(
-    name: str, folder: Path, stage: str, tuner: str, batch_size: int, global_batch: int, checkpointing: bool = False
+    name: str,
+    folder: Path,
+    stage: str,
+    tuner: str,
+    batch_size: int,
+    global_batch: int,
+    checkpointing: bool = False,
+    max_tokens: int | None = None,
 ) -> Any:
     """(loss, {name: whole gradient}) of the first global batch."""
     trainer = build(
@@ -160,6 +168,7 @@ def gradient(
         global_batch=global_batch,
         steps=1,
         checkpointing=checkpointing,
+        max_tokens=max_tokens,
     )
     found: list[float] = []
     trainer.fit(lambda metrics: found.append(metrics["loss"]))

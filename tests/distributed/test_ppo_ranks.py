@@ -34,8 +34,9 @@ def test_the_reward_rises(stage: str, tuner: str, tiny: Path, two_ranks: RankPoo
 def test_gradient_of_recorded_rollouts_does_not_depend_on_the_cut(
     stage: str, tuner: str, tiny: Path, one_rank: RankPool, two_ranks: RankPool
 ) -> None:
-    """Policy and critic, 8 prompts with two completions each, six ways to cut them: 1e-6 of the gradient's norm."""
-    want, metrics = one_rank.run(ppo_cases.gradient, tiny, "0", tuner, 8)
+    """Policy and critic, 8 prompts with two completions each, six ways to cut them into packed rows: 1e-6 of the norm
+    of the gradient of padded rows with one completion each."""
+    want, metrics = one_rank.run(ppo_cases.gradient, tiny, "0", tuner, 8, False)
     size = {
         role: np.sqrt(sum((g.astype(np.float64) ** 2).sum() for n, g in want.items() if n.startswith(role)))
         for role in ("policy", "value")

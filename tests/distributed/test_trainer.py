@@ -125,14 +125,16 @@ def test_three_sgd_steps_equal_one_plain_process(
     assert len(losses) == 3
 
 
-CUTS = {  # micro-batch size on one rank or two; the global batch is 8 groups of uneven lengths
-    "1 rank 1x8": (1, 8),
-    "1 rank 2x4": (1, 4),
-    "1 rank 4x2": (1, 2),
-    "1 rank 8x1": (1, 1),
-    "1 rank uneven 3+3+2": (1, 3),
-    "2 ranks 1x4": (2, 1),
-    "2 ranks uneven 3+1": (2, 3),
+CUTS = {  # ranks, groups or tokens a micro-batch; the global batch is 8 groups of uneven lengths
+    "1 rank 1x8": (1, 8, None),
+    "1 rank 2x4": (1, 4, None),
+    "1 rank 4x2": (1, 2, None),
+    "1 rank 8x1": (1, 1, None),
+    "1 rank uneven 3+3+2": (1, 3, None),
+    "1 rank 40 tokens": (1, 1, 40),
+    "2 ranks 1x4": (2, 1, None),
+    "2 ranks uneven 3+1": (2, 3, None),
+    "2 ranks 40 tokens": (2, 1, 40),
 }
 
 
@@ -141,12 +143,13 @@ CUTS = {  # micro-batch size on one rank or two; the global batch is 8 groups of
 def test_gradient_does_not_depend_on_the_cut(
     name: str, stage: str, tiny: Path, one_rank: RankPool, two_ranks: RankPool
 ) -> None:
-    """One global batch, seven ways to cut it: |difference| / |gradient| <= 1e-6 against the plain gradient."""
+    """One global batch, nine ways to cut it into packed rows: |difference| / |gradient| <= 1e-6 against the gradient
+    of padded rows with one completion each."""
     loss, want = Plain(name, tiny, "full", 8, 24).gradient(0)
     size = np.sqrt(sum((g.double() ** 2).sum() for g in want.values()))
-    for cut, (world, micro) in CUTS.items():
+    for cut, (world, micro, tokens) in CUTS.items():
         pool = one_rank if world == 1 else two_ranks
-        found_loss, found = pool.run(cases.gradient, name, tiny, stage, "full", micro, 8)
+        found_loss, found = pool.run(cases.gradient, name, tiny, stage, "full", micro, 8, False, tokens)
         gap = np.sqrt(sum(((found[n].astype(np.float64) - want[n].double().numpy()) ** 2).sum() for n in want))
         assert gap / size <= 1e-6, f"{cut}: {gap / size:.2e}"
         assert found_loss == pytest.approx(loss, rel=1e-5), cut
@@ -173,11 +176,12 @@ def test_a_trained_parameter_without_gradient_is_refused(stage: str, tiny: Path,
     assert "--deepspeed zero1" in message
 
 
-def test_gradient_checkpointing_changes_nothing(tiny: Path, two_ranks: RankPool) -> None:
-    """The gradient of DPO with recomputed activations, LoRA and full, ZeRO-3."""
+@pytest.mark.parametrize("name", from_rows())
+def test_gradient_checkpointing_changes_nothing(name: str, tiny: Path, two_ranks: RankPool) -> None:
+    """The gradient with recomputed activations, LoRA and full, ZeRO-3."""
     for tuner in ("full", "lora"):
-        plain_loss, want = two_ranks.run(cases.gradient, "dpo", tiny, "3", tuner, 2, 8)
-        loss, found = two_ranks.run(cases.gradient, "dpo", tiny, "3", tuner, 2, 8, True)
+        plain_loss, want = two_ranks.run(cases.gradient, name, tiny, "3", tuner, 2, 8)
+        loss, found = two_ranks.run(cases.gradient, name, tiny, "3", tuner, 2, 8, True)
         assert loss == pytest.approx(plain_loss, abs=1e-7)
         assert all(np.allclose(found[n], want[n], atol=1e-7) for n in want)
 

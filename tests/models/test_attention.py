@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from typing import Any
@@ -67,7 +68,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def build(config: PreTrainedConfig, shares: bool = True) -> CausalModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     return CausalModel(model, attention.share(model) if shares else False)
 
 

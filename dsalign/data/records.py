@@ -1,0 +1,45 @@
+"""What every reader gives, and what is said of a row that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+SHOWN = 200  # characters of a bad value that a message repeats
+
+
+class RowError(ValueError):
+    """A row that cannot be used: names the place, what was expected, what came and what to do."""
+
+
+class Record(NamedTuple):
+    """One row as it was stored."""
+
+    where: str  # "pairs.jsonl:3", the path as the user typed it; "pairs.parquet:row 3"
+    values: Mapping[str, Any]
+    text_only: bool = False  # CSV: every value is text, so numbers and booleans arrive as words
+
+
+def shorten(value: object) -> str:
+    """repr(value), cut to SHOWN characters."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def rename(where: str, values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """values with each column of `columns` (theirs -> ours) under its new name.
+
+    Raises RowError where two columns end up under one name.
+    """
+    if not columns:
+        return values
+    renamed: dict[str, Any] = {}
+    for theirs, value in values.items():
+        ours = columns.get(theirs, theirs)
+        if ours in renamed:
+            raise RowError(
+                f"{where}: two columns are called {ours!r} after renaming with columns={dict(columns)}; "
+                f"expected one, got {sorted(values)}: rename the other {ours!r} too"
+            )
+        renamed[ours] = value
+    return renamed
