@@ -95,8 +95,13 @@ class RunConfig(BaseModel):
     val_dataset: tuple[str, ...] = Field((), description="rows to evaluate on, named like dataset")
     split_dataset_ratio: float = Field(0.0, ge=0, lt=1, description="share of dataset to evaluate on, in [0, 1)")
     columns: dict[str, str] = Field({}, description="columns to rename, theirs=ours")
-    template: str | None = Field(None, description="a chat template; by default the tokenizer's")
+    template: str | None = Field(
+        None, description="a chat template, by name or .jinja file; by default the tokenizer's"
+    )
     system: str | None = Field(None, description="the system prompt of rows that have none")
+    assistant_turns: Literal["last", "all"] = Field(
+        "last", description="which answers of a demonstration are learnt from"
+    )
     max_length: int = Field(2048, ge=2, description="tokens of a prompt and a completion, >= 2")
     truncation_strategy: Literal["delete", "left", "right", "raise"] = Field(
         "delete", description="what to do with a longer row"

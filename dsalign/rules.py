@@ -133,6 +133,15 @@ def reference_can_be_cached(draft: Draft) -> Iterator[str]:
         )
 
 
+def all_turns_are_of_demonstrations(draft: Draft) -> Iterator[str]:
+    """Pairs and labels judge the last answer."""
+    if draft["assistant_turns"] == "all" and draft.built().data != "demonstrations":
+        yield (
+            f"{draft.at('assistant_turns')}: expected last, as {draft['algo']} learns from the last answer of a row, "
+            "got all; remove it"
+        )
+
+
 def weights_are_one_a_data_set(draft: Draft) -> Iterator[str]:
     """dataset_weights goes with dataset, name by name."""
     weights, sets = draft["dataset_weights"], draft["dataset"]
@@ -211,6 +220,7 @@ RULES: tuple[Rule, ...] = (
     lora_options_need_lora,
     dropout_is_allowed,
     reference_can_be_cached,
+    all_turns_are_of_demonstrations,
     weights_are_one_a_data_set,
     data_files_exist,
     model_folders_exist,

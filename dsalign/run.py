@@ -165,7 +165,13 @@ def _data(config: RunConfig, source: Source, options: load.LoadOptions) -> Data:
             weights=weights,
             skipped=skipped,
         )
-        tokenized = tokenize_rows(rows, template, max_length=config.max_length, truncation=config.truncation_strategy)
+        tokenized = tokenize_rows(
+            rows,
+            template,
+            max_length=config.max_length,
+            truncation=config.truncation_strategy,
+            assistant_turns=config.assistant_turns,
+        )
         if tokenized.dropped or tokenized.truncated:
             drops = [f"{count} dropped ({rule})" for rule, count in tokenized.dropped.items()]
             cuts = [f"{tokenized.truncated} truncated"] if tokenized.truncated else []

@@ -140,6 +140,13 @@ def test_only_a_reference_of_rows_is_cached() -> None:
     assert told("--algo", "dpo", "--ref_cache", "on") == told("--algo", "kto", "--ref_cache", "on") == []
 
 
+def test_only_demonstrations_are_learnt_from_turn_by_turn() -> None:
+    assert told("--algo", "dpo", "--assistant_turns", "all") == [
+        "--assistant_turns: expected last, as dpo learns from the last answer of a row, got all; remove it"
+    ]
+    assert told("--algo", "sft", "--assistant_turns", "all") == []
+
+
 def test_there_is_a_weight_for_each_data_set() -> None:
     assert told("--algo", "dpo", "--dataset_weights", "2", "1") == [
         "--dataset_weights: expected one for each of 1 data sets, got 2; write as many as --dataset has names"
@@ -246,6 +253,7 @@ def test_every_rule_has_a_test_here() -> None:
         "lora_options_need_lora",
         "dropout_is_allowed",
         "reference_can_be_cached",
+        "all_turns_are_of_demonstrations",
         "weights_are_one_a_data_set",
         "data_files_exist",
         "model_folders_exist",

@@ -12,18 +12,10 @@ from typing import NamedTuple
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from dsalign.data.chat_templates import BUILT_IN
 from dsalign.data.rows import Message
 
-TURN_END = "<|im_end|>"
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + TURN_END + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-# No end token here: `encode` gives every completion its one.
-PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-NAMES = ("chatml", "plain")
+NAMES = tuple(BUILT_IN)
 
 
 class Encoded(NamedTuple):
@@ -32,6 +24,7 @@ class Encoded(NamedTuple):
     prompt_text: str  # the rendered prompt, up to where the answer starts
     prompt: list[int]  # shared by all completions
     completions: list[list[int]]  # each ends with its one end token
+    masks: list[list[bool]] | None = None  # which completion tokens an assistant wrote; None = all
 
 
 @dataclass(frozen=True)
@@ -79,13 +72,65 @@ class Template:
             found.append(self._split(prompt_text, opening, whole))
         return found
 
+    def encode_turns(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+        """Whole conversations that end with an assistant's turn: the prompt is what stands before the assistant's first
+        turn, the one completion all that follows, and its mask has the tokens of every assistant's turn, end tokens
+        included. All are tokenised in one call.
+
+        Raises ValueError where the template refuses a conversation, leaves no prompt token, or writes earlier turns
+        otherwise once the conversation goes on: then no prefix of the whole says what the model saw.
+        """
+        texts: list[str] = []
+        for messages in conversations:
+            texts.append(self._render(messages))
+            for i in _assistants(messages):
+                texts += [self._render(messages[:i], add_generation_prompt=True), self._render(messages[: i + 1])]
+        ids, left = iter(self._tokenize(texts)), iter(texts)
+        found = []
+        for messages in conversations:
+            whole, whole_text = next(ids), next(left)
+            turns = []
+            for _ in _assistants(messages):
+                opening, opening_text = next(ids), next(left)
+                closed, closed_text = next(ids), next(left)
+                self._check_prefix(opening_text, whole_text)
+                turns.append((opening_text, _shared(opening, whole), _shared(closed, whole)))
+                self._check_prefix(closed_text, whole_text)
+            found.append(self._masked(turns[0][0], whole, [(start, stop) for _, start, stop in turns]))
+        return found
+
+    def _check_prefix(self, part: str, whole: str) -> None:
+        if not whole.startswith(part):
+            same = next(i for i, x in enumerate(part) if whole[i : i + 1] != x)
+            raise ValueError(
+                f"template {self.name!r}: expected earlier turns to stay as they are when the conversation goes on, "
+                f"got {whole[same : same + 40]!r} in place of {part[same : same + 40]!r}; use --assistant_turns last, "
+                "or name a template that keeps them"
+            )
+
+    def _masked(self, prompt_text: str, whole: list[int], turns: Sequence[tuple[int, int]]) -> Encoded:
+        """turns: where in `whole` each assistant's turn starts and stops, with the template's own text behind it."""
+        cut = turns[0][0]
+        if cut == 0:
+            raise ValueError(self._no_prompt(prompt_text))
+        ends = [next((i + 1 for i in range(*turn) if whole[i] in self.end_ids), turn[1]) for turn in turns]
+        mask = [False] * len(whole)
+        for (start, _), end in zip(turns, ends, strict=True):
+            mask[start:end] = [True] * (end - start)
+        last = self._ended(whole[turns[-1][0] :])
+        completion, own = [*whole[cut : turns[-1][0]], *last], mask[cut : turns[-1][0]]
+        return Encoded(prompt_text, whole[:cut], [completion], [[*own, *[True] * len(last)]])
+
+    def _no_prompt(self, prompt_text: str) -> str:
+        return (
+            f"template {self.name!r}: expected at least one prompt token before the answer, got none in "
+            f"{prompt_text[:200]!r}; give the row a prompt, or use a tokenizer with a BOS token"
+        )
+
     def _split(self, prompt_text: str, opening: list[int], whole: Sequence[list[int]]) -> Encoded:
         cut = min((_shared(opening, ids) for ids in whole), default=len(opening))
         if cut == 0:
-            raise ValueError(
-                f"template {self.name!r}: expected at least one prompt token before the answer, got none in "
-                f"{prompt_text[:200]!r}; give the row a prompt, or use a tokenizer with a BOS token"
-            )
+            raise ValueError(self._no_prompt(prompt_text))
         if not self.end_ids.isdisjoint(opening[cut:]):
             raise ValueError(
                 f"template {self.name!r}: expected the same prompt with and without an answer, got another one after "
@@ -137,9 +182,9 @@ def load_template(
 ) -> tuple[Template, str | None]:
     """(the template, a warning line or None).
 
-    name: "chatml", "plain", a path to a .jinja file, or None: the tokenizer's own, and without one chatml with a
-    warning. end_ids: the ids of generation_config.eos_token_id; the tokenizer's EOS, and chatml's turn end where it is
-    one id of the vocabulary, count as well.
+    name: one of NAMES, a path to a .jinja file, or None: the tokenizer's own, and without one chatml with a warning.
+    end_ids: the ids of generation_config.eos_token_id; the tokenizer's EOS, and a built-in template's turn end where it
+    is one id of the vocabulary, count as well.
     Raises ValueError for an unknown name, an unreadable template, or a tokenizer without any end token.
     """
     ends = set(end_ids)
@@ -154,19 +199,20 @@ def load_template(
             "the tokenizer has no chat template: conversations are written as ChatML; "
             f"name a template with --template ({', '.join(NAMES)}, or a .jinja file)"
         )
-    if name in (None, "chatml"):
-        turn_end = tokenizer(TURN_END, add_special_tokens=False)["input_ids"]
-        single = len(turn_end) == 1 and turn_end[0] != tokenizer.unk_token_id
-        if single:
-            ends.add(turn_end[0])
-        text = CHATML.replace("TURN_END", f"'{TURN_END}'" if single else "eos_token")
-        # Without either the template would write no turn end at all.
-        return _checked(
-            Template("chatml", tokenizer, text, frozenset(ends if single or eos is not None else ()))
-        ), warning
-    if name == "plain":
-        return _checked(Template("plain", tokenizer, PLAIN, frozenset(ends))), None
+    if (name or "chatml") in BUILT_IN:
+        return _checked(_built_in(name or "chatml", tokenizer, ends)), warning
     return _checked(Template(str(name), tokenizer, _read(str(name)), frozenset(ends))), None
+
+
+def _built_in(name: str, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Template:
+    """The template of this name, which ends turns with its own token where that is one id, else with EOS."""
+    text, turn_end = BUILT_IN[name]
+    ids = [] if turn_end is None else tokenizer(turn_end, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+        return Template(name, tokenizer, text.replace("TURN_END", repr(turn_end)), frozenset(ends | {ids[0]}))
+    # Without EOS either the template would write no turn end at all.
+    known = ends if tokenizer.eos_token_id is not None or "TURN_END" not in text else set()
+    return Template(name, tokenizer, text.replace("TURN_END", "eos_token"), frozenset(known))
 
 
 def _read(name: str) -> str:
@@ -201,6 +247,10 @@ def _checked(template: Template) -> Template:
     except (TemplateError, TypeError):
         pass  # it parses; whether it accepts a conversation is asked of the rows, which can be named
     return template
+
+
+def _assistants(messages: Sequence[Message]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -47,12 +47,15 @@ class Tokenized:
     truncated: int  # groups that lost tokens
 
 
-def tokenize_rows(rows: Iterable[Row], template: Template, *, max_length: int, truncation: str) -> Tokenized:
+def tokenize_rows(
+    rows: Iterable[Row], template: Template, *, max_length: int, truncation: str, assistant_turns: str = "last"
+) -> Tokenized:
     """The rows as groups of at most max_length tokens, in order, numbered from 0 without gaps.
 
     A group's length is len(prompt) + len(longest completion). truncation: "delete" drops a longer row; "left" cuts its
     prompt from the left to no less than one token, then completions at their right end; "right" cuts completions at
     their right end and drops the row where no token is left; "raise" refuses it. A cut completion has no end token.
+    assistant_turns: "all" for demonstrations whose earlier answers are learnt from too, see `Template.encode_turns`.
     Raises ValueError for bad arguments, a row that the template refuses, a long row ("raise"), or no row left.
     """
     if truncation not in TRUNCATIONS:
@@ -63,7 +66,7 @@ def tokenize_rows(rows: Iterable[Row], template: Template, *, max_length: int, t
     dropped: Counter[str] = Counter()
     truncated = num_rows = 0
     share = dict[int, int]().setdefault  # one int object an id: 8 bytes a token instead of 40
-    for row, (text, prompt, completions) in _encode(rows, template):
+    for row, (text, prompt, completions, masks) in _encode(rows, template, assistant_turns):
         num_rows += 1
         length = len(prompt) + max(map(len, completions), default=0)
         if length > max_length:
@@ -76,16 +79,17 @@ def tokenize_rows(rows: Iterable[Row], template: Template, *, max_length: int, t
                 dropped[TOO_LONG] += 1
                 continue
             prompt, completions = (_cut_left if truncation == "left" else _cut_right)(prompt, completions, max_length)
-            if len(prompt) > max_length or not all(completions):
+            masks = masks and [mask[: len(ids)] for mask, ids in zip(masks, completions, strict=True)]
+            if len(prompt) > max_length or not all(completions) or (masks and not all(map(any, masks))):
                 dropped[NOTHING_LEFT] += 1
                 continue
             truncated += 1
         ids = tuple(tuple(map(share, x, x)) for x in completions)
         shared_prompt = tuple(map(share, prompt, prompt))
         turns = () if ids else row.prompt
-        groups.append(
-            Group(len(groups), row.where, shared_prompt, ids, text, row.label, row.margin, row.columns, turns)
-        )
+        known = (row.label, row.margin, row.columns, turns)
+        kept = None if masks is None or all(map(all, masks)) else tuple(map(tuple, masks))
+        groups.append(Group(len(groups), row.where, shared_prompt, ids, text, *known, kept))
     if not groups:
         counts = ", ".join(f"{count} {rule}" for rule, count in dropped.items()) or "there was none"
         raise ValueError(
@@ -95,15 +99,21 @@ def tokenize_rows(rows: Iterable[Row], template: Template, *, max_length: int, t
     return Tokenized(tuple(groups), num_rows, dict(dropped), truncated)
 
 
-def _encode(rows: Iterable[Row], template: Template) -> Iterator[tuple[Row, Encoded]]:
+def _encode(rows: Iterable[Row], template: Template, assistant_turns: str) -> Iterator[tuple[Row, Encoded]]:
+    def encode(part: Sequence[Row]) -> list[Encoded]:
+        if assistant_turns == "last":
+            return template.encode_many([(row.prompt, row.completions) for row in part])
+        answers = [[{"role": "assistant", "content": row.completions[0]}] for row in part]
+        return template.encode_turns([[*row.prompt, *answer] for row, answer in zip(part, answers, strict=True)])
+
     left = iter(rows)
     while chunk := list(islice(left, CHUNK)):
         try:
-            encoded = template.encode_many([(row.prompt, row.completions) for row in chunk])
+            encoded = encode(chunk)
         except ValueError:
             for row in chunk:  # one by one, to name the row
                 try:
-                    template.encode(row.prompt, row.completions)
+                    encode([row])
                 except ValueError as error:
                     raise ValueError(f"{row.where}: {error}") from error
             raise

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsalign.data.templates import Template, load_template
+from dsalign.data.templates import NAMES, Template, load_template
 
 PAD, BOS, EOS, START, END = range(5)  # the special tokens of the tokenizers of conftest.py
 USER = ({"role": "user", "content": "q"},)
@@ -203,7 +203,7 @@ PLAIN_JINJA = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 def test_unknown_template(make_tokenizer):
     with pytest.raises(
-        ValueError, match=r"template: expected chatml, plain or .*got 'chatlm'; did you mean 'chatml'\?"
+        ValueError, match=r"template: expected chatml, qwen, .*plain or .*got 'chatlm'; did you mean 'chatml'\?"
     ):
         load_template(make_tokenizer(), "chatlm", [])
     with pytest.raises(ValueError, match=r"got 'nowhere.jinja'; check the path"):
@@ -248,3 +248,121 @@ def test_template_that_rewrites_earlier_turns(make_tokenizer):
     template: Template = load(make_tokenizer(chat_template=rewriting), None)
     with pytest.raises(ValueError, match=r"expected the same prompt with and without an answer, got another one after"):
         template.encode(USER, ["c"])
+
+
+# --- templates by name --------------------------------------------------------------------------------------------
+
+TALK = (
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "p"},
+)
+WRITTEN = {  # as the families' model cards write it; </s> where the tokenizer has no token of the family's own
+    "chatml": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n",
+    "llama3": "<|start_header_id|>system<|end_header_id|>\n\ns</s><|start_header_id|>user<|end_header_id|>\n\nq</s>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\na</s><|start_header_id|>user<|end_header_id|>\n\np</s>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "gemma": "<start_of_turn>user\ns\n\nq</s>\n<start_of_turn>model\na</s>\n<start_of_turn>user\np</s>\n"
+    "<start_of_turn>model\n",
+    "mistral": "[INST] s\n\nq[/INST] a</s>[INST] p[/INST]",
+    "zephyr": "<|system|>\ns</s>\n<|user|>\nq</s>\n<|assistant|>\na</s>\n<|user|>\np</s>\n<|assistant|>\n",
+    "plain": "sqap",
+}
+WRITTEN["qwen"] = WRITTEN["chatml"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_template_by_hand(make_tokenizer, name):
+    """Of a conversation with a system prompt and two questions; the answer then ends with one end token."""
+    template = load(make_tokenizer(), name)
+    assert template.render(TALK) == WRITTEN[name]
+    prompt, (completion,) = template.encode(TALK, ["c"])
+    end = END if name in ("chatml", "qwen") else EOS
+    space = ids(template, " ") if name == "mistral" else []
+    assert prompt == ids(template, WRITTEN[name])
+    assert completion == [*space, *ids(template, "c"), end]
+
+
+def test_a_named_template_without_a_system_prompt(make_tokenizer):
+    """Qwen's models were trained with one where none is given; the others write none."""
+    qwen = load(make_tokenizer(), "qwen").render(USER)
+    assert qwen.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nq<|im_end|>")
+    assert load(make_tokenizer(), "gemma").render(USER) == "<start_of_turn>user\nq</s>\n<start_of_turn>model\n"
+
+
+def test_a_family_ends_turns_with_its_own_token_where_there_is_one(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    template = load(tokenizer, "llama3")
+    own = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert template.end_ids == {EOS, own}
+    assert template.encode(USER, ["c"])[1] == [[*ids(template, "c"), own]]
+
+
+# --- all turns of an assistant ------------------------------------------------------------------------------------
+
+
+def marked(template, encoded):
+    """The completion as text, the tokens that count in capitals; end tokens as "." and "!"."""
+    (completion,), (mask,) = encoded.completions, encoded.masks
+    assert len(completion) == len(mask)
+    parts = []
+    for token, counts in zip(completion, mask, strict=True):
+        text = {EOS: ".", END: "."}.get(token) or template.tokenizer.decode([token])
+        parts.append(("!" if text == "." else text.upper()) if counts else text)
+    return "".join(parts)
+
+
+ANSWERED = (*TALK, {"role": "assistant", "content": "c"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("zephyr", "A!\n<|user|>\np.\n<|assistant|>\nC!"),
+        ("mistral", " A![INST] p[/INST] C!"),
+        ("gemma", "A!\n<start_of_turn>user\np.\n<start_of_turn>model\nC!"),
+        ("plain", "ApC!"),
+    ],
+)
+def test_every_answer_counts_with_its_end_token(make_tokenizer, name, text):
+    """Not the questions between them, nor what the template writes; the last answer gets an end token in any case."""
+    template = load(make_tokenizer(), name)
+    (encoded,) = template.encode_turns([ANSWERED])
+    assert marked(template, encoded) == text
+    whole = ids(template, WRITTEN[name])
+    assert [*encoded.prompt, *encoded.completions[0]][: len(whole)] == whole
+    assert encoded.prompt_text == template.render(TALK[:2])
+
+
+def test_one_answer_is_what_a_single_completion_is(make_tokenizer):
+    template = load(make_tokenizer())
+    (encoded,) = template.encode_turns([(*USER, {"role": "assistant", "content": "c"})])
+    assert (encoded.prompt, encoded.completions) == template.encode(USER, ["c"])
+    assert encoded.masks == [[True, True]]
+
+
+THINKING = (  # forgets what is in front of the last answer, as templates of reasoning models do
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '[a]' + ('<think>' if loop.last else '') + m['content'] + eos_token }}"
+    "{% else %}{{ '[u]' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}[a]<think>{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
+    """Its answer as the last one is still learnt from, the text that the generation prompt inserts being prompt."""
+    template = load(make_tokenizer(chat_template=THINKING), None)
+    turns = ANSWERED[1:]
+    with pytest.raises(ValueError, match=r"expected earlier turns to stay as they are .*, got 'a</s>.*'<think>'; use"):
+        template.encode_turns([turns])
+    prompt, (completion,) = template.encode(turns[:-1], ["c"])
+    assert template.tokenizer.decode(prompt) == "[u]q[a]a</s>[u]p[a]<think>"
+    assert completion == [*ids(template, "c"), EOS]
+
+
+def test_turns_without_anything_before_the_answer_are_refused(make_tokenizer):
+    template = load(make_tokenizer(), "plain")
+    with pytest.raises(ValueError, match=r"expected at least one prompt token before the answer, got none"):
+        template.encode_turns([({"role": "user", "content": ""}, {"role": "assistant", "content": "c"})])

@@ -155,3 +155,19 @@ def test_a_failure_that_no_row_shows_alone_is_not_hidden(template, monkeypatch):
     monkeypatch.setattr(Template, "encode_many", fails_on_two)
     with pytest.raises(ValueError, match="only together"):
         tokenize_rows([row("a", "x"), row("b", "x")], template, max_length=5, truncation="left")
+
+
+def test_all_turns_of_a_demonstration(template):
+    """q, then a and c counted, the question p between them not; cut to five tokens c and the end go, to three a too."""
+    talk = ({"role": "user", "content": "qq"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "pp"})
+    rows = [Row("f:1", talk, ("c",))]
+    settings = {"truncation": "right", "assistant_turns": "all"}
+    (group,) = tokenize_rows(rows, template, max_length=9, **settings).groups
+    assert (group.masks, group.lengths) == (((True, False, False, True, True),), (3,))
+    cut = tokenize_rows(rows, template, max_length=5, **settings)
+    assert cut.truncated == 1 and cut.groups[0].masks == ((True, False, False),)
+    (single,) = tokenize_rows([row("ab", "x")], template, max_length=9, **settings).groups
+    assert single.masks is None, "all of them count"
+    answer_last = ({"role": "user", "content": "q"}, {"role": "assistant", "content": ""}, talk[2])
+    with pytest.raises(ValueError, match=r"got none of 1 rows \(1 no completion token left\)"):
+        tokenize_rows([Row("f:1", answer_last, ("c",))], template, max_length=3, **settings)
