@@ -38,6 +38,7 @@ setup(
         "pyyaml>=6",
         "filelock>=3.12",
         "jinja2>=3.1",
+        "rich>=13",
         'triton>=3.2; platform_system == "Linux"',
     ],
     extras_require={

@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["data"]:
+        with lazy.put_off("torch"):
+            verb = importlib.import_module("dsalign.verbs.data")
+            request = verb.read(argv[1:])
+        return int(verb.run(request))
     env = dict(os.environ)
     env["MASTER_PORT"] = env.get("MASTER_PORT") or str(launcher.free_port())
     with lazy.put_off("torch"):

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dsalign import dist, ds_files, engines
+from dsalign import dist, ds_files, engines, prepare
 from dsalign.checkpoint.store import Store, find, move_aside
 from dsalign.config import RunConfig
 from dsalign.context import Models, RunContext
 from dsalign.data.loader import Loader, epoch_order
-from dsalign.data.rows import Skipped, iter_rows
 from dsalign.data.templates import Template, load_template
-from dsalign.data.tokenize import Group, tokenize_rows
+from dsalign.data.tokenize import Group
 from dsalign.launcher import Process
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
@@ -146,38 +145,12 @@ def _load_options(config: RunConfig, device: torch.device) -> load.LoadOptions:
 
 
 def _data(config: RunConfig, source: Source, options: load.LoadOptions) -> Data:
-    tokenizer = load.load_tokenizer(source, options)
-    ends = load.end_token_ids(source, tokenizer)
-    template, warning = load_template(tokenizer, config.template, ends)
-    if warning:
-        logger.warning(warning)
-    if template.chat_template is not None:
-        tokenizer.chat_template = template.chat_template  # final/ is to be prompted as it was trained
+    tokenizer, template = prepare.text(config, source, options)
 
     def groups(sources: Sequence[str], weights: Sequence[float] = ()) -> Sequence[Group]:
-        skipped = Skipped() if config.on_bad_row == "skip" else None
-        rows = iter_rows(
-            sources,
-            config.algorithm.data,
-            columns=config.columns,
-            system=config.system,
-            seed=config.seed,
-            weights=weights,
-            skipped=skipped,
-        )
-        tokenized = tokenize_rows(
-            rows,
-            template,
-            max_length=config.max_length,
-            truncation=config.truncation_strategy,
-            assistant_turns=config.assistant_turns,
-        )
-        if tokenized.dropped or tokenized.truncated:
-            drops = [f"{count} dropped ({rule})" for rule, count in tokenized.dropped.items()]
-            cuts = [f"{tokenized.truncated} truncated"] if tokenized.truncated else []
-            logger.warning("%s: of %d rows %s", " ".join(sources), tokenized.num_rows, ", ".join([*drops, *cuts]))
-        if skipped:
-            logger.warning("%s: %d bad rows left out, the first: %s", " ".join(sources), skipped.count, skipped.first)
+        tokenized, skipped = prepare.tokenized(config, template, sources, weights)
+        for line in prepare.losses(tokenized, skipped):
+            logger.warning("%s: %s", " ".join(sources), line)
         return tokenized.groups
 
     every = groups(config.dataset, config.dataset_weights)

@@ -10,12 +10,14 @@ from dsalign.algos import Prepared
 from dsalign.checkpoint.store import Store
 from dsalign.config import RunConfig
 from dsalign.curves import write_report
+from dsalign.data.checks import check
 from dsalign.data.loader import Loader
 from dsalign.evaluate import evaluate
 from dsalign.metrics import Window
 from dsalign.report import Report, number
 from dsalign.trainer import Trainer
 
+CHECKED = 1000  # groups that are looked at when a run starts
 COUNTERS = ("num_tokens", "episode")
 
 
@@ -110,7 +112,11 @@ class Session:
         )
         if config.algorithm.roles.get("reward") == "frozen":
             report.say(f"reward: {' + '.join([*filter(None, [config.reward_model]), *config.reward_funcs])}")
-        for line in config.algorithm.notes(trainer.loader.groups):
+        groups = trainer.loader.groups
+        first = [groups[i] for i in range(min(len(groups), CHECKED))]
+        for finding in check(first, trainer.ctx.end_ids, None):
+            report.say(f"{finding.line()} (dsalign data check says more)")
+        for line in config.algorithm.notes(groups):
             report.say(line)
         if trainer.loader.dropped:
             report.say(f"warning: the last {trainer.loader.dropped} row(s) of each epoch are too few and left out")

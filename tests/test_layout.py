@@ -50,6 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"algos", "dist"},
     "rollout": {"algos"},
     "context": {"algos", "data", "dist", "engines", "models", "rollout"},
+    "prepare": {"config", "data", "models"},
+    "verbs": {"config", "data", "flags", "models", "prepare", "report"},
     "selfcheck": {"context", "data", "dist", "models"},
     "refcache": {"context", "data", "dist", "models"},
     "rewards": {"assets", "data"},

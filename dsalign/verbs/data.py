@@ -1,0 +1,74 @@
+"""`dsalign data check` and `dsalign data show`: a data set as a run would see it, without a run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsalign import config, flags
+from dsalign.config import RunConfig
+
+USAGE = """usage: dsalign data check|show --algo NAME [options of a run] [--json] [--n N] [--ids]
+
+  check   rows kept, dropped and cut, lengths, and what is wrong with them; exit code 2 where something is
+  show    rows as the model gets them: which tokens are prompt, which are learnt from
+  --json  one JSON object on standard output in place of text
+  --n N   rows to show [3]
+  --ids   token ids beside the text
+
+All options of a run are read, from flags and --config files: dsalign --algo NAME --help lists them."""
+VERBS = ("check", "show")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. n: rows to show."""
+
+    verb: str
+    config: RunConfig
+    as_json: bool
+    ids: bool
+    n: int
+
+
+def read(argv: Sequence[str]) -> Request | None:
+    """What `dsalign data ARGV` asks for; None where it is help.
+
+    Raises ConfigError for options that do not hold, ValueError for other words.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--json", action="store_true")
+    own.add_argument("--ids", action="store_true")
+    own.add_argument("--n", default="3")
+    asked, rest = own.parse_known_args(list(argv))
+    if not rest or "--help" in rest or "-h" in rest:
+        return None
+    verb, *options = rest
+    if verb not in VERBS:
+        advice = flags.nearest(verb, VERBS) or "; see dsalign data --help"
+        raise ValueError(f"data: expected one of {', '.join(VERBS)}, got {verb!r}{advice}")
+    if not asked.n.isdecimal() or int(asked.n) < 1:
+        raise ValueError(f"--n: expected a whole number >= 1, got {asked.n!r}; write --n 3")
+    return Request(verb, config.parse(options, world_size=1).config, asked.json, asked.ids, int(asked.n))
+
+
+def run(request: Request | None) -> int:
+    """Does it; returns 0, or 2 where the data set has an error.
+
+    Raises ValueError for a data set of which nothing can be used.
+    """
+    if request is None:
+        print(USAGE)
+        return 0
+    # Not at the top of the file: transformers takes longer to import than a typo may.
+    doctor: Any = importlib.import_module("dsalign.verbs.doctor")
+    if request.verb == "show":
+        doctor.show(request.config, count=request.n, as_json=request.as_json, ids=request.ids)
+        return 0
+    report = doctor.examine(request.config)
+    print(json.dumps(report.as_json(), ensure_ascii=False) if request.as_json else report.text())
+    return 2 if report.has_errors() else 0
