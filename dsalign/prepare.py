@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from dsalign.config import RunConfig
-from dsalign.data.rows import Skipped, iter_rows
+from dsalign.data.rows import Row, Skipped, iter_rows
+from dsalign.data.store import GroupStore, write
 from dsalign.data.templates import Template, load_template
-from dsalign.data.tokenize import Tokenized, tokenize_rows
+from dsalign.data.tokenize import Group, Tally, Tokenized, iter_groups, tokenize_rows
 from dsalign.models import load
-from dsalign.models.names import Source
+from dsalign.models.names import Source, cache_folder
 
 logger = logging.getLogger(__name__)
+STORE_FROM = 10_000  # rows: fewer are tokenised again in less time than it takes to say so
+SAID_EVERY_S = 10.0
 
 
 def text(config: RunConfig, source: Source, options: load.LoadOptions) -> tuple[PreTrainedTokenizerBase, Template]:
@@ -36,10 +44,41 @@ def tokenized(
 ) -> tuple[Tokenized, Skipped]:
     """The groups of some data sets, and the bad rows that were left out, where the run leaves them out.
 
+    From STORE_FROM rows on the groups are kept on disk, by a hash of the rows and of all that makes tokens of them:
+    memory does not grow with them, one process of a machine prepares, and the next run finds them.
     Raises ValueError for the first row that cannot be used, where it does not; and where no row is left.
     """
     skipped = Skipped()
-    rows = iter_rows(
+    first: list[Row] = []
+    hashed = hashlib.sha256(repr(_how(config, template)).encode())
+    count = 0
+    for row in _rows(config, sources, weights, skipped):
+        hashed.update(repr(row).encode())
+        count += 1
+        if count <= STORE_FROM:
+            first.append(row)
+    options: dict[str, Any] = {
+        "max_length": config.max_length,
+        "truncation": config.truncation_strategy,
+        "assistant_turns": config.assistant_turns,
+    }
+    if count < STORE_FROM:
+        return tokenize_rows(first, template, **options), skipped
+    first.clear()
+    folder = cache_folder() / "data" / hashed.hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        store = _found(folder)
+        if store is None:
+            tally, rows = Tally(), _rows(config, sources, weights, Skipped())
+            groups = iter_groups(rows, template, tally=tally, **options)
+            store = write(_progress(groups, tally, count), tally, folder)
+    counts = store.counts
+    return Tokenized(store, counts.num_rows, counts.dropped, counts.truncated), skipped
+
+
+def _rows(config: RunConfig, sources: Sequence[str], weights: Sequence[float], skipped: Skipped) -> Iterator[Row]:
+    return iter_rows(
         sources,
         config.algorithm.data,
         columns=config.columns,
@@ -48,14 +87,39 @@ def tokenized(
         weights=weights,
         skipped=skipped if config.on_bad_row == "skip" else None,
     )
-    found = tokenize_rows(
-        rows,
-        template,
-        max_length=config.max_length,
-        truncation=config.truncation_strategy,
-        assistant_turns=config.assistant_turns,
-    )
-    return found, skipped
+
+
+def _how(config: RunConfig, template: Template) -> tuple[Any, ...]:
+    """All that makes tokens of rows."""
+    tokenizer = template.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    written = template.chat_template or tokenizer.chat_template
+    lengths = (config.max_length, config.truncation_strategy, config.assistant_turns)
+    return vocabulary, written, sorted(template.end_ids), tokenizer.bos_token_id, tokenizer.eos_token_id, lengths
+
+
+def _found(folder: Path) -> GroupStore | None:
+    if not folder.exists():
+        return None
+    try:
+        return GroupStore(folder)
+    except ValueError as error:
+        logger.warning("prepared rows are made again: %s", error)
+        return None
+
+
+def _progress(groups: Iterable[Group], tally: Tally, total: int) -> Iterator[Group]:
+    """The groups, with a line every SAID_EVERY_S seconds."""
+    start = said = time.monotonic()
+    for group in groups:
+        yield group
+        now = time.monotonic()
+        if now - said >= SAID_EVERY_S:
+            said = now
+            rate = tally.num_rows / (now - start)
+            left = (total - tally.num_rows) / rate
+            logger.info("tokenised %d of %d rows, %.0f rows/s, %.0f s left", tally.num_rows, total, rate, left)
 
 
 def losses(found: Tokenized, skipped: Skipped) -> list[str]:

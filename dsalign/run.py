@@ -17,6 +17,7 @@ from dsalign.checkpoint.store import Store, find, move_aside
 from dsalign.config import RunConfig
 from dsalign.context import Models, RunContext
 from dsalign.data.loader import Loader, epoch_order
+from dsalign.data.store import Part
 from dsalign.data.templates import Template, load_template
 from dsalign.data.tokenize import Group
 from dsalign.launcher import Process
@@ -162,13 +163,9 @@ def _data(config: RunConfig, source: Source, options: load.LoadOptions) -> Data:
             f"split_dataset_ratio: {config.split_dataset_ratio} of {len(every)} rows leaves {len(every) - held} for "
             f"training and {held} for evaluation; both need at least one"
         )
-    chosen = set(epoch_order(len(every), config.seed, -1)[:held])
-    return Data(
-        tokenizer,
-        template,
-        [g for i, g in enumerate(every) if i not in chosen],
-        [g for i, g in enumerate(every) if i in chosen],
-    )
+    order = epoch_order(len(every), config.seed, -1)
+    kept, chosen = sorted(order[held:]), sorted(order[:held])
+    return Data(tokenizer, template, Part(every, kept), Part(every, chosen))
 
 
 def _reading(config: RunConfig, data: Data, reward: Source, options: load.LoadOptions) -> tuple[Reading | None, bool]:

@@ -156,12 +156,22 @@ class Template:
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Ids of rendered texts, with one BOS where the tokenizer puts one in front of plain text."""
-        options = {"return_attention_mask": False, "verbose": False}
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+        ids: list[list[int]]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        else:  # without the wrapping of each result, which takes as long as some of the tokenising
+            backend.no_truncation()
+            backend.no_padding()
+            ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         bos = self.tokenizer.bos_token_id
-        if bos is not None and self.tokenizer("", **options)["input_ids"][:1] == [bos]:
-            ids = [x if x[:1] == [bos] else [bos, *x] for x in ids]
-        return ids
+        return [x if x[:1] == [bos] else [bos, *x] for x in ids] if self._adds_bos else ids
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer puts a BOS in front of plain text."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [bos]
 
     def _first_end(self, ids: Sequence[int]) -> int:
         """The first end token of ids, else the one to append."""
@@ -173,7 +183,7 @@ class Template:
         return min(self.end_ids) if eos is None else eos
 
     def _ended(self, ids: list[int]) -> list[int]:
-        end = next((i for i, x in enumerate(ids) if x in self.end_ids), len(ids))
+        end = min((ids.index(x) for x in self.end_ids if x in ids), default=len(ids))
         return [*ids[:end], self._first_end(ids[end:])]
 
 

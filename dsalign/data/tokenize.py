@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from dsalign.data.rows import Message, Row
 from dsalign.data.templates import Encoded, Template
@@ -41,33 +42,54 @@ class Group:
 class Tokenized:
     """The groups of a data set and what was left out of it."""
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     num_rows: int  # read
     dropped: Mapping[str, int]  # rule -> rows
     truncated: int  # groups that lost tokens
 
 
-def tokenize_rows(
-    rows: Iterable[Row], template: Template, *, max_length: int, truncation: str, assistant_turns: str = "last"
-) -> Tokenized:
+@dataclass
+class Tally:
+    """What happened to rows, counted while they are tokenised."""
+
+    num_rows: int = 0  # read
+    dropped: Counter[str] = field(default_factory=Counter)  # rule -> rows
+    truncated: int = 0  # groups that lost tokens
+
+
+def tokenize_rows(rows: Iterable[Row], template: Template, **how: Any) -> Tokenized:
+    """The groups of `iter_groups`, in memory."""
+    tally = Tally()
+    groups = tuple(iter_groups(rows, template, tally=tally, **how))
+    return Tokenized(groups, tally.num_rows, dict(tally.dropped), tally.truncated)
+
+
+def iter_groups(
+    rows: Iterable[Row],
+    template: Template,
+    *,
+    max_length: int,
+    truncation: str,
+    assistant_turns: str = "last",
+    tally: Tally,
+) -> Iterator[Group]:
     """The rows as groups of at most max_length tokens, in order, numbered from 0 without gaps.
 
     A group's length is len(prompt) + len(longest completion). truncation: "delete" drops a longer row; "left" cuts its
     prompt from the left to no less than one token, then completions at their right end; "right" cuts completions at
     their right end and drops the row where no token is left; "raise" refuses it. A cut completion has no end token.
     assistant_turns: "all" for demonstrations whose earlier answers are learnt from too, see `Template.encode_turns`.
+    tally: counted up as rows are taken.
     Raises ValueError for bad arguments, a row that the template refuses, a long row ("raise"), or no row left.
     """
     if truncation not in TRUNCATIONS:
         raise ValueError(f"truncation_strategy: expected one of {', '.join(TRUNCATIONS)}, got {truncation!r}")
     if max_length < 2:
         raise ValueError(f"max_length: expected at least 2 (a prompt and a completion token), got {max_length}")
-    groups: list[Group] = []
-    dropped: Counter[str] = Counter()
-    truncated = num_rows = 0
+    made = 0
     share = dict[int, int]().setdefault  # one int object an id: 8 bytes a token instead of 40
     for row, (text, prompt, completions, masks) in _encode(rows, template, assistant_turns):
-        num_rows += 1
+        tally.num_rows += 1
         length = len(prompt) + max(map(len, completions), default=0)
         if length > max_length:
             if truncation == "raise":
@@ -76,27 +98,26 @@ def tokenize_rows(
                     f"{len(prompt)}); raise --max_length, or use --truncation_strategy delete, left or right"
                 )
             if truncation == "delete":
-                dropped[TOO_LONG] += 1
+                tally.dropped[TOO_LONG] += 1
                 continue
             prompt, completions = (_cut_left if truncation == "left" else _cut_right)(prompt, completions, max_length)
             masks = masks and [mask[: len(ids)] for mask, ids in zip(masks, completions, strict=True)]
             if len(prompt) > max_length or not all(completions) or (masks and not all(map(any, masks))):
-                dropped[NOTHING_LEFT] += 1
+                tally.dropped[NOTHING_LEFT] += 1
                 continue
-            truncated += 1
+            tally.truncated += 1
         ids = tuple(tuple(map(share, x, x)) for x in completions)
         shared_prompt = tuple(map(share, prompt, prompt))
-        turns = () if ids else row.prompt
-        known = (row.label, row.margin, row.columns, turns)
+        known = (row.label, row.margin, row.columns, () if ids else row.prompt)
         kept = None if masks is None or all(map(all, masks)) else tuple(map(tuple, masks))
-        groups.append(Group(len(groups), row.where, shared_prompt, ids, text, *known, kept))
-    if not groups:
-        counts = ", ".join(f"{count} {rule}" for rule, count in dropped.items()) or "there was none"
+        yield Group(made, row.where, shared_prompt, ids, text, *known, kept)
+        made += 1
+    if not made:
+        counts = ", ".join(f"{count} {rule}" for rule, count in tally.dropped.items()) or "there was none"
         raise ValueError(
-            f"data set: expected rows of at most max_length = {max_length} tokens, got none of {num_rows} rows "
+            f"data set: expected rows of at most max_length = {max_length} tokens, got none of {tally.num_rows} rows "
             f"({counts}); raise --max_length, or use --truncation_strategy left"
         )
-    return Tokenized(tuple(groups), num_rows, dict(dropped), truncated)
 
 
 def _encode(rows: Iterable[Row], template: Template, assistant_turns: str) -> Iterator[tuple[Row, Encoded]]:

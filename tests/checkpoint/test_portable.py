@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support import RankPool, random_groups, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 
+from dsalign.data.batch import Inputs
 from dsalign.models import load
 from dsalign.models.names import resolve
 
@@ -74,7 +75,8 @@ def test_an_exported_reward_model_is_read_again(tuner: str, tiny: Path, two_rank
     for group, values in zip(GROUPS["rm"], said, strict=True):
         rows = [torch.tensor([[*group.prompt, *c]]) for c in group.completions]
         states = [torch.arange(len(group.prompt) - 1, row.shape[1]) for row in rows]
-        found = torch.cat([model(row, at) for row, at in zip(rows, states, strict=True)])
+        nothing = torch.empty(0, dtype=torch.int64)
+        found = torch.cat([model(Inputs(row, nothing, nothing, at)) for row, at in zip(rows, states, strict=True)])
         torch.testing.assert_close(found, torch.from_numpy(values), atol=1e-5, rtol=0)
 
 

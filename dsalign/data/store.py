@@ -1,0 +1,156 @@
+"""Token groups on disk: written once as they are made, mapped by every rank, never all in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import shutil
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from dsalign.data.tokenize import Group
+
+IDS, KNOWN, INDEX, MANIFEST = "ids.bin", "known.bin", "index.bin", "manifest.json"
+FORMAT = 1  # of the files
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What happened to the rows on their way into a store."""
+
+    num_rows: int
+    dropped: Mapping[str, int]
+    truncated: int
+
+
+class GroupStore(Sequence[Group]):
+    """The groups of a folder that `write` made: token ids and text are read when a group is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError where the folder is not what was written: a file is missing, cut off or changed."""
+        self.folder = folder
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            files = {name: _digest(folder / name) for name in (IDS, KNOWN, INDEX)}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: its files cannot be read: {error}") from error
+        if manifest.get("format") != FORMAT or manifest["files"] != files:
+            raise ValueError(f"{folder}: its files are not those that were written")
+        self.counts = Counts(manifest["num_rows"], manifest["dropped"], manifest["truncated"])
+        self._index = np.memmap(folder / INDEX, dtype=np.int64, mode="r").reshape(-1, 2)
+        self._ids, self._known = (_map(folder / name) for name in (IDS, KNOWN))
+
+    def __len__(self) -> int:
+        return len(self._index) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> Group: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Group]: ...
+    def __getitem__(self, at: int | slice) -> Group | list[Group]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"group {at} of {len(self)}")
+        index = at % len(self)
+        (start, first), (stop, last) = self._index[index : index + 2].tolist()
+        return _restored(array("i", self._ids[start * 4 : stop * 4]), json.loads(self._known[first:last]), index)
+
+
+class Part(Sequence[Group]):
+    """The groups at some positions of others, looked up when they are asked for."""
+
+    def __init__(self, groups: Sequence[Group], positions: Sequence[int]) -> None:
+        self._groups, self._positions = groups, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, at: int) -> Group: ...
+    @overload
+    def __getitem__(self, at: slice) -> Part: ...
+    def __getitem__(self, at: int | slice) -> Group | Part:
+        if isinstance(at, slice):
+            return Part(self._groups, self._positions[at])
+        return self._groups[self._positions[at]]
+
+
+def write(groups: Iterable[Group], counts: Any, folder: Path) -> GroupStore:
+    """The store of some groups, numbered from 0 as they come; counts: num_rows, dropped and truncated once the last
+    group was taken. The folder appears when it is whole: until then it has another name. Of further columns, what JSON
+    does not have becomes its text."""
+    staging = folder.with_name(f".staging-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)  # what a run that was stopped left
+    staging.mkdir(parents=True)
+    ids = known = 0
+    with (staging / IDS).open("wb") as a, (staging / KNOWN).open("wb") as b, (staging / INDEX).open("wb") as c:
+        for group in groups:
+            c.write(array("q", [ids, known]).tobytes())
+            tokens = array("i", [x for part in (group.prompt, *group.completions) for x in part])
+            ids += len(tokens)
+            a.write(tokens.tobytes())
+            known += b.write(json.dumps(_kept(group), ensure_ascii=False, default=str).encode())
+        c.write(array("q", [ids, known]).tobytes())
+    manifest = {
+        "format": FORMAT,
+        "num_rows": counts.num_rows,
+        "dropped": dict(counts.dropped),
+        "truncated": counts.truncated,
+        "files": {name: _digest(staging / name) for name in (IDS, KNOWN, INDEX)},
+    }
+    (staging / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    return GroupStore(folder)
+
+
+def _kept(group: Group) -> dict[str, Any]:
+    """What is not token ids, as JSON: short, because it is read with every group."""
+    found: dict[str, Any] = {"n": [len(group.prompt), *map(len, group.completions)]}
+    found |= {"w": group.where, "t": group.prompt_text, "l": group.label, "m": group.margin}
+    found |= {"c": group.columns, "u": group.turns, "k": group.masks and [list(map(int, m)) for m in group.masks]}
+    return {name: value for name, value in found.items() if value not in (None, {}, ())}
+
+
+def _restored(ids: array[int], known: Mapping[str, Any], index: int) -> Group:
+    ends = np.cumsum(known["n"]).tolist()
+    prompt, *completions = (tuple(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+    masks = known.get("k")
+    return Group(
+        index,
+        known["w"],
+        prompt,
+        tuple(completions),
+        known.get("t", ""),
+        known.get("l"),
+        known.get("m"),
+        known.get("c", {}),
+        tuple(known.get("u", ())),
+        masks and tuple(tuple(map(bool, mask)) for mask in masks),
+    )
+
+
+def _digest(path: Path) -> list[Any]:
+    """[size, checksum] of a file."""
+    hashed, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            hashed.update(block)
+            size += len(block)
+    return [size, hashed.hexdigest()]
+
+
+def _map(path: Path) -> Any:
+    """The bytes of a file, mapped; an empty one cannot be."""
+    if not path.stat().st_size:
+        return b""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
