@@ -25,7 +25,7 @@ OURS = {
     "scheduler": "--lr_scheduler_type and --warmup_ratio",
     "bf16": "--dtype",
     "fp16": "--dtype",
-    "hybrid_engine": "nothing yet: rollouts come with PPO",
+    "hybrid_engine": "nothing: rollouts go through the actor's own engine at every stage",
 }
 NO_CLIPPING = 1e30  # a limit no norm reaches: with 0 the engine would not compute the norm that tells a NaN
 

@@ -55,9 +55,9 @@ class ReferenceCache:
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:05}.safetensors"
 
-    def complete(self) -> bool:
-        """Whether everything is there, on every rank. Collective."""
-        return dist.largest(self._files.count(None), torch.device("cpu")) == 0
+    def complete(self, device: torch.device) -> bool:
+        """Whether everything is there, on every rank. device: this rank's. Collective."""
+        return dist.largest(self._files.count(None), device) == 0
 
     def fill(self, models: Models) -> int:
         """Compute what is missing on any rank; returns how many groups that were. Collective.

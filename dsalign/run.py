@@ -77,7 +77,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     plan, total_batches = _plan(config, loader, engine_options)
     cache = _reference_cache(config, data, sources, engine_options.dtype, total_batches * loader.global_batch)
     spare = "live_reference" not in config.algorithm.needs
-    unused = {"reference"} if cache is not None and spare and cache.complete() else set()
+    unused = {"reference"} if cache is not None and spare and cache.complete(device) else set()
     built = {role: source for role, source in sources.items() if role not in unused}
     models = _models(config, built, options, engine_options, device)
     self_check(models, data.train)

@@ -31,7 +31,7 @@ def cached(folder: Path, kept: Path, stage: str, tuner: str) -> tuple[list[Any],
     with mock.patch.object(refcache, "cache_folder", lambda: kept), mock.patch.object(refcache, "PART", 4):
         computed = [refcache.ReferenceCache([groups[:6], groups[6:]], key).fill(models) for _ in range(2)]
         cache = refcache.ReferenceCache([groups[:6], groups[6:]], key)
-        assert cache.complete()
+        assert cache.complete(models.device)
         found = cache.logps(models, [*groups, mismatched()])
     return [one.tolist() for one in found], computed
 
