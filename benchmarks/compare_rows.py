@@ -13,12 +13,15 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import piqa
 
 BLANK = "\u0120"  # how byte-level vocabularies write a blank
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 64  # of a long pair, the template's and the end token with them
 TEMPLATE_TOKENS = 31  # that SmolLM2's template puts around a prompt: its system turn and the names of the roles
+
+ANSWERS = ("chosen", "rejected", "completion")
 
 Pair = dict[str, str]
 
@@ -78,3 +81,14 @@ def before_shuffle(ordered: Sequence[object], order: Sequence[int]) -> list[obje
     for row, place in zip(ordered, order, strict=True):
         rows[place] = row
     return rows
+
+
+def turns(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with messages in place of text: user for the prompt, assistant for each answer."""
+    answers = {name: [{"role": "assistant", "content": row[name]}] for name in ANSWERS if name in row}
+    return {**row, "prompt": [{"role": "user", "content": row["prompt"]}], **answers}
+
+
+def up_to_end(ids: Sequence[int], eos: int, start: int = 0) -> int:
+    """How many ids there are up to and including the first end token at or behind `start`; all where there is none."""
+    return next((i + 1 for i in range(start, len(ids)) if ids[i] == eos), len(ids))

@@ -35,7 +35,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +235,8 @@ class Comparison:
                     {"algo": algo, "set": name, "repeat": repeat, "side": side, **one.costs, "steps": steps}
                 )
             self.write()
-        what = next(iter(AGREE[algo]))
-        print(f"\nfirst step, dsalign and TRL: {', '.join(first)}; largest gap of {what} in {len(steps)} steps {gap:.1e}")
+        what = f"largest gap of {next(iter(AGREE[algo]))} in {self.args.steps} steps {gap:.1e}"
+        print(f"\nfirst step, dsalign and TRL: {', '.join(first)}; {what}")
         print(table(algo, name, costs), flush=True)
 
     def classifier(self) -> str:

@@ -1,4 +1,4 @@
-"""What the comparisons share: TRL's environment, questions to either Python, runs that are measured, a line of a table."""
+"""What the comparisons share: TRL's environment, questions to either Python, measured runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "1.16.0"
 NEEDED = {"trl": f"trl=={TRL}", "accelerate": "accelerate"}  # module -> what pip installs where it is missing
+MISSING = """
+import importlib.util, json, sys
+print(json.dumps([module for module in sys.argv[1:] if importlib.util.find_spec(module) is None]))
+"""
 VERSIONS = """
 import json, sys
 from importlib.metadata import version
@@ -42,8 +46,7 @@ def peer_python(folder: Path) -> str:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         own = Path(sysconfig.get_path("purelib"))
         (folder / own.relative_to(sys.prefix) / "base.pth").write_text(f"{own}\n")
-    found = f"import importlib.util, json; print(json.dumps([m for m in {list(NEEDED)} if not importlib.util.find_spec(m)]))"
-    if missing := ask(str(python), found):
+    if missing := ask(str(python), MISSING, *NEEDED):
         pip = [str(python), "-m", "pip", "install", "-q", "--no-deps"]
         subprocess.run([*pip, *(NEEDED[module] for module in missing)], check=True)
     version = ask(str(python), VERSIONS, "trl")["trl"]

@@ -45,12 +45,13 @@ def main() -> None:
     def stamp(*_: Any) -> None:
         steps.append(now())
 
-    register_optimizer_step_post_hook(stamp)
+    hook = register_optimizer_step_post_hook(stamp)
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     try:
         runpy.run_path(script, run_name="__main__")
     finally:
+        hook.remove()
         Path(out).write_text(json.dumps({"steps": steps, "end": now()}))
 
 

@@ -5,8 +5,8 @@ checkpointing. Rows are those that dsalign reads; they become a user's and an as
 chat template. Like a run of dsalign it ends with a checkpoint that could be resumed and the model in a folder.
 
 Tokens: a template that writes a newline after the end token makes TRL train on it (and CPO and ORPO on a second end
-token behind it), while a completion of dsalign ends with its end token. So that both sides see the same ids, they are cut
-after that token inside TRL's own preparation. What the cut costs is written down, and is not counted against TRL.
+token behind it), while a completion of dsalign ends with its end token. So that both sides see the same ids, they are
+cut after that token inside TRL's own preparation. What the cut costs is written down, and not counted against TRL.
 
 Writes a JSON line per optimizer step, then one with cut_cpu_s and cut_wall_s.
 """
@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
-import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from compare_rows import turns, up_to_end
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
@@ -31,7 +31,7 @@ COMMON = {
     "optim": "adamw_torch_fused", "train_sampling_strategy": "sequential", "save_strategy": "epoch",
     "report_to": "none", "disable_tqdm": True,
 }  # fmt: skip
-TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # algorithm -> module, class names, what only TRL has to be told
+TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # algorithm -> module, classes, only TRL's fields
     "dpo": ("trl", "DPO", {"loss_type": ["sigmoid"]}),
     "kto": ("trl", "KTO", {}),
     "rm": ("trl", "Reward", {}),
@@ -39,7 +39,6 @@ TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # algorithm -> module,
     "simpo": ("trl.experimental.cpo", "CPO", {"loss_type": "simpo"}),
     "orpo": ("trl.experimental.orpo", "ORPO", {}),
 }
-ANSWERS = ("chosen", "rejected", "completion")
 
 
 class StepLog(TrainerCallback):
@@ -59,17 +58,6 @@ class StepLog(TrainerCallback):
             self.write({"step": state.global_step, **numbers})
 
 
-def turns(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with messages in place of text: user for the prompt, assistant for each answer."""
-    answers = {name: [{"role": "assistant", "content": row[name]}] for name in ANSWERS if name in row}
-    return {**row, "prompt": [{"role": "user", "content": row["prompt"]}], **answers}
-
-
-def up_to_end(ids: Sequence[int], eos: int, start: int = 0) -> int:
-    """How many ids there are up to and including the first end token at or behind `start`; all where there is none."""
-    return next((i + 1 for i in range(start, len(ids)) if ids[i] == eos), len(ids))
-
-
 def cut(row: dict[str, Any], eos: int) -> dict[str, list[int]]:
     """The columns of a prepared row that change: every answer up to its end token, whatever the trainer calls it."""
     if "chosen_labels" in row:  # CPO, ORPO: whole sequences, of which the labels say where the answer begins
@@ -83,7 +71,7 @@ def cut(row: dict[str, Any], eos: int) -> dict[str, list[int]]:
     if "prompt_ids" in row:  # DPO, KTO: answers alone
         return {name: row[name][: up_to_end(row[name], eos)] for name in columns}
     pair = [row[name] for name in columns]  # a reward model: whole conversations, which part where the answers begin
-    shared = len(os.path.commonprefix(pair))
+    shared = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(*pair, strict=False)))
     return {name: ids[: up_to_end(ids, eos, shared)] for name, ids in zip(columns, pair, strict=True)}
 
 
@@ -147,7 +135,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a model folder; for rm one with a score layer")
     parser.add_argument("--folder", type=Path, required=True, help="where to write: steps.jsonl, checkpoints/, final/")
     parser.add_argument("--algo", choices=sorted(TRAINERS))
-    parser.add_argument("--dataset", type=Path, help="JSONL: prompt, chosen, rejected; for kto prompt, completion, label")
+    parser.add_argument("--dataset", type=Path, help="JSONL of pairs; for kto of labelled rows")
     parser.add_argument("--settings", default="{}", help="JSON: further fields of TRL's configuration")
     parser.add_argument("--make_classifier", action="store_true", help="write a reward model into --folder and stop")
     args = parser.parse_args()
