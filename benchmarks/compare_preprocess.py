@@ -8,10 +8,11 @@ dataset_num_proc 2; dsalign as a run does, with the tokenizer's own threads and 
 Each side ends where its trainer would take over: TRL with Arrow files, dsalign with groups in memory, from 10,000 rows
 on with files of its own.
 
-Measured from the first byte read, imports and the tokenizer's loading left out: wall-seconds, CPU-seconds of the
-process and its children, and memory: the proportional set size (shared pages counted once) of the process and its
-children together, sampled every 50 ms, at its largest and less what it was at the start. Both must have made the same
-ids: they are counted, and their hash is compared, TRL's up to the end token.
+Measured from the first byte read, imports and the tokenizer's loading left out: wall-seconds; CPU-seconds of the process
+and its children; and memory that no file backs, of the process and its children, with pages that they share counted
+once: sampled five times a second, the largest, and that less what there was at the start. Mapped files (Arrow's,
+dsalign's, libraries) are left out, as the system may drop them. Every way must have made the same ids: they are
+counted, and their hash is compared, TRL's up to the end token.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import peer
 
 PROMPT_WORDS, ANSWER_WORDS = 64, 32
 WAYS = ("dsalign", "dsalign, 1 thread", "TRL, 1 process", "TRL, 2 processes")
-SAMPLED_EVERY_S = 0.05
+SAMPLED_EVERY_S = 0.2  # reading a large process's pages takes milliseconds, on a core that others could use
 HEADER = ("rows", "way", "repeat", "wall_s", "cpu_s", "rows_per_s", "peak_mib", "growth_mib")
 
 Ids = Sequence[Sequence[int]]  # of a row: the prompt, the chosen answer, the rejected one
@@ -49,16 +50,16 @@ def cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def pss_bytes(pid: int) -> int:
-    """The proportional set size of a process and its children; 0 for what has ended."""
+def memory_bytes(pid: int) -> int:
+    """What no file backs of a process and its children, a page that they share counted once; 0 for what has ended."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0
-    own = 1024 * sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-    return own + sum(pss_bytes(child) for child in children)
+    lines = [line.split() for line in rollup.splitlines() if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+    return 1024 * sum(int(kib) for _, kib, _ in lines) + sum(memory_bytes(child) for child in children)
 
 
 def digest(rows: Iterable[Ids]) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class Clock:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.start_bytes, self.cpu_s, self.wall_s = pss_bytes(os.getpid()), cpu_s(), time.perf_counter()
+        self.start_bytes, self.cpu_s, self.wall_s = memory_bytes(os.getpid()), cpu_s(), time.perf_counter()
 
     def stop(self) -> None:
         costs = {"wall_s": time.perf_counter() - self.wall_s, "cpu_s": cpu_s() - self.cpu_s}
@@ -142,7 +143,7 @@ def run(way: str, python: str, rows: Path, model: str, folder: Path) -> dict[str
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=settings)
         while process.poll() is None:
             if not out.exists():
-                peak = max(peak, pss_bytes(process.pid))
+                peak = max(peak, memory_bytes(process.pid))
             time.sleep(SAMPLED_EVERY_S)
     if process.returncode:
         raise ValueError(f"{way} ended with {process.returncode}; the end of {log}:\n{log.read_text()[-2000:]}")
