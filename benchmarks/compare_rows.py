@@ -19,7 +19,7 @@ import piqa
 
 BLANK = "\u0120"  # how byte-level vocabularies write a blank
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 64  # of a long pair, the template's and the end token with them
-TEMPLATE_TOKENS = 31  # that SmolLM2's template puts around a prompt: its system turn and the names of the roles
+TEMPLATE_TOKENS = 30  # that SmolLM2's template puts around a prompt: its system turn and the names of the roles
 
 ANSWERS = ("chosen", "rejected", "completion")
 

@@ -48,7 +48,7 @@ def test_words_are_one_token_with_and_without_a_blank(scripts):
 
 
 def test_long_pairs_have_as_many_tokens_as_they_say(scripts, tmp_path):
-    """Words are tokens: 256 - 31 of the template in a prompt, 64 - 1 end token in an answer; the same twice."""
+    """Words are tokens: 256 - 30 of the template in a prompt, 64 - 1 end token in an answer; the same twice."""
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"model": {"vocab": VOCABULARY}}))
     pairs = scripts.compare_rows.long_pairs(path, 2)
