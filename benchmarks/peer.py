@@ -1,0 +1,112 @@
+"""What the comparisons share: TRL's environment, questions to either Python, measured runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TRL = "1.16.0"
+NEEDED = {"trl": f"trl=={TRL}", "accelerate": "accelerate"}  # module -> what pip installs where it is missing
+MISSING = """
+import importlib.util, json, sys
+print(json.dumps([module for module in sys.argv[1:] if importlib.util.find_spec(module) is None]))
+"""
+VERSIONS = """
+import json, sys
+from importlib.metadata import version
+print(json.dumps({name: version(name) for name in sys.argv[1:]}))
+"""
+WHAT_RUNS = """
+import json, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/kernels"]
+from dsalign.data.loader import epoch_order
+from dsalign.models.names import resolve
+print(json.dumps({"model": resolve(sys.argv[2]).weights, "order": epoch_order(int(sys.argv[3]), int(sys.argv[4]), 0)}))
+"""
+
+
+def peer_python(folder: Path) -> str:
+    """The Python of TRL's environment in `folder`, made where it is missing: TRL beside this environment's packages, so
+    that both sides run the same torch and transformers.
+
+    Raises ValueError where it holds another TRL.
+    """
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        own = Path(sysconfig.get_path("purelib"))
+        (folder / own.relative_to(sys.prefix) / "base.pth").write_text(f"{own}\n")
+    if missing := ask(str(python), MISSING, *NEEDED):
+        pip = [str(python), "-m", "pip", "install", "-q", "--no-deps"]
+        subprocess.run([*pip, *(NEEDED[module] for module in missing)], check=True)
+    version = ask(str(python), VERSIONS, "trl")["trl"]
+    if version != TRL:
+        raise ValueError(f"{folder}: expected an environment with trl {TRL}, got {version}; remove it, or name another")
+    return str(python)
+
+
+def ask(python: str, code: str, *words: str) -> Any:
+    """What the code prints as its last line, as JSON. Raises ValueError with the end of its errors where it fails."""
+    done = subprocess.run([python, "-c", code, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{python} ended with {done.returncode} where it was asked; it says: {done.stderr[-1000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment(work: Path, threads: int) -> dict[str, str]:
+    """For one run: so many threads, no hub, and caches of its own in `work`, so that no run finds another's results."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "DSALIGN_CACHE": str(work / "dsalign_cache"),
+        "HF_DATASETS_CACHE": str(work / "datasets_cache"),
+    }
+
+
+def measured(command: Sequence[str], log: Path, settings: Mapping[str, str]) -> tuple[float, float]:
+    """Runs the command; CPU-seconds of it and its children (user and system), and wall-seconds.
+
+    Raises ValueError with the end of its output where it fails.
+    """
+    start = time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(settings))
+        _, status, usage = os.wait4(process.pid, 0)
+    wall_s = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = log.read_text(errors="replace")[-2000:]
+        raise ValueError(f"{shlex.join(command)} ended with {process.returncode}; the end of {log}:\n{tail}")
+    return usage.ru_utime + usage.ru_stime, wall_s
+
+
+def in_turn(names: Sequence[str], repeat: int) -> list[str]:
+    """The sides of a repeat: every second time the other way round, so that no side is always the later one."""
+    return list(names) if repeat % 2 == 0 else list(reversed(names))
+
+
+def spread(numbers: Sequence[float], digits: int = 2) -> str:
+    """The median, and the smallest and largest where there is more than one: `1.20 (1.10-1.30)`."""
+    median = f"{statistics.median(numbers):.{digits}f}"
+    return median if len(numbers) == 1 else f"{median} ({min(numbers):.{digits}f}-{max(numbers):.{digits}f})"
+
+
+def commit() -> str:
+    """The commit that runs, with a plus where files were changed; empty outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
