@@ -29,7 +29,7 @@ SET_TWICE = [
     ("scheduler", {"type": "WarmupLR"}, "--lr_scheduler_type and --warmup_ratio"),
     ("bf16", {"enabled": True}, "--dtype"),
     ("fp16", {"enabled": False}, "--dtype"),
-    ("hybrid_engine", {"enabled": True}, "nothing yet"),
+    ("hybrid_engine", {"enabled": True}, "nothing: rollouts"),
 ]
 
 

@@ -178,8 +178,8 @@ def test_a_trained_parameter_without_gradient_is_refused(stage: str, tiny: Path,
 
 @pytest.mark.parametrize("name", from_rows())
 def test_gradient_checkpointing_changes_nothing(name: str, tiny: Path, two_ranks: RankPool) -> None:
-    """The gradient with recomputed activations, LoRA and full, ZeRO-3."""
-    for tuner in ("full", "lora"):
+    """The gradient with recomputed activations at ZeRO-3; of DPO with LoRA too."""
+    for tuner in ("full", "lora") if name == "dpo" else ("full",):
         plain_loss, want = two_ranks.run(cases.gradient, name, tiny, "3", tuner, 2, 8)
         loss, found = two_ranks.run(cases.gradient, name, tiny, "3", tuner, 2, 8, True)
         assert loss == pytest.approx(plain_loss, abs=1e-7)
