@@ -53,7 +53,7 @@ def test_long_pairs_have_as_many_tokens_as_they_say(scripts, tmp_path):
     path.write_text(json.dumps({"model": {"vocab": VOCABULARY}}))
     pairs = scripts.compare_rows.long_pairs(path, 2)
     assert [[len(pair[name].split()) for name in ("prompt", "chosen", "rejected")] for pair in pairs] == [
-        [225, 63, 63]
+        [226, 63, 63]
     ] * 2
     assert len({text for pair in pairs for text in pair.values()}) == 6
     assert pairs == scripts.compare_rows.long_pairs(path, 2)
