@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsalign_kernels import selective_logps
+from dsalign_kernels import linear_logps, selective_logps
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,33 @@ def token_logps(
     """Log-probability of each target, and the entropy of its distribution where asked for.
 
     hidden: [N, D] states that predict the N targets [N] int64; head: D -> V logits, called as a module so that ZeRO-3
-    gathers its weight; temperature > 0 divides the logits.
+    gathers its weight; temperature > 0 divides the logits. No N x V logits are kept where the head is a plain linear
+    layer; where it is not (an adapter on it), they are.
     Returns [N] float32 nats, and [N] float32 nats without gradient or None.
     """
-    logits = transform(head(hidden))
-    return selective_logps(logits if temperature == 1.0 else logits / temperature, targets, entropy=entropy)
+    more: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
+    if type(head) is nn.Linear and head.weight.dtype == hidden.dtype:
+        more |= {"scale": transform.scale, "softcap": transform.softcap}
+
+        def fused(states: Tensor) -> tuple[Tensor, Tensor | None]:
+            found = linear_logps(states, head.weight, targets, bias=head.bias, **more)
+            return found.logps, found.entropy
+
+        with _forward_of(head, fused):
+            found: tuple[Tensor, Tensor | None] = head(hidden)
+        return found
+    logps = selective_logps(transform(head(hidden)), targets, **more)
+    return logps.logps, logps.entropy
+
+
+@contextmanager
+def _forward_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within it `module(...)` calls `function`, its hooks around it as ever."""
+    before = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before

@@ -21,12 +21,23 @@ import harness  # noqa: E402  # needs the line above
 from dsalign_kernels import selective_logps  # noqa: E402
 
 Candidate = Callable[[Tensor, Tensor], Tensor]
+CHECKED = 256  # rows compared with float64
 COLUMNS = ("op", "pass", "dtype", "rows", "vocabulary", "error", "grad_error", "p20_ms", "p50_ms", "p80_ms", "peak_mb")
 
 
 def ours(logits: Tensor, targets: Tensor) -> Tensor:
     """dsalign_kernels.selective_logps."""
     return selective_logps(logits, targets)[0]
+
+
+def in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same, its gradient written over the logits: the backward has them for itself."""
+    return selective_logps(logits, targets, in_place=True)[0]
+
+
+def with_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same, with the entropy and whether the target is the most likely token."""
+    return selective_logps(logits, targets, entropy=True, top=True)[0]
 
 
 def log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
@@ -41,9 +52,22 @@ def gather_logsumexp(logits: Tensor, targets: Tensor) -> Tensor:
 
 CANDIDATES: dict[str, Candidate] = {
     "selective_logps": ours,
+    "selective_logps, entropy": with_entropy,
     "log_softmax + gather": log_softmax,
     "gather - logsumexp": gather_logsumexp,
 }
+
+
+IN_PLACE = "selective_logps, in place"  # it uses its logits up: timed alone, on a copy that is not timed
+
+
+def with_peers() -> dict[str, Candidate]:
+    """The candidates, and TRL's fused form where it is installed."""
+    try:
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy  # noqa: PLC0415  # where it is there
+    except ImportError:
+        return CANDIDATES
+    return {**CANDIDATES, "TRL, with entropy": lambda z, t: selective_log_softmax_and_entropy(z, t)[0]}
 
 
 def forward_backward(candidate: Candidate, logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,16 +84,21 @@ def errors(logits: Tensor, targets: Tensor, weights: Tensor) -> dict[str, tuple[
     Raises ValueError where a candidate writes to its input, which would spoil every number after it, or where
     selective_logps is further off than log_softmax + gather by more than one rounding.
     """
+    logits, targets, weights = logits[:CHECKED], targets[:CHECKED], weights[:CHECKED]
     before = logits.clone()
     exact, exact_grad = forward_backward(
         lambda z, t: torch.log_softmax(z, 1).gather(1, t[:, None])[:, 0], logits.double(), targets, weights.double()
     )
     found = {}
-    for name, candidate in CANDIDATES.items():
+    for name, candidate in with_peers().items():
         logps, grad = forward_backward(candidate, logits, targets, weights)
         if not torch.equal(logits, before):
             raise ValueError(f"{name}: expected the logits as they were, got other ones after its backward; not timed")
         found[name] = (harness.error(logps, exact), harness.error(grad, exact_grad))
+    copy = logits.clone().requires_grad_()
+    logps = in_place(copy, targets)
+    (grad,) = torch.autograd.grad(logps, copy, weights)
+    found[IN_PLACE] = (harness.error(logps.detach(), exact), harness.error(grad, exact_grad))
     eps, largest = torch.finfo(torch.float32).eps, float(logits.abs().max())
     of_weights = float(weights.abs().max())
     roundings = (eps * largest, (eps * largest + torch.finfo(logits.dtype).eps) * of_weights)
@@ -94,15 +123,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
             name: partial(forward_backward, one, logits, targets, weights)
             if backward
             else partial(one, logits, targets)
-            for name, one in CANDIDATES.items()
+            for name, one in with_peers().items()
         }
+        if backward:  # over and over on what is left of the logits: any numbers take the same time
+            runs[IN_PLACE] = partial(forward_backward, in_place, logits.clone(), targets, weights)
+        else:
+            runs["copy of the logits"] = partial(torch.empty_like(logits).copy_, logits)
         with torch.set_grad_enabled(backward):
             peaks = {name: harness.peak_extra_bytes(run, device) / 2**20 for name, run in runs.items()}
             times = harness.times_ms(runs, device, repeats=args.repeats)
         for name in runs:
             row: dict[str, object] = {"op": name, "pass": which, "dtype": args.dtype}
             row |= {"rows": args.rows, "vocabulary": args.vocabulary, "peak_mb": peaks[name], **times[name]}
-            row |= dict(zip(("error", "grad_error"), found[name], strict=True))
+            row |= dict(zip(("error", "grad_error"), found.get(name, (float("nan"),) * 2), strict=True))
             rows.append({**{column: row[column] for column in COLUMNS}, **harness.provenance(device)})
     return rows
 

@@ -6,6 +6,7 @@ import csv
 import ctypes
 import datetime
 import gc
+import importlib.metadata
 import platform
 import statistics
 import sys
@@ -35,8 +36,20 @@ def device_name(device: torch.device) -> str:
 
 def provenance(device: torch.device) -> dict[str, str]:
     """What a row needs to be believed later: date, device and versions."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton")}
     return {"date": datetime.date.today().isoformat(), "device": device_name(device), **versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def peers(found: Mapping[str, str]) -> str:
+    """Name and version of the packages measured beside; found: name -> package."""
+    return ", ".join(f"{name} {_version(package)}" for name, package in found.items()) or "none installed"
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -49,17 +62,16 @@ def times_ms(
 ) -> dict[str, dict[str, float]]:
     """Name -> p20, p50 and p80 of the time of each run, milliseconds. repeats: timed rounds, >= 2.
 
-    A round times every run once, so that whatever else the machine does falls on all of them alike.
+    A round times every run once, so that whatever else the machine does falls on all of them alike. On a GPU the clock
+    is a pair of events, and the L2 cache is filled with something else before each run.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for index in range(warmup + repeats):
         for name, run in runs.items():
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
+            spent = _wall_ms(run) if flush is None else _events_ms(run, flush)
             if index >= warmup:
-                taken[name].append((time.perf_counter() - start) * 1e3)
+                taken[name].append(spent)
     cuts = {name: statistics.quantiles(times, n=100, method="inclusive") for name, times in taken.items()}
     return {name: {f"p{p}_ms": cut[p - 1] for p in PERCENTILES} for name, cut in cuts.items()}
 
@@ -127,9 +139,20 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wall_ms(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _events_ms(run: Callable[[], object], flush: Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
 
 
 def _resident_bytes() -> int:

@@ -1,5 +1,7 @@
-"""Fused operations of dsalign: each has a plain-torch twin of the same signature in `reference`."""
+"""Fused operations of dsalign: each has a plain-torch twin of the same name in `reference`."""
 
-from dsalign_kernels.reference import selective_logps
+from dsalign_kernels.linear_logps import linear_logps, linear_loss
+from dsalign_kernels.reference import Logps
+from dsalign_kernels.selective_logps import selective_logps
 
-__all__ = ["selective_logps"]
+__all__ = ["Logps", "linear_logps", "linear_loss", "selective_logps"]

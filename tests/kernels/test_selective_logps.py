@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsalign_kernels import reference, selective_logps
+from dsalign_kernels import rows, selective_logps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, VOCABULARIES = (0, 1, 3, 47), (5, 31, 1000, 4097)
@@ -47,7 +47,7 @@ def test_error_budget(n: int, v: int, dtype: torch.dtype) -> None:
     """
     logits, targets, weights = inputs(n, v, dtype)
     leaf, twin, exact = (x.requires_grad_() for x in (logits.clone(), logits.clone(), logits.double()))
-    logps, _ = selective_logps(leaf, targets)
+    logps, _, _, _ = selective_logps(leaf, targets)
     logps_twin, logps_exact = plain(twin.float(), targets), plain(exact, targets)
     assert logps.shape == (n,) and logps.dtype == torch.float32
     grads = [gradient(x, y, weights) for x, y in ((logps, leaf), (logps_twin, twin), (logps_exact, exact))]
@@ -66,7 +66,7 @@ def test_error_budget(n: int, v: int, dtype: torch.dtype) -> None:
 def test_entropy(n: int, v: int, dtype: torch.dtype) -> None:
     """Within what plain torch is off and four roundings of the largest logit, however large the vocabulary is."""
     logits, targets, _ = inputs(n, v, dtype)
-    _, entropy = selective_logps(logits.clone().requires_grad_(), targets, entropy=True)
+    _, _, entropy, _ = selective_logps(logits.clone().requires_grad_(), targets, entropy=True)
     assert entropy is not None and entropy.shape == (n,) and entropy.dtype == torch.float32
     assert not entropy.requires_grad
     if n == 0:
@@ -80,7 +80,7 @@ def test_logits_stay_as_they_were(dtype: torch.dtype) -> None:
     """Neither pass writes to its input, so that whatever made the logits can have its own backward."""
     logits, targets, weights = inputs(3, 31, dtype)
     leaf = logits.clone().requires_grad_()
-    logps, _ = selective_logps(leaf, targets, entropy=True)
+    logps, _, _, _ = selective_logps(leaf, targets, entropy=True)
     gradient(logps, leaf, weights)
     assert torch.equal(leaf.detach(), logits)
 
@@ -99,7 +99,7 @@ def test_by_hand() -> None:
     Entropy: ln 4 - 3/4 ln 3 = 0.562335.
     """
     logits = torch.tensor([[0.0, math.log(3)]], requires_grad=True)
-    logps, entropy = selective_logps(logits, torch.tensor([0]), entropy=True)
+    logps, _, entropy, _ = selective_logps(logits, torch.tensor([0]), entropy=True)
     logps.sum().backward()
     assert entropy is not None and logits.grad is not None
     torch.testing.assert_close(logps.detach(), torch.tensor([-1.386294]))
@@ -110,7 +110,7 @@ def test_by_hand() -> None:
 def test_no_entropy_unless_asked() -> None:
     """The second value is None."""
     logits, targets, _ = inputs(3, 31, torch.float32)
-    assert selective_logps(logits, targets)[1] is None
+    assert selective_logps(logits, targets)[2:] == (None, None)
 
 
 def test_strided_rows() -> None:
@@ -128,10 +128,10 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row a chunk gives what one chunk gives, to the rounding of a sum taken in another order."""
     logits, targets, weights = inputs(47, 1000, torch.float32)
     whole, parts = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    at_once, entropy_at_once = selective_logps(whole, targets, entropy=True)
+    at_once, _, entropy_at_once, _ = selective_logps(whole, targets, entropy=True)
     grad_at_once = gradient(at_once, whole, weights)
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 4)
-    by_row, entropy_by_row = selective_logps(parts, targets, entropy=True)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 4)
+    by_row, _, entropy_by_row, _ = selective_logps(parts, targets, entropy=True)
     torch.testing.assert_close(by_row, at_once, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(entropy_by_row, entropy_at_once, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient(by_row, parts, weights), grad_at_once, rtol=1e-6, atol=1e-7)
@@ -140,7 +140,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_logits() -> None:
     """Logits of 1e4: e^z overflows, the log-probability of the largest is 0 and of the other -1e4."""
     logits = torch.tensor([[1e4, 0.0], [1e4, 0.0]], requires_grad=True)
-    logps, entropy = selective_logps(logits, torch.tensor([0, 1]), entropy=True)
+    logps, _, entropy, _ = selective_logps(logits, torch.tensor([0, 1]), entropy=True)
     logps.sum().backward()
     assert logps.tolist() == [0.0, -1e4]
     assert entropy is not None and entropy.tolist() == [0.0, 0.0]
