@@ -15,7 +15,7 @@ from torch import Tensor
 LOWEST = tl.constexpr(-1.0e30)  # stands for -inf: differences of it stay finite
 LOG2E = tl.constexpr(1.4426950408889634)
 # Fixed, not tuned at run time: ranks that pick different winners diverge, and tuning in a run looks like a hang.
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 2048, 8
 
 
 @triton.jit
@@ -50,8 +50,8 @@ def _stats_kernel(
     scale, softcap = tl.cast(scale, tl.float32) / temperature, tl.cast(softcap, tl.float32) / temperature
     kept = target != ignore_index
     inside = (target >= 0) & (target < columns)
-    x = tl.load(start_of_row + target, mask=inside, other=0.0).to(tl.float32)  # before any warp can write to it
-    z_target = _transformed(x, scale, softcap, HAS_SOFTCAP)
+    x_target = tl.load(start_of_row + target, mask=inside, other=0.0).to(tl.float32)  # before any warp writes to it
+    z_target = _transformed(x_target, scale, softcap, HAS_SOFTCAP)
     highest = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     below = tl.zeros([BLOCK], tl.float32)  # sum of e^(z - highest) (highest - z): terms >= 0, so nothing cancels
