@@ -26,6 +26,7 @@ COLUMNS = (
     "op", "pass", "dtype", "rows", "hidden", "vocabulary", "error", "grad_error", "p20_ms", "p50_ms", "p80_ms",
     "products", "peak_mb",
 )  # fmt: skip
+TWIN = "logits, log_softmax"  # what ours must not be further off than
 CHECKED = 256  # rows compared with float64
 MIB = 2**20
 
@@ -141,7 +142,7 @@ def errors(heads: dict[str, Head], case: Case, mode: str) -> dict[str, tuple[flo
         pairs = [] if foreign else [(x, y) for x, y in zip(out[1:], exact[1:], strict=True) if x is not None]
         found[name] = (logps, max((float((x.double() - y).norm() / y.norm()) for x, y in pairs), default=float("nan")))  # type: ignore[union-attr]
     eps = torch.finfo(case.hidden.dtype).eps
-    twin = found["logits, log_softmax"]
+    twin = found[TWIN]
     for name, (logp_error, grad_error) in found.items():
         if name.startswith("linear") and (logp_error > twin[0] + 1e-5 or grad_error > twin[1] + eps):
             raise ValueError(f"{name}, {mode}: expected errors near {twin}, got {(logp_error, grad_error)}; not timed")
@@ -173,10 +174,11 @@ def heads_of(mode: str, args: argparse.Namespace) -> dict[str, Head]:
             "linear_logps, recomputed": partial(ours, (args.head_memory or 32) * MIB),
             "linear_loss, parts": partial(local, args.part),
         }
-    plain: dict[str, Head] = {"logits, log_softmax": logits_float32, "logits, cross_entropy": cross_entropy}
+    plain: dict[str, Head] = {TWIN: logits_float32, "logits, cross_entropy": cross_entropy}
     if args.compile:
         plain["torch.compile of it"] = torch.compile(cross_entropy)
-    return mine | plain | {name: head for name, (_, head) in installed_peers().items()}
+    found = mine | plain | {name: head for name, (_, head) in installed_peers().items()}
+    return {name: head for name, head in found.items() if args.only in name or name == TWIN}
 
 
 def measure(args: argparse.Namespace, device: torch.device, mode: str) -> list[dict[str, object]]:
@@ -229,6 +231,7 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", choices=("forward", "frozen", "trained"), default=("forward", "frozen", "trained")
     )
+    parser.add_argument("--only", default="", help="part of the names to measure")
     parser.add_argument("--part", type=int, default=256, help="rows of one part of linear_loss")
     parser.add_argument("--head_memory", type=int, help="MiB of one chunk where the logits are computed again")
     parser.add_argument("--compile", action="store_true", help="torch.compile of plain torch too: minutes on a CPU")

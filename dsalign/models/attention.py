@@ -190,9 +190,11 @@ def _by_blocks(
     if dropout:
         prefix.unsupported = "attention dropout"
 
+    # A tensor: compiled for any length, FlexAttention does not take a Python float from outside the function.
+    cap = torch.full((1,), 1.0 if softcap is None else softcap, device=query.device)
+
     def capped(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
+        return cap[head * 0] * torch.tanh(score / cap[head * 0])
 
     found: Tensor = _compiled()(
         query,

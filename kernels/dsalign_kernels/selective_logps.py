@@ -28,9 +28,8 @@ def selective_logps(
     """Log-probabilities in float32 whatever the dtype of the logits, differentiable in the logits.
 
     logits: [N, V] float; targets: [N] int64 in [0, V) or ignore_index; temperature > 0. Beyond the logits the forward
-    keeps 4 bytes a row and the backward allocates their gradient; with in_place the forward turns the logits into
-    d logp / d logits, which the backward scales where they lie: nothing else may read them again, and there is one
-    backward. Raises ValueError where shapes, dtypes or `impl` do not fit.
+    keeps 4 bytes a row and the backward allocates their gradient; with in_place it writes over the logits
+    instead: then nothing else may read them again, and there is one backward. Raises ValueError where shapes, dtypes or `impl` do not fit.
     logp = z_y - log sum_v e^(z_v); d logp / d z_v = [v = y] - p_v; entropy = sum_v p_v (log sum_w e^(z_w) - z_v).
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
@@ -40,35 +39,31 @@ def selective_logps(
         logits = logits.contiguous()
     how = Transform(scale, softcap, temperature, ignore_index)
     triton = rows.uses_triton(impl, logits.device)
-    write = in_place and torch.is_grad_enabled() and logits.requires_grad
-    found = _SelectiveLogps.apply(logits, targets, how, entropy, top, write, triton)  # type: ignore[no-untyped-call]
+    found = _SelectiveLogps.apply(logits, targets, how, entropy, top, in_place, triton)  # type: ignore[no-untyped-call]
     return Logps(*found)
 
 
 class _SelectiveLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, how: Transform, entropy: bool, top: bool, write: bool, triton: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        work = logits.detach()  # writing to it is no operation that autograd sees
-        found = rows.stats(work, targets, how, entropy=entropy, top=top, write=write, triton=triton)
-        ctx.how, ctx.triton, ctx.write = how, triton, write
-        if write:
-            ctx.work = work
-        else:
-            ctx.save_for_backward(logits, targets, found[1])
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        how: Transform,
+        entropy: bool,
+        top: bool,
+        in_place: bool,
+        triton: bool,
+    ) -> tuple[Tensor | None, ...]:
+        found = rows.stats(logits, targets, how, entropy=entropy, top=top, write=False, triton=triton)
+        ctx.how, ctx.triton, ctx.in_place = how, triton, in_place
+        ctx.save_for_backward(logits, targets, found[1])
         ctx.mark_non_differentiable(*[x for x in found[1:] if x is not None])
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights = grads[0].float()
-        if ctx.write:
-            grad = ctx.work.mul_(weights[:, None].to(torch.float32))
-            del ctx.work
-        else:
-            logits, targets, lses = ctx.saved_tensors
-            grad = rows.gradient(
-                logits, torch.empty_like(logits), targets, lses, weights.contiguous(), ctx.how, triton=ctx.triton
-            )
-        return grad, *[None] * 6
+        logits, targets, lses = ctx.saved_tensors
+        out = logits.detach() if ctx.in_place else torch.empty_like(logits)
+        weights = grads[0].float().contiguous()
+        return rows.gradient(logits, out, targets, lses, weights, ctx.how, triton=ctx.triton), *[None] * 6

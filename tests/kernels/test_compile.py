@@ -49,7 +49,8 @@ for name, kernel, flags in (
             arch = re.search(r"\\.target (sm_\\w+)", built.asm["ptx"]).group(1)
             tools = Path(triton.__file__).parent / "backends/nvidia/bin"
             ptxas = max(tools.glob("ptxas*"), key=lambda x: len(x.name))  # ptxas-blackwell, the newer, knows all
-            said = subprocess.run([ptxas, "-v", f"-arch={arch}", source, "-o", Path(folder) / "x"], capture_output=True, text=True)
+            command = [ptxas, "-v", f"-arch={arch}", source, "-o", Path(folder) / "x"]
+            said = subprocess.run(command, capture_output=True, text=True)
             assert not said.returncode, said.stderr
             spills = sum(int(n) for n in re.findall(r"(\\d+) bytes spill stores", said.stderr))
     else:
@@ -65,7 +66,11 @@ def test_compiles_without_spills(target: int | str, tmp_path: Path) -> None:
     more = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(target)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM, json.dumps(target)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])

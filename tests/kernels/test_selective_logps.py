@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsalign_kernels import rows, selective_logps
+from dsalign_kernels import reference, rows, selective_logps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, VOCABULARIES = (0, 1, 3, 47), (5, 31, 1000, 4097)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -153,3 +154,33 @@ def test_shapes_must_fit(logits: tuple[int, ...], targets: tuple[int, ...]) -> N
     with pytest.raises(ValueError, match=r"logits \[N, V\] and targets \[N\], got \(2, 3") as caught:
         selective_logps(torch.zeros(logits), torch.zeros(targets, dtype=torch.long))
     assert str(targets) in str(caught.value)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place(dtype: torch.dtype, impl: str) -> None:
+    """The gradient lies where the logits were, and is the one that a fresh tensor gets."""
+    logits, targets, weights = (x.to(DEVICE) for x in inputs(3, 31, dtype))
+    leaf = logits.clone().requires_grad_()
+    work = leaf * 1
+    grad = gradient(selective_logps(work, targets, in_place=True, impl=impl).logps, work, weights)  # type: ignore[arg-type]
+    want = gradient(selective_logps(leaf, targets, impl="torch").logps, leaf, weights)
+    assert grad.data_ptr() == work.data_ptr()
+    torch.testing.assert_close(grad, want, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [5, 4097])
+def test_both_implementations(v: int, dtype: torch.dtype, impl: str) -> None:
+    """Values, entropy, arg-max and gradient of ignored and kept rows, against float64."""
+    logits, targets, weights = (x.to(DEVICE) for x in inputs(3, v, dtype))
+    targets[1] = -100
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found = selective_logps(leaf, targets, entropy=True, top=True, impl=impl)  # type: ignore[arg-type]
+    want = reference.selective_logps(exact, targets, entropy=True, top=True)
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
+    grads = gradient(found.logps, leaf, weights), gradient(want.logps, exact, weights)
+    torch.testing.assert_close(grads[0].double(), grads[1], atol=1e-5, rtol=2 * torch.finfo(dtype).eps)
+    assert not grads[0][1].any() and float(found.logps.detach()[1]) == 0.0
