@@ -40,6 +40,9 @@ NOT_ON_THE_LINE = (  # only in metrics.jsonl
 )
 
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
 class Report:
     """Writes on rank 0 and is silent elsewhere. A tracker that fails is dropped with a warning; training goes on."""
 
@@ -53,7 +56,8 @@ class Report:
         self._trackers: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
         if rank == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (output_dir / "metrics.jsonl").open("a" if resumed else "w", encoding="utf-8")
+            self._resumed = resumed
+            self._file = (output_dir / METRICS).open("a" if resumed else "w", encoding="utf-8")
             self._trackers = {name: _TRACKERS[name](output_dir) for name in trackers}
 
     def say(self, text: str) -> None:
@@ -66,7 +70,11 @@ class Report:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def start(self, step: int, num_tokens: float) -> None:
-        """Rates and the time to go count from here."""
+        """Rates and the time to go count from here. What a killed run wrote of later steps, which are taken again, is
+        cut off: a step stands in each file once."""
+        if self._rank == 0 and self._resumed:
+            _cut(self._output_dir / METRICS, lambda at: at <= step)
+            _cut(self._output_dir / SAMPLES, lambda at: at < step)  # of the rollout that comes next
         self._started = self._last = time.monotonic()
         self._first_step, self._last_tokens = step, num_tokens
 
@@ -100,11 +108,28 @@ class Report:
         """Sampled completions: a line each on the console, and all of them in samples.jsonl."""
         if self._rank != 0 or not samples:
             return
-        with (self._output_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+        with (self._output_dir / SAMPLES).open("a", encoding="utf-8") as file:
             for one in samples:
                 file.write(json.dumps({"step": step, **one}, ensure_ascii=False) + "\n")
                 text = json.dumps(one["completion"][:200], ensure_ascii=False)
                 self.say(f"sample at step {step} | score {number(one['score'])} | {text}")
+
+
+def _cut(path: Path, keep: Callable[[int], bool]) -> None:
+    """Drop the lines of steps that are not to keep, and one that a kill broke off; the file stays the same file."""
+    if not path.exists():
+        return
+    kept = []
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # a completion may hold other line ends
+        for line in file:
+            try:
+                whole = keep(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            kept += [line] if whole else []
+    with path.open("r+", encoding="utf-8", newline="\n") as file:
+        file.writelines(kept)
+        file.truncate()
 
 
 def number(x: float) -> str:

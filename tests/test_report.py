@@ -68,6 +68,21 @@ def test_a_resumed_run_goes_on_with_the_file_and_a_new_one_starts_it(tmp_path: P
     assert [line["step"] for line in lines(tmp_path)] == [3]
 
 
+def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
+    """Killed after step 6 and in the middle of a line; it goes on at 4, and takes that rollout again."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 6, "loss": 3}\n')
+    (tmp_path / "samples.jsonl").write_text(
+        '{"step": 0, "completion": "é\u2028"}\n{"step": 4, "completion": "b"}\n{"st'
+    )
+    report = Report(tmp_path, (), rank=0, total_steps=8, resumed=True)
+    report.start(4, 0)
+    report.log(6, {"loss": 3})
+    report.samples(4, [{"completion": "b", "score": 1.0}])
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().split("\n")[:-1]]
+    assert [(one["step"], one["completion"]) for one in samples] == [(0, "é\u2028"), (4, "b")]
+
+
 def test_other_ranks_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No line, no file, no tracker: one that does not exist would raise."""
     shown = of(tmp_path / "out", ("wandb",), rank=1)
