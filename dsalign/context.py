@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsalign import dist, engines
 from dsalign.algos import Output, Sampling
-from dsalign.data.batch import bins, chunks, num_tokens, packed, rows
+from dsalign.data.batch import bins, chunks, joined, num_tokens, packed, rows
 from dsalign.data.tokenize import Group
 from dsalign.models.adapters import as_started
 from dsalign.models.heads import unwrap
@@ -75,15 +75,15 @@ class Models:
         training = engine.module.training
         engine.module.eval()
         found: list[Tensor | None] = [None] * len(groups)
+        whole, members = joined(groups)
         with torch.no_grad():
-            for positions in self.micro_batches(role, groups, range(len(groups)), batch_size):
-                part = [groups[i] for i in positions]
-                out = self.forward(role, part)
+            for positions in self.micro_batches(role, whole, range(len(whole)), batch_size):
+                out = self.forward(role, [whole[i] for i in positions])
                 flat = out.values if role in VALUE_ROLES else out.logps
                 assert flat is not None
-                valued = role in VALUE_ROLES
-                sizes = [sum(len(c) + 1 for c in g.completions) if valued else sum(g.lengths) for g in part]
-                for i, one in zip(positions, flat.float().cpu().split(sizes), strict=True):  # type: ignore[no-untyped-call]
+                inside = [member for i in positions for member in members[i]]
+                sizes = [_size(groups[i], valued=role in VALUE_ROLES) for i in inside]
+                for i, one in zip(inside, flat.float().cpu().split(sizes), strict=True):  # type: ignore[no-untyped-call]
                     found[i] = one
         engine.module.train(training)
         return [one for one in found if one is not None]
@@ -99,6 +99,11 @@ class Models:
         """Give back the memory of a role that is not asked again."""
         self.engines.pop(role, None)
         gc.collect()
+
+
+def _size(group: Group, *, valued: bool) -> int:
+    """Numbers that a model gives for a group: one a position, or one a completion token that counts."""
+    return sum(len(c) + 1 for c in group.completions) if valued else sum(group.lengths)
 
 
 class RunContext:

@@ -76,10 +76,9 @@ class KTO:
 
     def prepare(self, ctx: Context, batch: Batch) -> Prepared:
         """Reference log-probabilities, and z0 = max(0, mean Delta over mismatched pairs of the whole global batch)."""
-        prepared = with_reference(ctx, batch)
         if self.loss_type != "kto":
-            return prepared
-        n = len(batch.groups)
+            return with_reference(ctx, batch)
+        n, own = len(batch.groups), batch.local
         shift, matches = mismatch_shift([g.prompt_text for g in batch.groups])
         if matches:
             ctx.warn(f"kto: {matches} of {n} mismatched completions answer an equal prompt; z0 is biased upwards")
@@ -88,10 +87,12 @@ class KTO:
             group, other = batch.groups[i], batch.groups[(i + shift) % n]
             room = max(1, ctx.max_length - len(group.prompt))
             mismatched.append(dataclasses.replace(group, completions=(other.completions[0][:room],)))
-        policy, reference = ctx.logps("policy", mismatched), ctx.logps("reference", mismatched)
+        both = ctx.logps("reference", [*own, *mismatched])  # one pass: their prompts are the same
+        policy, reference = ctx.logps("policy", mismatched), both[len(own) :]
         gap = sum(float((p.double() - r.double()).sum()) for p, r in zip(policy, reference, strict=True))
         z0 = max(0.0, ctx.total([gap])[0] / n)
-        return dataclasses.replace(prepared, shared={"z0": z0}, metrics={"kl": (z0 * len(batch.mine), len(batch.mine))})
+        metrics = {"kl": (z0 * len(own), len(own))}
+        return Prepared(own, {"reference": both[: len(own)]}, shared={"z0": z0}, metrics=metrics)
 
     def units(self, groups: Sequence[Group]) -> Mapping[str, int]:
         return {"examples": len(groups)}

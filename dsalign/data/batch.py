@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 
 import torch
@@ -67,6 +67,31 @@ def packed(groups: Sequence[Group], device: torch.device) -> Inputs:
     positions = [p for span in spans for p in span.positions()]
     row, where = (torch.tensor([x], device=device) for x in (ids, positions))
     return Inputs(row, *_index(device, predict, targets, states), where, tuple(spans))
+
+
+def joined(groups: Sequence[Group], most: int = 2) -> tuple[list[Group], list[list[int]]]:
+    """(groups, positions): those of the same prompt as one, so that it is computed once, with at most `most`
+    completions where they are not one group's own; positions: which of the given groups each of the new ones holds."""
+    found: list[list[int]] = []
+    room: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> (last group of it, completions that still fit)
+    for i, group in enumerate(groups):
+        at, free = room.get(tuple(group.prompt), (-1, 0))
+        count = len(group.completions)
+        if count <= free:
+            found[at].append(i)
+        else:
+            at, free = len(found), most
+            found.append([i])
+        room[tuple(group.prompt)] = at, free - count
+    return [_joined([groups[i] for i in part]) for part in found], found
+
+
+def _joined(parts: Sequence[Group]) -> Group:
+    if len(parts) == 1:
+        return parts[0]
+    masks = [tuple(m) for g in parts for m in _masks(g)] if any(g.masks is not None for g in parts) else None
+    completions = tuple(c for g in parts for c in g.completions)
+    return replace(parts[0], completions=completions, masks=None if masks is None else tuple(masks))
 
 
 def rows(groups: Sequence[Group], device: torch.device) -> Inputs:

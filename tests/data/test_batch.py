@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import random_groups
 
 from dsalign.algos import Prepared
-from dsalign.data.batch import Span, bins, chunks, cut, micro_batch, num_tokens, packed, rows
+from dsalign.data.batch import Span, bins, chunks, cut, joined, micro_batch, num_tokens, packed, rows
 from dsalign.data.tokenize import Group
 
 CPU = torch.device("cpu")
@@ -140,3 +140,19 @@ def test_num_tokens_counts_each_prompt_once() -> None:
     assert num_tokens([PAIR, LONE]) == 9
     assert num_tokens([PAIR, LONE], shared=False) == 11, "the prompt of two once more"
     assert num_tokens([]) == 0
+
+
+def test_equal_prompts_are_joined() -> None:
+    """Five groups of one completion, prompts 1 2 1 1 and a pair of 1: two completions at most come together, in order,
+    and a group with more of its own stays as it is. A mask on one makes masks for both."""
+
+    def group(i: int, prompt: int, *completions: int, masked: bool = False) -> Group:
+        masks = tuple((False, True) for _ in completions) if masked else None
+        return Group(i, "", (prompt,), tuple((c, 2) for c in completions), "", masks=masks)
+
+    groups = [group(0, 1, 10), group(1, 2, 11), group(2, 1, 12, masked=True), group(3, 1, 13), group(4, 1, 14, 15)]
+    whole, members = joined(groups)
+    assert members == [[0, 2], [1], [3], [4]]
+    assert whole[0].completions == ((10, 2), (12, 2)) and whole[0].masks == ((True, True), (False, True))
+    assert whole[1:] == [groups[1], groups[3], groups[4]]
+    assert joined([]) == ([], [])
