@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -43,6 +44,13 @@ def read_rows(sources: Sequence[str], kind: str, **options: Any) -> list[Row]:
 def from_rows() -> tuple[str, ...]:
     """The algorithms that train on completions of their rows; the others sample their own from prompts."""
     return tuple(name for name in algos.names() if algos.load(name).data != "prompts")
+
+
+def stages_and_tuners(*quick: tuple[str, str]) -> list[Any]:
+    """Parameters (stage, tuner) of a test that trains for many steps: ZeRO 0 to 3, full weights and LoRA; all but the
+    quick ones are slow, as a step's mathematics at every stage have tests of their own."""
+    every = [(stage, tuner) for stage in "0123" for tuner in ("full", "lora")]
+    return [pytest.param(*one, marks=() if one in quick else pytest.mark.slow) for one in every]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

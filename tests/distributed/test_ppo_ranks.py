@@ -9,14 +9,13 @@ import ppo_cases
 import pytest
 import torch
 from peft import PeftModel
-from support import RankPool, tiny_tokenizer
+from support import RankPool, stages_and_tuners, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 STAGES = ("0", "1", "2", "3")
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "tuner"), stages_and_tuners(("0", "full"), ("3", "lora")))
 def test_the_reward_rises(stage: str, tuner: str, tiny: Path, two_ranks: RankPool) -> None:
     """A third of the tokens is rewarded; after 12 rollouts of 16 prompts they are well above a third. At the start
     the policy is the reference: the KL is 0 and the first ratio 1, and the sampler agrees with the trainer."""
