@@ -28,8 +28,9 @@ def selective_logps(
     """Log-probabilities in float32 whatever the dtype of the logits, differentiable in the logits.
 
     logits: [N, V] float; targets: [N] int64 in [0, V) or ignore_index; temperature > 0. Beyond the logits the forward
-    keeps 4 bytes a row and the backward allocates their gradient; with in_place it writes over the logits
-    instead: then nothing else may read them again, and there is one backward. Raises ValueError where shapes, dtypes or `impl` do not fit.
+    keeps 4 bytes a row and the backward allocates their gradient; with in_place it writes over the logits instead:
+    then nothing else may read them again, and there is one backward. Raises ValueError where shapes, dtypes or `impl`
+    do not fit.
     logp = z_y - log sum_v e^(z_v); d logp / d z_v = [v = y] - p_v; entropy = sum_v p_v (log sum_w e^(z_w) - z_v).
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
