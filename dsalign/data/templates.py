@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dsalign.data.chat_templates import BUILT_IN
 from dsalign.data.rows import Message
+from dsalign.data.text_ids import TextIds
 
 NAMES = tuple(BUILT_IN)
+Turns = Sequence[Message]
 
 
 class Encoded(NamedTuple):
@@ -39,16 +41,16 @@ class Template:
     chat_template: str | None
     end_ids: frozenset[int]
 
-    def render(self, prompt: Sequence[Message]) -> str:
+    def render(self, prompt: Turns) -> str:
         """The prompt as text, up to where the answer starts. Raises ValueError where the template refuses it."""
-        return self._render(prompt, add_generation_prompt=True)
+        return self._render_all([prompt], add_generation_prompt=True)[0]
 
-    def encode(self, prompt: Sequence[Message], completions: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    def encode(self, prompt: Turns, completions: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """(prompt ids, completion ids): `encode_many` of one prompt."""
         (encoded,) = self.encode_many([(prompt, completions)])
         return encoded.prompt, encoded.completions
 
-    def encode_many(self, items: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[Encoded]:
+    def encode_many(self, items: Sequence[tuple[Turns, Sequence[str]]]) -> list[Encoded]:
         """Each prompt and its completions, tokenised in one call.
 
         prompt + completion are the ids of the rendered conversation up to the completion's first end token; one is
@@ -56,23 +58,20 @@ class Template:
         longest beginning that all completions of the prompt share. An empty completion is its end token.
         Raises ValueError where the template refuses a conversation, or leaves no prompt token.
         """
-        texts: list[str] = []
-        for prompt, completions in items:
-            texts.append(self.render(prompt))
-            texts += [self._render([*prompt, {"role": "assistant", "content": text}]) for text in completions]
-        ids = iter(self._tokenize(texts))
-        texts_left = iter(texts)
+        openings = self._render_all([prompt for prompt, _ in items], add_generation_prompt=True)
+        rendered = iter(self._render_all([[*prompt, _assistant(a)] for prompt, answers in items for a in answers]))
+        wholes = [[next(rendered) for _ in answers] for _, answers in items]
         found = []
-        for _, completions in items:
-            opening, prompt_text = next(ids), next(texts_left)
-            whole = []
-            for text in completions:
-                full, _ = next(ids), next(texts_left)
-                whole.append(full if text else [*opening, self._first_end(full[_shared(opening, full) :])])
-            found.append(self._split(prompt_text, opening, whole))
+        ids = self.text_ids.branching(list(zip(openings, wholes, strict=True)))
+        for (_, answers), text, (opening, fulls) in zip(items, openings, ids, strict=True):
+            whole = [
+                full if answer else [*opening, self._first_end(full[_shared(opening, full) :])]
+                for answer, full in zip(answers, fulls, strict=True)
+            ]
+            found.append(self._split(text, opening, whole))
         return found
 
-    def encode_turns(self, conversations: Sequence[Sequence[Message]]) -> list[Encoded]:
+    def encode_turns(self, conversations: Sequence[Turns]) -> list[Encoded]:
         """Whole conversations that end with an assistant's turn: the prompt is what stands before the assistant's first
         turn, the one completion all that follows, and its mask has the tokens of every assistant's turn, end tokens
         included. All are tokenised in one call.
@@ -80,23 +79,21 @@ class Template:
         Raises ValueError where the template refuses a conversation, leaves no prompt token, or writes earlier turns
         otherwise once the conversation goes on: then no prefix of the whole says what the model saw.
         """
-        texts: list[str] = []
-        for messages in conversations:
-            texts.append(self._render(messages))
-            for i in _assistants(messages):
-                texts += [self._render(messages[:i], add_generation_prompt=True), self._render(messages[: i + 1])]
-        ids, left = iter(self._tokenize(texts)), iter(texts)
+        turns = [_assistants(messages) for messages in conversations]
+        pairs = list(zip(conversations, turns, strict=True))
+        texts = self._render_all(conversations)
+        openings = iter(self._render_all([m[:i] for m, at in pairs for i in at], add_generation_prompt=True))
+        closings = iter(self._render_all([m[: i + 1] for m, at in pairs for i in at]))
+        parts = [[(next(openings), next(closings)) for _ in at] for at in turns]
+        ids = iter(self.text_ids.of([t for text, cut in zip(texts, parts, strict=True) for t in (text, *sum(cut, ()))]))
         found = []
-        for messages in conversations:
-            whole, whole_text = next(ids), next(left)
-            turns = []
-            for _ in _assistants(messages):
-                opening, opening_text = next(ids), next(left)
-                closed, closed_text = next(ids), next(left)
-                self._check_prefix(opening_text, whole_text)
-                turns.append((opening_text, _shared(opening, whole), _shared(closed, whole)))
-                self._check_prefix(closed_text, whole_text)
-            found.append(self._masked(turns[0][0], whole, [(start, stop) for _, start, stop in turns]))
+        for text, cut in zip(texts, parts, strict=True):
+            whole, spans = next(ids), []
+            for part in cut:
+                for rendered in part:
+                    self._check_prefix(rendered, text)
+                spans.append((_shared(next(ids), whole), _shared(next(ids), whole)))
+            found.append(self._masked(cut[0][0], whole, spans))
         return found
 
     def _check_prefix(self, part: str, whole: str) -> None:
@@ -138,40 +135,38 @@ class Template:
             )
         return Encoded(prompt_text, opening[:cut], [self._ended(ids[cut:]) for ids in whole])
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def _render_all(self, conversations: Sequence[Turns], add_generation_prompt: bool = False) -> list[str]:
+        """Each conversation as text. Raises ValueError that says which turns the template refuses."""
+        if not conversations:
+            return []
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
+            return self._rendered(conversations, add_generation_prompt)
         except (TemplateError, TypeError) as error:
-            roles = ", ".join(message["role"] for message in messages)
+            if len(conversations) > 1:  # one by one, to find it
+                return [self._render_all([turns], add_generation_prompt)[0] for turns in conversations]
+            roles = ", ".join(message["role"] for message in conversations[0])
             raise ValueError(
                 f"template {self.name!r}: expected a conversation it accepts, got turns of {roles}, and it says: "
                 f"{str(error)[:200]}; change the row or name another template"
             ) from error
-        return str(text)
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of rendered texts, with one BOS where the tokenizer puts one in front of plain text."""
-        ids: list[list[int]]
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        else:  # without the wrapping of each result, which takes as long as some of the tokenising
-            backend.no_truncation()
-            backend.no_padding()
-            ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        bos = self.tokenizer.bos_token_id
-        return [x if x[:1] == [bos] else [bos, *x] for x in ids] if self._adds_bos else ids
+    def _rendered(self, conversations: Sequence[Turns], add_generation_prompt: bool = False) -> list[str]:
+        texts: list[str] = self.tokenizer.apply_chat_template(
+            [list(turns) for turns in conversations],
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+        return texts
 
     @cached_property
-    def _adds_bos(self) -> bool:
-        """Whether the tokenizer puts a BOS in front of plain text."""
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [bos]
+    def text_ids(self) -> TextIds:
+        """The tokenizer, as it reads what this template writes."""
+        try:
+            probe = self.render([{"role": "user", "content": "."}])
+        except ValueError:
+            probe = ""
+        return TextIds(self.tokenizer, probe)
 
     def _first_end(self, ids: Sequence[int]) -> int:
         """The first end token of ids, else the one to append."""
@@ -246,9 +241,7 @@ def _checked(template: Template) -> Template:
             "set tokenizer.eos_token, or eos_token_id in the generation config"
         )
     try:
-        template.tokenizer.apply_chat_template(
-            [{"role": "user", "content": "."}], chat_template=template.chat_template, tokenize=False
-        )
+        template._rendered([[{"role": "user", "content": "."}]])
     except TemplateSyntaxError as error:
         raise ValueError(
             f"template {template.name!r}: expected a Jinja template, got an error on line {error.lineno}: "
@@ -259,7 +252,11 @@ def _checked(template: Template) -> Template:
     return template
 
 
-def _assistants(messages: Sequence[Message]) -> list[int]:
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _assistants(messages: Turns) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,6 +14,7 @@ from dsalign.data.templates import Encoded, Template
 
 TRUNCATIONS = ("delete", "left", "right", "raise")
 CHUNK = 1024  # rows a tokenizer call: enough for its threads, little memory
+THREADS = 2  # chunks that are encoded at a time
 TOO_LONG = "longer than max_length"
 NOTHING_LEFT = "no completion token left"
 
@@ -121,24 +123,33 @@ def iter_groups(
 
 
 def _encode(rows: Iterable[Row], template: Template, assistant_turns: str) -> Iterator[tuple[Row, Encoded]]:
-    def encode(part: Sequence[Row]) -> list[Encoded]:
-        if assistant_turns == "last":
-            return template.encode_many([(row.prompt, row.completions) for row in part])
-        answers = [[{"role": "assistant", "content": row.completions[0]}] for row in part]
-        return template.encode_turns([[*row.prompt, *answer] for row, answer in zip(part, answers, strict=True)])
+    """The rows with their ids, in order. Chunks are encoded THREADS at a time: while one is tokenised, which needs no
+    interpreter lock, another is rendered and a third is taken on from here."""
+    template.text_ids  # noqa: B018  # made here, before there are threads
+    left, waiting = iter(rows), deque[tuple[list[Row], Future[list[Encoded]]]]()
+    with ThreadPoolExecutor(THREADS, "tokenize") as pool:
+        while chunk := list(islice(left, CHUNK)):
+            waiting.append((chunk, pool.submit(_encoded, chunk, template, assistant_turns)))
+            if len(waiting) > THREADS:
+                first, found = waiting.popleft()
+                yield from zip(first, found.result(), strict=True)
+        for first, found in waiting:
+            yield from zip(first, found.result(), strict=True)
 
-    left = iter(rows)
-    while chunk := list(islice(left, CHUNK)):
-        try:
-            encoded = encode(chunk)
-        except ValueError:
-            for row in chunk:  # one by one, to name the row
-                try:
-                    encode([row])
-                except ValueError as error:
-                    raise ValueError(f"{row.where}: {error}") from error
-            raise
-        yield from zip(chunk, encoded, strict=True)
+
+def _encoded(rows: Sequence[Row], template: Template, assistant_turns: str) -> list[Encoded]:
+    """Raises ValueError that names the first row that the template refuses."""
+    try:
+        if assistant_turns == "last":
+            return template.encode_many([(row.prompt, row.completions) for row in rows])
+        answers = [[{"role": "assistant", "content": row.completions[0]}] for row in rows]
+        return template.encode_turns([[*row.prompt, *answer] for row, answer in zip(rows, answers, strict=True)])
+    except ValueError as error:
+        if len(rows) == 1:
+            raise ValueError(f"{rows[0].where}: {error}") from error
+        for row in rows:
+            _encoded([row], template, assistant_turns)
+        raise
 
 
 Ids = list[int]

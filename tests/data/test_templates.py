@@ -177,7 +177,8 @@ def test_prompt_and_completion_are_the_whole(make_tokenizer, name, prompt, compl
     messages = [{"role": "user", "content": prompt}]
     shared, encoded = template.encode(messages, completions)
     for text, completion in zip(completions, encoded, strict=True):
-        whole = template._render([*messages, {"role": "assistant", "content": text}]).removeprefix("<s>")
+        (whole,) = template._rendered([[*messages, {"role": "assistant", "content": text}]])
+        whole = whole.removeprefix("<s>")
         decoded = template.tokenizer.decode([*shared, *completion[:-1]]).removeprefix("<s>")
         assert whole.startswith(decoded) and whole.removeprefix(decoded) in ("", "</s>", "<|im_end|>\n")
         assert completion[-1] in template.end_ids
