@@ -92,6 +92,7 @@ class RunConfig(BaseModel):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="stop at a row that cannot be used, or leave it out and count it"
     )
+    streaming: bool = Field(False, description="read hub data sets without keeping them on disk, only their tokens")
     val_dataset: tuple[str, ...] = Field((), description="rows to evaluate on, named like dataset")
     split_dataset_ratio: float = Field(0.0, ge=0, lt=1, description="share of dataset to evaluate on, in [0, 1)")
     columns: dict[str, str] = Field({}, description="columns to rename, theirs=ours")

@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from operator import mul
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from dsalign import data
 from dsalign.config import RunConfig
+from dsalign.data.readers import version
 from dsalign.data.rows import Row, Skipped, iter_rows
 from dsalign.data.store import GroupStore, write
 from dsalign.data.templates import Template, load_template
@@ -44,37 +51,36 @@ def tokenized(
 ) -> tuple[Tokenized, Skipped]:
     """The groups of some data sets, and the bad rows that were left out, where the run leaves them out.
 
-    From STORE_FROM rows on the groups are kept on disk, by a hash of the rows and of all that makes tokens of them:
+    From STORE_FROM rows on the groups are kept on disk, by a hash of the files and of all that makes tokens of them:
     memory does not grow with them, one process of a machine prepares, and the next run finds them.
     Raises ValueError for the first row that cannot be used, where it does not; and where no row is left.
     """
     skipped = Skipped()
-    first: list[Row] = []
-    hashed = hashlib.sha256(repr(_how(config, template)).encode())
-    count = 0
-    for row in _rows(config, sources, weights, skipped):
-        hashed.update(repr(row).encode())
-        count += 1
-        if count <= STORE_FROM:
-            first.append(row)
+    rows = _rows(config, sources, weights, skipped)
+    first = deque(islice(rows, STORE_FROM))
     options: dict[str, Any] = {
         "max_length": config.max_length,
         "truncation": config.truncation_strategy,
         "assistant_turns": config.assistant_turns,
     }
-    if count < STORE_FROM:
+    if len(first) < STORE_FROM:
         return tokenize_rows(first, template, **options), skipped
-    first.clear()
-    folder = cache_folder() / "data" / hashed.hexdigest()[:32]
+    versions = [version(source) for source in sources]
+    made_of = ([digest for digest, _ in versions], weights, _how(config, template))
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
+    folder = cache_folder() / "data" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with FileLock(folder.with_name(f".{name}.lock")):
         store = _found(folder)
         if store is None:
-            tally, rows = Tally(), _rows(config, sources, weights, Skipped())
-            groups = iter_groups(rows, template, tally=tally, **options)
-            store = write(_progress(groups, tally, count), tally, folder)
+            known = [n for _, n in versions if n is not None]
+            times = weights or [1.0] * len(sources)
+            total = sum(map(mul, known, times)) if len(known) == len(sources) else None
+            tally = Tally()
+            groups = iter_groups(chain(_drained(first), rows), template, tally=tally, **options)
+            store = write(_progress(groups, tally, total), tally, skipped, folder)
     counts = store.counts
-    return Tokenized(store, counts.num_rows, counts.dropped, counts.truncated), skipped
+    return Tokenized(store, counts.num_rows, counts.dropped, counts.truncated), counts.skipped
 
 
 def _rows(config: RunConfig, sources: Sequence[str], weights: Sequence[float], skipped: Skipped) -> Iterator[Row]:
@@ -85,18 +91,28 @@ def _rows(config: RunConfig, sources: Sequence[str], weights: Sequence[float], s
         system=config.system,
         seed=config.seed,
         weights=weights,
+        streaming=config.streaming,
         skipped=skipped if config.on_bad_row == "skip" else None,
     )
 
 
+def _drained(rows: deque[Row]) -> Iterator[Row]:
+    """The rows, none held once it was taken."""
+    while rows:
+        yield rows.popleft()
+
+
 def _how(config: RunConfig, template: Template) -> tuple[Any, ...]:
-    """All that makes tokens of rows."""
+    """All that makes tokens of files: settings, template, tokenizer, and the code itself."""
     tokenizer = template.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     written = template.chat_template or tokenizer.chat_template
+    rows = (config.algorithm.data, sorted(config.columns.items()), config.system, config.seed, config.on_bad_row)
     lengths = (config.max_length, config.truncation_strategy, config.assistant_turns)
-    return vocabulary, written, sorted(template.end_ids), tokenizer.bos_token_id, tokenizer.eos_token_id, lengths
+    code = [path.read_text(encoding="utf-8") for path in sorted(Path(data.__file__).parent.glob("*.py"))]
+    ends = (sorted(template.end_ids), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return rows, lengths, vocabulary, written, ends, code, transformers.__version__, tokenizers.__version__
 
 
 def _found(folder: Path) -> GroupStore | None:
@@ -109,8 +125,8 @@ def _found(folder: Path) -> GroupStore | None:
         return None
 
 
-def _progress(groups: Iterable[Group], tally: Tally, total: int) -> Iterator[Group]:
-    """The groups, with a line every SAID_EVERY_S seconds."""
+def _progress(groups: Iterable[Group], tally: Tally, total: float | None) -> Iterator[Group]:
+    """The groups, with a line every SAID_EVERY_S seconds. total: about how many rows there are, where that is known."""
     start = said = time.monotonic()
     for group in groups:
         yield group
@@ -118,8 +134,10 @@ def _progress(groups: Iterable[Group], tally: Tally, total: int) -> Iterator[Gro
         if now - said >= SAID_EVERY_S:
             said = now
             rate = tally.num_rows / (now - start)
-            left = (total - tally.num_rows) / rate
-            logger.info("tokenised %d of %d rows, %.0f rows/s, %.0f s left", tally.num_rows, total, rate, left)
+            of, left = "", ""
+            if total is not None:
+                of, left = f" of about {total:.0f}", f", {max(total - tally.num_rows, 0) / rate:.0f} s left"
+            logger.info("tokenised %d%s rows, %.0f rows/s%s", tally.num_rows, of, rate, left)
 
 
 def losses(found: Tokenized, skipped: Skipped) -> list[str]:

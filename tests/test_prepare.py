@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
 from support import tiny_folder
 
 from dsalign import prepare
 from dsalign.config import parse
+from dsalign.data import readers
+from dsalign.data.rows import Row, iter_rows
 from dsalign.data.store import GroupStore
 from dsalign.models import load
 from dsalign.models.names import resolve
@@ -81,6 +87,47 @@ def test_a_changed_row_is_a_miss_and_the_same_rows_are_found(case: Case) -> None
     assert len(case.stores()) == 2
 
 
+def test_rows_are_read_once_when_they_are_kept_and_the_first_when_they_are_found(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+
+    def counted(*args: Any, **how: Any) -> Iterator[Row]:
+        for row in iter_rows(*args, **how):
+            taken.append(row.where)
+            yield row
+
+    monkeypatch.setattr(prepare, "iter_rows", counted)
+    case.read()
+    assert len(taken) == 8
+    case.read()
+    assert len(taken) == 8 + 4
+
+
+def test_other_code_is_a_miss(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter or template that was corrected makes other tokens of the same files."""
+    case.read()
+    monkeypatch.setattr(prepare.data, "__file__", str(case.rows))
+    case.read()
+    assert len(case.stores()) == 2
+
+
+def test_a_hub_data_set_is_found_again_and_streamed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local folder stands for the hub's: its rows are the file's, streamed or not."""
+    rows = list(case.read()[0].groups)
+    monkeypatch.chdir(case.rows.parent)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(case.kept / "datasets"))
+    (case.rows.parent / "repo").mkdir()
+    case.rows.rename(case.rows.parent / "repo" / "train.jsonl")
+    monkeypatch.setattr(readers, "_local", lambda name: None)
+    case.rows = Path("repo")
+    for words in (["--streaming", "true"], []):
+        found, _ = case.read(*words)
+        assert [replace(group, where="") for group in found.groups] == [replace(group, where="") for group in rows]
+        assert [group.where for group in found.groups[:2]] == ["repo:row 1", "repo:row 2"]
+        assert len(case.stores()) == 2
+
+
 def test_a_broken_store_is_made_again_and_said(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     before = list(case.read()[0].groups)
     (name,) = case.stores()
@@ -110,4 +157,4 @@ def test_progress_is_said(case: Case, monkeypatch: pytest.MonkeyPatch, caplog: p
     monkeypatch.setattr(prepare, "SAID_EVERY_S", 0.0)
     with caplog.at_level("INFO", logger="dsalign"):
         case.read()
-    assert caplog.records[-1].message.startswith("tokenised 8 of 8 rows, ")
+    assert caplog.records[-1].message.startswith("tokenised 8 of about 8 rows, ")

@@ -56,6 +56,7 @@ def iter_rows(
     system: str | None = None,
     seed: int = 42,
     weights: Sequence[float] = (),
+    streaming: bool = False,
     skipped: Skipped | None = None,
 ) -> Iterator[Row]:
     """The rows of all sources, one source after the other, in stored order, read as they are asked for.
@@ -63,7 +64,8 @@ def iter_rows(
     sources: files, folders, globs, demo rows, hub names or registered short names, each with an optional "#n" (a sample
     of n rows, fixed by `seed`). kind: one of KINDS. columns: {theirs: ours}. system: put in front where a row has none.
     weights: how many times the rows of each source are taken; 2.5 = twice, and each with probability 0.5 once more,
-    fixed by `seed`; none = once each. skipped: where bad rows are counted instead of raised.
+    fixed by `seed`; none = once each. streaming: hub data sets are read without keeping them on disk. skipped: where
+    bad rows are counted instead of raised.
     A string prompt is one user turn. Of a conversation with several answers the last is the completion.
     Raises RowError (a ValueError) for the first row that cannot be used, ValueError for a bad argument or source.
     """
@@ -91,7 +93,7 @@ def iter_rows(
         for turn in range(math.ceil(weight)):
             draw = random.Random(f"dsalign weights {seed} {source}")
             share = min(1.0, weight - turn)
-            for item in read_source(source, seed):
+            for item in read_source(source, seed, streaming):
                 if (share == 1 or draw.random() < share) and (row := convert(item)) is not None:
                     yield row
     if missing:

@@ -14,10 +14,11 @@ from typing import Any, overload
 
 import numpy as np
 
-from dsalign.data.tokenize import Group
+from dsalign.data.rows import Skipped
+from dsalign.data.tokenize import Group, Tally
 
 IDS, KNOWN, INDEX, MANIFEST = "ids.bin", "known.bin", "index.bin", "manifest.json"
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 BLOCK = 1 << 20
 
 
@@ -28,6 +29,7 @@ class Counts:
     num_rows: int
     dropped: Mapping[str, int]
     truncated: int
+    skipped: Skipped
 
 
 class GroupStore(Sequence[Group]):
@@ -43,7 +45,8 @@ class GroupStore(Sequence[Group]):
             raise ValueError(f"{folder}: its files cannot be read: {error}") from error
         if manifest.get("format") != FORMAT or manifest["files"] != files:
             raise ValueError(f"{folder}: its files are not those that were written")
-        self.counts = Counts(manifest["num_rows"], manifest["dropped"], manifest["truncated"])
+        skipped = Skipped(*manifest["skipped"])
+        self.counts = Counts(manifest["num_rows"], manifest["dropped"], manifest["truncated"], skipped)
         self._index = np.memmap(folder / INDEX, dtype=np.int64, mode="r").reshape(-1, 2)
         self._ids, self._known = (_map(folder / name) for name in (IDS, KNOWN))
 
@@ -83,10 +86,12 @@ class Part(Sequence[Group]):
         return self._groups[self._positions[at]]
 
 
-def write(groups: Iterable[Group], counts: Any, folder: Path) -> GroupStore:
-    """The store of some groups, numbered from 0 as they come; counts: num_rows, dropped and truncated once the last
-    group was taken. The folder appears when it is whole: until then it has another name. Of further columns, what JSON
-    does not have becomes its text."""
+def write(groups: Iterable[Group], tally: Tally, skipped: Skipped, folder: Path) -> GroupStore:
+    """The store of some groups, numbered from 0 as they come; tally and skipped are read after the last was taken.
+
+    The folder appears when it is whole: until then it has another name. Of further columns, what JSON does not have
+    becomes its text.
+    """
     staging = folder.with_name(f".staging-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)  # what a run that was stopped left
     staging.mkdir(parents=True)
@@ -101,9 +106,10 @@ def write(groups: Iterable[Group], counts: Any, folder: Path) -> GroupStore:
         c.write(array("q", [ids, known]).tobytes())
     manifest = {
         "format": FORMAT,
-        "num_rows": counts.num_rows,
-        "dropped": dict(counts.dropped),
-        "truncated": counts.truncated,
+        "num_rows": tally.num_rows,
+        "dropped": dict(tally.dropped),
+        "truncated": tally.truncated,
+        "skipped": [skipped.count, skipped.first],
         "files": {name: _digest(staging / name) for name in (IDS, KNOWN, INDEX)},
     }
     (staging / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")

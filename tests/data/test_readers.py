@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsalign.data import readers, text_files
-from dsalign.data.readers import read_source
+from dsalign.data import hub as hub_module
+from dsalign.data import text_files
+from dsalign.data.readers import read_source, version
 from dsalign.data.records import RowError, rename, shorten
 from dsalign.data.registry import REGISTERED, transcript
 from dsalign.data.rows import iter_rows
@@ -180,6 +182,39 @@ def test_what_is_written_is_read_in_every_format(tmp_path_factory, rows):
         assert [row for _, row in read(str(path))] == rows, path.name
 
 
+# --- what changes with the records --------------------------------------------------------------------------------
+
+
+def test_a_version_is_that_of_names_and_bytes(write):
+    name = write("d/a.jsonl", [{"a": 1}, {"a": 2}])
+    first = version(name)
+    write("d/a.jsonl", [{"a": 1}, {"a": 2}])
+    assert version(name) == first and first[1] == 2
+    others = [version(source) for source in ("d", f"{name}#1", "d/*.jsonl", "./d/a.jsonl")]
+    write("d/b.csv", "a\n1\n")
+    others += [version("d")]
+    write("d/a.jsonl", [{"a": 1}, {"a": 3}])
+    others += [version(name), version("d")]
+    assert len({first, *others}) == 8
+
+
+def test_how_many_rows_there_are_about_is_known_without_parsing(write):
+    parquet(write("a.parquet", ""), [{"a": 1}] * 5)
+    write("b.csv", "a\n1\n2\n")
+    write("c.json", "[]")
+    assert [version(name)[1] for name in ("a.parquet", "b.csv", "c.json", "a.parquet#2")] == [5, 3, None, 2]
+    assert version(write("d.parquet", "no parquet"))[1] is None
+
+
+def test_a_version_of_a_hub_data_set_changes_with_it(write, hub):
+    write("repo/data/train.jsonl", [{"a": 1}])
+    first, rows = hub_module.version("repo")
+    assert rows is None and hub("repo") == [("repo:row 1", {"a": 1})]
+    assert hub_module.version("repo") == (first, 1)  # known once it was prepared
+    write("repo/data/train.jsonl", [{"a": 1}, {"a": 22}])
+    assert hub_module.version("repo")[0] != first
+
+
 # --- the hub ------------------------------------------------------------------------------------------------------
 
 
@@ -188,14 +223,14 @@ def hub(monkeypatch, tmp_path):
     """Local folders stand for hub repositories: the code path of the library is the same."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    return lambda name: list(raised(readers._hub(name)))
+    return lambda name, **how: list(raised(hub_module.records(name, **how)))
 
 
 def register(monkeypatch, short, folder):
     """The registered data set, with a local folder in the place of its hub repository."""
     known = REGISTERED[short]
     moved = dataclasses.replace(known, hub_name=folder)
-    monkeypatch.setattr(readers, "REGISTERED", {**REGISTERED, short: moved})
+    monkeypatch.setattr(hub_module, "REGISTERED", {**REGISTERED, short: moved})
 
 
 def test_hub_reads_the_train_split(write, hub):
@@ -207,17 +242,50 @@ def test_hub_reads_the_train_split(write, hub):
     assert hub("parquets") == [("parquets:row 1", {"a": "x"})]
 
 
+def test_a_stream_has_the_rows_of_the_split(write, hub, monkeypatch):
+    """Nothing is kept: the folder of prepared sets stays as it is."""
+    write("repo/data/train.jsonl", [{"a": 1}, {"a": 2}])
+    write("repo/data/test.jsonl", [{"a": 3}])
+    assert hub("repo", streaming=True) == [("repo:row 1", {"a": 1}), ("repo:row 2", {"a": 2})]
+    assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow"))
+    write("hh/harmless_base_cn_train.jsonl", [{"question": "a"}])
+    register(monkeypatch, "hh-rlhf-cn-harmless-base-cn", "hh")
+    with pytest.raises(RowError, match=r"cn:row 1: expected the columns of .*KeyError"):
+        hub("hh-rlhf-cn-harmless-base-cn", streaming=True)
+
+
+def test_a_stream_cannot_be_sampled(write):
+    with pytest.raises(ValueError, match=r"^data set 'a/b#5': cannot sample rows of a stream; leave out #5 or --strea"):
+        list(read_source("a/b#5", 0, streaming=True))
+    name = write("a.jsonl", [{"a": 1}, {"a": 2}])
+    assert len(list(read_source(f"{name}#1", 0, streaming=True))) == 1  # a file is no stream
+
+
+def test_a_stream_that_breaks_off_names_the_row(monkeypatch):
+    def rows():
+        yield {"a": 1}
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(hub_module, "load_dataset", lambda *_, **__: rows())
+    found = hub_module.records("a/b", streaming=True)
+    assert next(found).where == "a/b:row 1"
+    with pytest.raises(ValueError, match=r"^data set 'a/b': expected a row after row 1, got ConnectionError: 'reset'"):
+        next(found)
+
+
 def test_hub_failure_names_the_cause_and_the_short_names(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(readers, "load_dataset", unreachable)
+    monkeypatch.setattr(hub_module, "load_dataset", unreachable)
+    monkeypatch.setattr(hub_module, "load_dataset_builder", unreachable)
     with pytest.raises(
         ValueError, match=r"data set 'ultrafeedback-kt'.*gave ConnectionError: 'no route'; did you mean"
     ):
         read("ultrafeedback-kt")
-    with pytest.raises(ValueError, match=r"one of .*ultrafeedback-kto, .*; loading 'a/b' .*check the name and"):
-        read("a/b")
+    for find in (read, version):
+        with pytest.raises(ValueError, match=r"one of .*ultrafeedback-kto, .*; loading 'a/b' .*check the name and"):
+            find("a/b")
     with pytest.raises(ValueError, match=r"loading 'dikw/hh_rlhf_cn' .*check the name and the network"):
         read("hh-rlhf-cn-harmless-base-cn")
 
@@ -307,8 +375,8 @@ def test_registered_schemas_become_rows(short, write, hub, monkeypatch):
     register(monkeypatch, short, "there")
     if REGISTERED[short].split != "train":
         split = {REGISTERED[short].split: f"data/{REGISTERED[short].split}.jsonl"}
-        plain = readers.load_dataset
-        monkeypatch.setattr(readers, "load_dataset", lambda name, **more: plain(name, **{**more, "data_files": split}))
+        load = hub_module.load_dataset
+        monkeypatch.setattr(hub_module, "load_dataset", lambda name, **how: load(name, **{**how, "data_files": split}))
     (found,) = iter_rows([short], kind)
     assert found.prompt[-1]["content"] == prompt and list(found.completions) == completions
     if "system" in row:
