@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from dsalign import data
 from dsalign.config import RunConfig
 from dsalign.data.readers import version
-from dsalign.data.rows import Row, Skipped, iter_rows
+from dsalign.data.records import Row
+from dsalign.data.rows import Skipped, iter_rows
 from dsalign.data.store import GroupStore, write
 from dsalign.data.templates import Template, load_template
 from dsalign.data.tokenize import Group, Tally, Tokenized, iter_groups, tokenize_rows

@@ -19,7 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsalign import algos
-from dsalign.data.rows import Row, iter_rows
+from dsalign.data.records import Row
+from dsalign.data.rows import iter_rows
 from dsalign.data.tokenize import Group
 
 ALGORITHMS = {  # settings that make a loss depend on the whole batch, where the defaults do not

@@ -12,8 +12,8 @@ from support import read_rows
 from dsalign import algos, assets
 from dsalign.assets.rewards import FUNCTIONS, friendly
 from dsalign.config import RUN_OPTIONS
-from dsalign.data.records import RowError
-from dsalign.data.rows import KINDS, Row
+from dsalign.data.formats import KINDS
+from dsalign.data.records import Row, RowError
 from dsalign.models.names import EMBEDDED
 
 

@@ -23,7 +23,7 @@ from dsalign import algos, options
 from dsalign.algos import Loss, Output, Prepared
 from dsalign.config import ConfigError
 from dsalign.data.batch import cut, rows
-from dsalign.data.rows import KINDS
+from dsalign.data.formats import KINDS
 from dsalign.models import load
 from dsalign.models.load import VALUE_ROLES
 from dsalign.models.names import resolve

@@ -16,7 +16,8 @@ from support import tiny_folder
 from dsalign import prepare
 from dsalign.config import parse
 from dsalign.data import readers
-from dsalign.data.rows import Row, iter_rows
+from dsalign.data.records import Row
+from dsalign.data.rows import iter_rows
 from dsalign.data.store import GroupStore
 from dsalign.models import load
 from dsalign.models.names import resolve

@@ -18,16 +18,32 @@ class BuiltIn(NamedTuple):
 
 _EACH = "{% for message in messages %}"
 _OPEN = "{% if add_generation_prompt %}"
+# Tools between tags, as models of the Hermes and Qwen families have them: what can be called in the system's turn, a
+# call behind the assistant's text, what tools answered in a turn of the user.
 CHATML = (
-    _EACH + "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + TURN_END + '\\n' }}{% endfor %}"
-    "" + _OPEN + "{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% set turns = messages %}{% if tools %}"
+    "{{ '<|im_start|>system\\n' }}{% if messages and messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] + '\\n\\n' }}{% set turns = messages[1:] %}{% endif %}"
+    "{{ 'These functions can be called:\\n<tools>\\n' }}"
+    "{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}"
+    '{{ \'</tools>\\nA call is written as\\n<tool_call>\\n{"name": name, "arguments": {...}}\\n</tool_call>\' }}'
+    "{{ TURN_END + '\\n' }}{% endif %}"
+    "{% for message in turns %}{% if message['role'] == 'tool' %}"
+    "{% if loop.first or loop.previtem['role'] != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem['role'] != 'tool' %}{{ TURN_END + '\\n' }}{% endif %}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{% if message['content'] or not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<tool_call>\\n' + call['function'] | tojson + '\\n</tool_call>' }}{% endfor %}"
+    "{{ TURN_END + '\\n' }}{% endif %}{% endfor %}" + _OPEN + "{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # Families without a system role put it in front of the first question.
 _SYSTEM_FIRST = (
     "{% if messages and messages[0]['role'] == 'system' %}"
     "{% set opening = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] %}"
     "{% else %}{% set opening = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}"
+    "{% for message in turns %}{% if message['role'] == 'tool' %}{{ raise_exception('no turn of a tool') }}{% endif %}"
     "{% set text = (opening if loop.first else '') + message['content'] %}"
 )
 
@@ -35,7 +51,8 @@ BUILT_IN: dict[str, BuiltIn] = {
     "chatml": BuiltIn(CHATML, "<|im_end|>"),
     "qwen": BuiltIn(
         "{% if not messages or messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\\nYou are a helpful assistant.' + TURN_END + '\\n' }}{% endif %}" + CHATML,
+        "{% set messages = [{'role': 'system', 'content': 'You are a helpful assistant.'}] + messages %}{% endif %}"
+        "" + CHATML,
         "<|im_end|>",
     ),
     "llama3": BuiltIn(

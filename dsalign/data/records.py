@@ -1,9 +1,17 @@
-"""What every reader gives, and what is said of a row that cannot be used."""
+"""What every reader gives, what is made of it, and what is said of a row that cannot be used."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}. An assistant may also have tool_calls,
+# [{"type": "function", "function": {"name": text, "arguments": {...}}}], and reasoning_content, text; a tool its name.
+Message = Mapping[str, Any]
+Tool = Mapping[str, Any]  # {"type": "function", "function": {"name": text, ...}}: a JSON schema
+Answer = str | Message  # text, or an assistant's message that has more than text
+Turns = list[Message]
 
 SHOWN = 200  # characters of a bad value that a message repeats
 
@@ -18,6 +26,19 @@ class Record(NamedTuple):
     where: str  # "pairs.jsonl:3", the path as the user typed it; "pairs.parquet:row 3"
     values: Mapping[str, Any]
     text_only: bool = False  # CSV: every value is text, so numbers and booleans arrive as words
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt and the answers to it, as text."""
+
+    where: str  # file and line, as the user typed the file
+    prompt: tuple[Message, ...]  # system?, user, assistant, tool, ..., user or tool
+    completions: tuple[Answer, ...]  # "pairs": (chosen, rejected); "labels", "demonstrations": one; "prompts": none
+    label: bool | None = None  # "labels" only: True = desirable
+    margin: float | None = None  # "pairs" only, units of reward
+    columns: Mapping[str, object] = field(default_factory=dict)  # what no format took
+    tools: tuple[Tool, ...] = ()  # the functions that the assistant may call
 
 
 def shorten(value: object) -> str:

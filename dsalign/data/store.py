@@ -123,6 +123,7 @@ def _kept(group: Group) -> dict[str, Any]:
     found: dict[str, Any] = {"n": [len(group.prompt), *map(len, group.completions)]}
     found |= {"w": group.where, "t": group.prompt_text, "l": group.label, "m": group.margin}
     found |= {"c": group.columns, "u": group.turns, "k": group.masks and [list(map(int, m)) for m in group.masks]}
+    found["o"] = group.tools
     return {name: value for name, value in found.items() if value not in (None, {}, ())}
 
 
@@ -141,6 +142,7 @@ def _restored(ids: array[int], known: Mapping[str, Any], index: int) -> Group:
         known.get("c", {}),
         tuple(known.get("u", ())),
         masks and tuple(tuple(map(bool, mask)) for mask in masks),
+        tuple(known.get("o", ())),
     )
 
 

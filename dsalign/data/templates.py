@@ -13,11 +13,15 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from dsalign.data.chat_templates import BUILT_IN
-from dsalign.data.rows import Message
+from dsalign.data.fields import REASONING
+from dsalign.data.records import Answer, Message, Tool
 from dsalign.data.text_ids import TextIds
 
 NAMES = tuple(BUILT_IN)
+PLAIN = {"role", "content", "name"}  # what every template writes, and the name of who answers for a tool
+WRITTEN_AS = {"reasoning_content": REASONING}
 Turns = Sequence[Message]
+Tools = Sequence[Tool]
 
 
 class Encoded(NamedTuple):
@@ -41,25 +45,28 @@ class Template:
     chat_template: str | None
     end_ids: frozenset[int]
 
-    def render(self, prompt: Turns) -> str:
+    def render(self, prompt: Turns, tools: Tools = ()) -> str:
         """The prompt as text, up to where the answer starts. Raises ValueError where the template refuses it."""
-        return self._render_all([prompt], add_generation_prompt=True)[0]
+        return self._render_all([(prompt, tools)], add_generation_prompt=True)[0]
 
-    def encode(self, prompt: Turns, completions: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    def encode(self, prompt: Turns, completions: Sequence[Answer]) -> tuple[list[int], list[list[int]]]:
         """(prompt ids, completion ids): `encode_many` of one prompt."""
         (encoded,) = self.encode_many([(prompt, completions)])
         return encoded.prompt, encoded.completions
 
-    def encode_many(self, items: Sequence[tuple[Turns, Sequence[str]]]) -> list[Encoded]:
-        """Each prompt and its completions, tokenised in one call.
+    def encode_many(
+        self, items: Sequence[tuple[Turns, Sequence[Answer]]], tools: Sequence[Tools] = ()
+    ) -> list[Encoded]:
+        """Each prompt and its completions, tokenised in one call. tools: what each conversation may call; () = nothing.
 
         prompt + completion are the ids of the rendered conversation up to the completion's first end token; one is
         appended where there is none. The prompt is the generation prompt, or, where the answer merges with it, the
         longest beginning that all completions of the prompt share. An empty completion is its end token.
         Raises ValueError where the template refuses a conversation, or leaves no prompt token.
         """
-        openings = self._render_all([prompt for prompt, _ in items], add_generation_prompt=True)
-        rendered = iter(self._render_all([[*prompt, _assistant(a)] for prompt, answers in items for a in answers]))
+        given = list(zip(items, tools or [()] * len(items), strict=True))
+        openings = self._render_all([(prompt, own) for (prompt, _), own in given], add_generation_prompt=True)
+        rendered = iter(self._render_all([([*p, assistant(a)], own) for (p, answers), own in given for a in answers]))
         wholes = [[next(rendered) for _ in answers] for _, answers in items]
         found = []
         ids = self.text_ids.branching(list(zip(openings, wholes, strict=True)))
@@ -71,19 +78,20 @@ class Template:
             found.append(self._split(text, opening, whole))
         return found
 
-    def encode_turns(self, conversations: Sequence[Turns]) -> list[Encoded]:
+    def encode_turns(self, conversations: Sequence[Turns], tools: Sequence[Tools] = ()) -> list[Encoded]:
         """Whole conversations that end with an assistant's turn: the prompt is what stands before the assistant's first
         turn, the one completion all that follows, and its mask has the tokens of every assistant's turn, end tokens
-        included. All are tokenised in one call.
+        included. All are tokenised in one call. tools: as in `encode_many`.
 
         Raises ValueError where the template refuses a conversation, leaves no prompt token, or writes earlier turns
         otherwise once the conversation goes on: then no prefix of the whole says what the model saw.
         """
         turns = [_assistants(messages) for messages in conversations]
-        pairs = list(zip(conversations, turns, strict=True))
-        texts = self._render_all(conversations)
-        openings = iter(self._render_all([m[:i] for m, at in pairs for i in at], add_generation_prompt=True))
-        closings = iter(self._render_all([m[: i + 1] for m, at in pairs for i in at]))
+        given = list(zip(conversations, tools or [()] * len(conversations), strict=True))
+        pairs = list(zip(given, turns, strict=True))
+        texts = self._render_all(given)
+        openings = iter(self._render_all([(m[:i], own) for (m, own), at in pairs for i in at], True))
+        closings = iter(self._render_all([(m[: i + 1], own) for (m, own), at in pairs for i in at]))
         parts = [[(next(openings), next(closings)) for _ in at] for at in turns]
         ids = iter(self.text_ids.of([t for text, cut in zip(texts, parts, strict=True) for t in (text, *sum(cut, ()))]))
         found = []
@@ -135,24 +143,49 @@ class Template:
             )
         return Encoded(prompt_text, opening[:cut], [self._ended(ids[cut:]) for ids in whole])
 
-    def _render_all(self, conversations: Sequence[Turns], add_generation_prompt: bool = False) -> list[str]:
+    def _render_all(
+        self, conversations: Sequence[tuple[Turns, Tools]], add_generation_prompt: bool = False
+    ) -> list[str]:
         """Each conversation as text. Raises ValueError that says which turns the template refuses."""
+        if not any(tools or any(turn.keys() - PLAIN for turn in turns) for turns, tools in conversations):
+            return self._rendered([turns for turns, _ in conversations], add_generation_prompt)
+        return [self._with_tools(*conversation, add_generation_prompt) for conversation in conversations]
+
+    def _with_tools(self, turns: Turns, tools: Tools, add_generation_prompt: bool) -> str:
+        for name in {name for turn in turns for name in turn} - PLAIN | ({"tools"} if tools else set()):
+            if not any(word in self._source for word in WRITTEN_AS.get(name, (name,))):
+                raise ValueError(
+                    f"template {self.name!r}: expected a template that writes {name}, got one that does not name them; "
+                    "use a model whose own template does, --template chatml or qwen, or leave them out of the row"
+                )
+        return self._rendered([turns], add_generation_prompt, list(tools) or None)[0]
+
+    @cached_property
+    def _source(self) -> str:
+        return str(self.chat_template or self.tokenizer.chat_template)
+
+    def _rendered(
+        self, conversations: Sequence[Turns], add_generation_prompt: bool = False, tools: list[Tool] | None = None
+    ) -> list[str]:
         if not conversations:
             return []
         try:
-            return self._rendered(conversations, add_generation_prompt)
+            return self._applied(conversations, add_generation_prompt, tools)
         except (TemplateError, TypeError) as error:
             if len(conversations) > 1:  # one by one, to find it
-                return [self._render_all([turns], add_generation_prompt)[0] for turns in conversations]
+                return [self._rendered([turns], add_generation_prompt, tools)[0] for turns in conversations]
             roles = ", ".join(message["role"] for message in conversations[0])
             raise ValueError(
                 f"template {self.name!r}: expected a conversation it accepts, got turns of {roles}, and it says: "
                 f"{str(error)[:200]}; change the row or name another template"
             ) from error
 
-    def _rendered(self, conversations: Sequence[Turns], add_generation_prompt: bool = False) -> list[str]:
+    def _applied(
+        self, conversations: Sequence[Turns], add_generation_prompt: bool = False, tools: list[Tool] | None = None
+    ) -> list[str]:
         texts: list[str] = self.tokenizer.apply_chat_template(
             [list(turns) for turns in conversations],
+            tools=tools,
             chat_template=self.chat_template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
@@ -241,7 +274,7 @@ def _checked(template: Template) -> Template:
             "set tokenizer.eos_token, or eos_token_id in the generation config"
         )
     try:
-        template._rendered([[{"role": "user", "content": "."}]])
+        template._applied([[{"role": "user", "content": "."}]])
     except TemplateSyntaxError as error:
         raise ValueError(
             f"template {template.name!r}: expected a Jinja template, got an error on line {error.lineno}: "
@@ -252,8 +285,9 @@ def _checked(template: Template) -> Template:
     return template
 
 
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+def assistant(answer: Answer) -> Message:
+    """The answer as the message it is."""
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
 
 
 def _assistants(messages: Turns) -> list[int]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from dsalign.data.rows import Message, Row
-from dsalign.data.templates import Encoded, Template
+from dsalign.data.records import Message, Row, Tool
+from dsalign.data.templates import Encoded, Template, assistant
 
 TRUNCATIONS = ("delete", "left", "right", "raise")
 CHUNK = 1024  # rows a tokenizer call: enough for its threads, little memory
@@ -33,6 +33,7 @@ class Group:
     columns: Mapping[str, object] = field(default_factory=dict)  # what no format took
     turns: tuple[Message, ...] = ()  # the prompt's messages, where there is no completion: for another model's template
     masks: tuple[tuple[bool, ...], ...] | None = None  # which completion tokens count; None = all
+    tools: tuple[Tool, ...] = ()  # what the prompt lets the assistant call, where there is no completion
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -112,7 +113,7 @@ def iter_groups(
         shared_prompt = tuple(map(share, prompt, prompt))
         known = (row.label, row.margin, row.columns, () if ids else row.prompt)
         kept = None if masks is None or all(map(all, masks)) else tuple(map(tuple, masks))
-        yield Group(made, row.where, shared_prompt, ids, text, *known, kept)
+        yield Group(made, row.where, shared_prompt, ids, text, *known, kept, () if ids else row.tools)
         made += 1
     if not made:
         counts = ", ".join(f"{count} {rule}" for rule, count in tally.dropped.items()) or "there was none"
@@ -139,11 +140,11 @@ def _encode(rows: Iterable[Row], template: Template, assistant_turns: str) -> It
 
 def _encoded(rows: Sequence[Row], template: Template, assistant_turns: str) -> list[Encoded]:
     """Raises ValueError that names the first row that the template refuses."""
+    tools = [row.tools for row in rows]
     try:
         if assistant_turns == "last":
-            return template.encode_many([(row.prompt, row.completions) for row in rows])
-        answers = [[{"role": "assistant", "content": row.completions[0]}] for row in rows]
-        return template.encode_turns([[*row.prompt, *answer] for row, answer in zip(rows, answers, strict=True)])
+            return template.encode_many([(row.prompt, row.completions) for row in rows], tools)
+        return template.encode_turns([[*row.prompt, assistant(row.completions[0])] for row in rows], tools)
     except ValueError as error:
         if len(rows) == 1:
             raise ValueError(f"{rows[0].where}: {error}") from error

@@ -24,7 +24,7 @@ class Reading:
         """Each conversation in the reward model's template and ids; a completion that was cut has no end token there
         either, unless it is empty as text. Raises ValueError where the template refuses a conversation."""
         items = [(group.turns, [self.decode(ids) for ids in group.completions]) for group in groups]
-        encoded = self.template.encode_many(items) if items else []
+        encoded = self.template.encode_many(items, [group.tools for group in groups]) if items else []
         return [
             self._read(group, found.prompt, found.completions) for group, found in zip(groups, encoded, strict=True)
         ]

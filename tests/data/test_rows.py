@@ -6,8 +6,9 @@ import tracemalloc
 import pytest
 from support import read_rows
 
-from dsalign.data.records import RowError
-from dsalign.data.rows import FORMATS, KINDS, Row, Skipped, iter_rows
+from dsalign.data.formats import FORMATS, KINDS
+from dsalign.data.records import Row, RowError
+from dsalign.data.rows import Skipped, iter_rows
 
 
 def turns(*texts, system=None):
@@ -159,6 +160,59 @@ def test_system_prompt_is_put_in_front_where_there_is_none(one):
         one({**own, "system": "t"}, "prompts")
 
 
+# --- tools --------------------------------------------------------------------------------------------------------
+
+ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+TOLD = {"role": "tool", "content": "2", "name": "add"}
+
+
+@pytest.mark.parametrize("tools", [[ADD], [{"type": "function", "function": ADD}], json.dumps([ADD])])
+def test_tools_are_schemas_by_themselves_wrapped_or_as_text(one, tools):
+    row = one({"messages": [*ASKED, TOLD, *answer("2")], "tools": tools}, "demonstrations")
+    assert row.tools == ({"type": "function", "function": ADD},)
+    assert row.prompt == (*ASKED, TOLD) and row.completions == ("2",) and row.columns == {}
+
+
+@pytest.mark.parametrize("tools", [[], "", "[]", None])
+def test_no_tools(one, tools):
+    assert one({"messages": turns("q", "c"), "tools": tools}, "demonstrations").tools == ()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        CALL["function"],
+        {"id": "1", "function": {"name": "add", "arguments": '{"a": 1}'}},
+        '{"name": "add", "arguments": {"a": 1}}',
+    ],
+)
+def test_a_call_is_itself_wrapped_or_text_and_may_be_the_answer(one, call):
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    row = one({"prompt": turns("q"), "chosen": [said], "rejected": "r"}, "pairs")
+    assert row.completions == (ASKED[1], "r")
+    row = one({"messages": [*turns("q"), said]}, "demonstrations")
+    assert (row.prompt, row.completions) == (tuple(turns("q")), (ASKED[1],))
+    sharegpt = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(CALL["function"])}]
+    row = one({"conversations": [*sharegpt, {"from": "observation", "value": "2"}]}, "prompts")
+    assert row.prompt == (*ASKED, {"role": "tool", "content": "2"})
+
+
+def test_several_tools_answer_and_a_prompt_may_end_with_one(one):
+    row = one({"prompt": [*ASKED, TOLD, TOLD], "tools": [ADD]}, "prompts")
+    assert row.prompt == (*ASKED, TOLD, TOLD) and row.completions == ()
+    assert row.columns == {"tools": [ADD]}, "reward functions get them"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_what_an_assistant_thought_is_kept(one, name):
+    row = one({"messages": [*turns("q"), {"role": "assistant", "content": "c", name: "t"}]}, "demonstrations")
+    assert row.completions == ({"role": "assistant", "content": "c", "reasoning_content": "t"},)
+    assert one({"messages": turns("q", "c")}, "demonstrations").completions == ("c",)
+
+
 PAIR = {"prompt": "q", "chosen": "c", "rejected": "r"}
 LABELLED = {"prompt": "q", "completion": "c"}
 BAD_ROWS = {
@@ -185,8 +239,8 @@ BAD_ROWS = {
     "not a message": ("demonstrations", {"messages": ["hi"]}, r"'messages\[0\]': expected a message, got 'hi'"),
     "role": (
         "demonstrations",
-        {"messages": [*turns("q"), {"role": "tool", "content": "4"}]},
-        r"'messages\[1\].role': expected one of system, user, .*got 'tool'; rename the role",
+        {"messages": [*turns("q"), {"role": "critic", "content": "4"}]},
+        r"'messages\[1\].role': expected one of system, user, .*got 'critic'; rename the role",
     ),
     "role type": (
         "prompts",
@@ -198,7 +252,57 @@ BAD_ROWS = {
         {"messages": [{"role": "user"}]},
         r"column 'messages\[0\].content': expected text, got None",
     ),
-    "order": ("demonstrations", {"messages": answer("x")}, r"'messages\[0\].role': expected 'user', got 'assistant'"),
+    "order": (
+        "demonstrations",
+        {"messages": answer("x")},
+        r"'messages\[0\].role': expected 'system' or 'user', got 'assi",
+    ),
+    "tool first": (
+        "prompts",
+        {"messages": [*turns("q"), {"role": "tool", "content": "4"}]},
+        r"'messages\[1\].role': expected 'assistant', got 'tool'; order turns",
+    ),
+    "tool last": (
+        "demonstrations",
+        {"messages": [*turns("q", "a"), {"role": "tool", "content": "4"}]},
+        r"'messages': expected a conversation that ends with a turn of the assistant",
+    ),
+    "tool says nothing": (
+        "prompts",
+        {"messages": [*turns("q", "a"), {"role": "tool"}]},
+        r"'messages\[2\].content': expected text, got None",
+    ),
+    "tools": ("prompts", {"prompt": "q", "tools": 3}, r"'tools': expected a list of functions, got 3; write \[{\"name"),
+    "tools text": (
+        "prompts",
+        {"prompt": "q", "tools": "x"},
+        r"'tools': expected a list of functions as JSON text, got",
+    ),
+    "tool": (
+        "prompts",
+        {"prompt": "q", "tools": [{}]},
+        r"'tools\[0\]': expected a function with a name, got {}; write",
+    ),
+    "calls": (
+        "prompts",
+        {"messages": [*turns("q"), {"role": "assistant", "content": "", "tool_calls": {"name": "f"}}, TOLD]},
+        r"'messages\[1\].tool_calls': expected a list of calls",
+    ),
+    "call": (
+        "prompts",
+        {"messages": [*turns("q"), {"role": "assistant", "tool_calls": [{"arguments": {}}]}, TOLD]},
+        r"'messages\[1\].tool_calls\[0\]': expected a function with a name",
+    ),
+    "arguments": (
+        "prompts",
+        {"messages": [*turns("q"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, TOLD]},
+        r"'messages\[1\].tool_calls\[0\].arguments': expected an object as JSON text, got '{'; it cannot be read",
+    ),
+    "arguments list": (
+        "prompts",
+        {"messages": [*turns("q"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}, TOLD]},
+        r"'messages\[1\].tool_calls\[0\].arguments': expected an object, got \[1\]",
+    ),
     "late system": (
         "prompts",
         {"messages": turns("q") + turns("p", system="s")},

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsalign.data.rows import Row
+from dsalign.data.records import Row
 from dsalign.data.templates import Template, load_template
 from dsalign.data.tokenize import CHUNK, Group, Tokenized, tokenize_rows
 
@@ -147,7 +147,7 @@ def test_a_row_that_the_template_refuses_is_named(template):
 def test_a_failure_that_no_row_shows_alone_is_not_hidden(template, monkeypatch):
     encode_many = Template.encode_many
 
-    def fails_on_two(self, items):
+    def fails_on_two(self, items, tools):
         if len(items) > 1:
             raise ValueError("only together")
         return encode_many(self, items)
