@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from operator import mul
 from pathlib import Path
@@ -42,6 +43,7 @@ def text(config: RunConfig, source: Source, options: load.LoadOptions) -> tuple[
     template, warning = load_template(tokenizer, config.template, load.end_token_ids(source, tokenizer))
     if warning:
         logger.warning(warning)
+    template = replace(template, vocab_size=load.vocab_size(source, options))
     if template.chat_template is not None:
         tokenizer.chat_template = template.chat_template  # final/ is to be prompted as it was trained
     return tokenizer, template
@@ -54,8 +56,28 @@ def tokenized(
 
     From STORE_FROM rows on the groups are kept on disk, by a hash of the files and of all that makes tokens of them:
     memory does not grow with them, one process of a machine prepares, and the next run finds them.
-    Raises ValueError for the first row that cannot be used, where it does not; and where no row is left.
+    Raises ValueError for the first row that cannot be used, where it does not, or where it loses more than half of them
+    unasked; and where no row is left.
     """
+    found, skipped = _tokenized(config, template, sources, weights)
+    total, lost = counted(found, skipped)
+    if lost * 2 > total and config.on_bad_row == "error":
+        raise ValueError(
+            f"data set {' '.join(sources)}: expected to use at least half of its rows, got {total - lost} of {total}: "
+            f"{'; '.join(losses(found, skipped))}; raise --max_length, use --truncation_strategy left or right, or "
+            "write --on_bad_row skip if that is meant"
+        )
+    return found, skipped
+
+
+def counted(found: Tokenized, skipped: Skipped) -> tuple[int, int]:
+    """(how many rows there were, how many of them are not used)."""
+    return found.num_rows + skipped.count, sum(found.dropped.values()) + skipped.count
+
+
+def _tokenized(
+    config: RunConfig, template: Template, sources: Sequence[str], weights: Sequence[float]
+) -> tuple[Tokenized, Skipped]:
     skipped = Skipped()
     rows = _rows(config, sources, weights, skipped)
     first = deque(islice(rows, STORE_FROM))

@@ -37,13 +37,15 @@ class Encoded(NamedTuple):
 class Template:
     """How a tokenizer writes conversations.
 
-    chat_template: Jinja, None = the tokenizer's own. end_ids: the ids that end a turn, never empty.
+    chat_template: Jinja, None = the tokenizer's own. end_ids: the ids that end a turn, never empty. vocab_size: the
+    model's, None = the tokenizer's; text with an id beyond it raises ValueError.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None
     end_ids: frozenset[int]
+    vocab_size: int | None = None
 
     def render(self, prompt: Turns, tools: Tools = ()) -> str:
         """The prompt as text, up to where the answer starts. Raises ValueError where the template refuses it."""
@@ -199,7 +201,7 @@ class Template:
             probe = self.render([{"role": "user", "content": "."}])
         except ValueError:
             probe = ""
-        return TextIds(self.tokenizer, probe)
+        return TextIds(self.tokenizer, probe, self.vocab_size)
 
     def _first_end(self, ids: Sequence[int]) -> int:
         """The first end token of ids, else the one to append."""

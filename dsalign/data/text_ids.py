@@ -14,11 +14,13 @@ Ids = list[int]
 class TextIds:
     """Token ids of rendered text, with one BOS where the tokenizer puts one in front of plain text.
 
-    probe: a rendered prompt: the special tokens that it has are those at which others are cut.
+    probe: a rendered prompt: the special tokens that it has are those at which others are cut. vocab_size: the model's,
+    None = the tokenizer's; ValueError is raised for text that has an id beyond it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, probe: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probe: str, vocab_size: int | None = None) -> None:
         self.tokenizer, self._probe = tokenizer, probe
+        self._vocab_size = vocab_size if vocab_size is not None and len(tokenizer) > vocab_size else None
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is not None:  # here, as threads that tokenise must find it settled
             self._backend.no_truncation()
@@ -54,11 +56,24 @@ class TextIds:
         return found
 
     def _plain(self, texts: Sequence[str]) -> list[Ids]:
+        ids: list[Ids]
         if self._backend is None:
-            ids: list[Ids] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-            return ids if texts else []
-        # Without the wrapping of each result, which takes as long as some of the tokenising.
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        else:  # without the wrapping of each result, which takes as long as some of the tokenising
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            ids = [encoding.ids for encoding in found]
+        if self._vocab_size is not None:
+            self._check(ids, self._vocab_size)
+        return ids
+
+    def _check(self, every: Sequence[Ids], vocab_size: int) -> None:
+        largest = max((max(ids, default=0) for ids in every), default=0)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"expected token ids below {vocab_size}, the model's vocabulary, got {largest} "
+                f"({self.tokenizer.convert_ids_to_tokens(largest)!r}); use the model's own tokenizer, or resize its "
+                "embedding with resize_token_embeddings and save both"
+            )
 
     def _cut(self, opening: str, texts: Sequence[str]) -> int:
         """Where the opening's last special token starts, 0 where the texts cannot be cut there."""

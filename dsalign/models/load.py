@@ -79,6 +79,14 @@ def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[i
     return tuple(dict.fromkeys(found))
 
 
+def vocab_size(source: Source, options: LoadOptions) -> int | None:
+    """How many token ids the model of a source has embeddings for, None where its configuration does not say."""
+    with _named(source):
+        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    found: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    return found
+
+
 def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
     """The causal language model of a source, without its adapter."""
     with _named(source):

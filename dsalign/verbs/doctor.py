@@ -90,6 +90,11 @@ def examine(config: RunConfig) -> Report:
     if skipped:
         severity = "warning" if config.on_bad_row == "skip" else "error"
         findings.insert(0, Finding(severity, "bad rows", skipped.count, (), f"the first: {skipped.first}"))
+    total, lost = prepare.counted(tokenized, skipped)
+    if lost * 2 > total:
+        severity = "warning" if config.on_bad_row == "skip" else "error"
+        advice = f"more than half of {total}: raise --max_length, or use --truncation_strategy left or right"
+        findings.insert(0, Finding(severity, "rows not used", lost, (), advice))
     notes = config.algorithm.notes(groups)
     return Report(config.dataset, tokenized, skipped, findings, checks.lengths(groups), notes, config.max_length)
 
