@@ -118,6 +118,9 @@ class RunConfig(BaseModel):
     gradient_accumulation_steps: int = Field(
         ge=1, description=f"micro-batches a step, >= 1; ceil({GLOBAL_BATCH} / (batch_size x ranks))"
     )
+    head_memory: int | None = Field(
+        None, ge=1, description="MiB for the logits of a part of a micro-batch, >= 1; by default 512, 48 on a CPU"
+    )
     learning_rate: float = Field(gt=0, description="at the peak, > 0; by algorithm and tuner")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the update rule")
     weight_decay: float = Field(0.01, ge=0, description="decoupled, a step and unit of learning rate, >= 0")

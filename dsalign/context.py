@@ -17,6 +17,7 @@ from dsalign import dist, engines
 from dsalign.algos import Output, Sampling
 from dsalign.data.batch import bins, chunks, joined, num_tokens, packed, rows
 from dsalign.data.tokenize import Group
+from dsalign.logps import HeadLoss
 from dsalign.models.adapters import as_started
 from dsalign.models.heads import unwrap
 from dsalign.models.load import VALUE_ROLES
@@ -52,6 +53,25 @@ class Models:
                 return Output(values=engine(inputs))
             logps, entropies = engine(inputs, entropy, self.temperature)
             return Output(logps=logps, entropy=entropies)
+
+    def loss(
+        self, role: str, groups: Sequence[Group], of: Callable[[slice, Output], Tensor], *, entropy: bool = False
+    ) -> Tensor:
+        """The sum of of(some neighbouring groups, what the role's model gives for them) over all groups, scalar with
+        gradient: `forward` and the loss in one, which lets the head take the loss's gradient part by part."""
+        engine, started = self._engine(role)
+        inputs = (packed if engine.module.shares else rows)(groups, self.device)
+        with started:
+            if role in VALUE_ROLES:
+                values: Tensor = engine(inputs)
+                return of(slice(0, len(groups)), Output(values=values)) + 0.0 * values.sum()
+
+            def of_targets(part: slice, logps: Tensor, entropies: Tensor | None) -> Tensor:
+                return of(part, Output(logps=logps, entropy=entropies))
+
+            sizes = [sum(g.lengths) for g in groups]
+            found: Tensor = engine(inputs, entropy, self.temperature, HeadLoss(sizes, of_targets))
+            return found
 
     def micro_batches(
         self, role: str, groups: Sequence[Group], positions: Sequence[int], batch_size: int | None = None

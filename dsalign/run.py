@@ -141,6 +141,7 @@ def _load_options(config: RunConfig, device: torch.device) -> load.LoadOptions:
         trust_remote_code=config.trust_remote_code,
         gradient_checkpointing=config.gradient_checkpointing,
         dropout=config.algorithm.dropout > 0,
+        head_bytes=config.head_memory and config.head_memory * 2**20,
         seed=config.seed,
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsalign import dist, engines
-from dsalign.algos import Batch, MicroBatch, Output, Prepared
+from dsalign.algos import Batch, Output, Prepared
 from dsalign.context import Models, RunContext
 from dsalign.data.batch import cut, num_tokens
 from dsalign.data.loader import Loader
@@ -136,27 +136,37 @@ class Trainer:
             losses = []
             parts = self.models.micro_batches(role, prepared.groups, positions)
             for i, part in enumerate(parts):
-                micro = cut(prepared, part, device)
-                loss = self._backward(role, micro, counts, sums, last=i == len(parts) - 1)
-                losses.append(loss)
+                losses.append(self._backward(role, prepared, part, counts, sums, last=i == len(parts) - 1))
             total_loss += self._check_losses(losses, parts, prepared) / world
             self._step(role, result)
         return {"loss": total_loss, **sums.reduced(device), **result}
 
-    def _backward(self, role: str, micro: MicroBatch, counts: Mapping[str, float], sums: Sums, *, last: bool) -> Tensor:
+    def _backward(
+        self,
+        role: str,
+        prepared: Prepared,
+        positions: Sequence[int],
+        counts: Mapping[str, float],
+        sums: Sums,
+        *,
+        last: bool,
+    ) -> Tensor:
         """Forward and backward of one micro-batch; returns its share of the loss times world_size, detached."""
         engine = self.models.engines[role]
         engine.set_gradient_accumulation_boundary(last)
-        out = self.models.forward(role, micro.groups, entropy="entropy" in self.algorithm.needs)
-        loss = getattr(self.algorithm, f"{role}_loss")(out, micro)
-        total = _touch(out)
-        for unit, term in loss.terms.items():
-            if counts[unit]:
-                total = total + term * (self.plan.world_size / counts[unit])
+        loss_of = getattr(self.algorithm, f"{role}_loss")
+
+        def part_loss(part: slice, out: Output) -> Tensor:
+            loss = loss_of(out, cut(prepared, positions[part], self.models.device))
+            sums.add(loss.metrics)
+            scaled = [x * (self.plan.world_size / counts[unit]) for unit, x in loss.terms.items() if counts[unit]]
+            return torch.stack(scaled).sum() if scaled else torch.zeros((), device=self.models.device)
+
+        groups = [prepared.groups[i] for i in positions]
+        total = self.models.loss(role, groups, part_loss, entropy="entropy" in self.algorithm.needs)
         engine.backward(total, scale_wrt_gas=False)
         if role in self._guards:
             self._guards.pop(role).close()
-        sums.add(loss.metrics)
         return total.detach()
 
     def _check_losses(self, losses: Sequence[Tensor], parts: Sequence[Sequence[int]], prepared: Prepared) -> float:
@@ -183,10 +193,3 @@ class Trainer:
             )
         prefix = "" if role == self.trained[0] else f"{role}/"
         result |= {f"{prefix}grad_norm": norm, f"{prefix}lr": rate}
-
-
-def _touch(out: Output) -> Tensor:
-    """0 x output: a backward reaches every trained parameter, whatever the loss made of the micro-batch."""
-    flat = out.values if out.values is not None else out.logps
-    assert flat is not None
-    return 0.0 * flat.sum()

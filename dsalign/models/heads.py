@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsalign.data.batch import Inputs
-from dsalign.logps import LogitTransform, token_logps
+from dsalign.logps import Head, HeadLoss, LogitTransform
 from dsalign.models.attention import SharedPrefix
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -47,18 +47,24 @@ class Backbone(nn.Module):
 
 
 class CausalModel(Backbone):
-    """A causal language model, seen through the log-probabilities of chosen positions."""
+    """A causal language model, seen through the log-probabilities of chosen positions. head_bytes: memory for logits,
+    None = the device's default."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, shares: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, shares: bool = False, head_bytes: int | None = None) -> None:
         super().__init__(model, shares)
-        self.transform = LogitTransform.of(unwrap(model).config.get_text_config())
+        self.head = Head(LogitTransform.of(unwrap(model).config.get_text_config()), head_bytes)
 
-    def forward(self, inputs: Inputs, entropy: bool = False, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [N] float32 of the inputs' targets, and entropies [N] or None. Only the positions that
-        predict them reach the head."""
+    def forward(
+        self, inputs: Inputs, entropy: bool = False, temperature: float = 1.0, loss: HeadLoss | None = None
+    ) -> tuple[Tensor, Tensor | None] | Tensor:
+        """Log-probabilities [N] float32 of the inputs' targets, and entropies [N] or None; or of these the loss, a
+        scalar. Only the positions that predict them reach the head."""
         states = self.states(inputs)[inputs.predict]
         head = unwrap(self.model).get_output_embeddings()
-        return token_logps(states, head, inputs.targets, self.transform, entropy=entropy, temperature=temperature)
+        how: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
+        if loss is None:
+            return self.head.token_logps(states, head, inputs.targets, **how)
+        return self.head.token_loss(states, head, inputs.targets, loss, **how)
 
     def whole_logits(self, ids: Tensor) -> Tensor:
         """The model's own logits [B, T, V], by its own forward: what the start-up check compares with."""

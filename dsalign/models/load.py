@@ -29,7 +29,8 @@ VALUE_ROLES = frozenset({"reward", "value"})  # the other roles give log-probabi
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How weights are read. dtype and attn_impl: "auto" or a name; dropout off sets every dropout of the model to 0."""
+    """How weights are read. dtype and attn_impl: "auto" or a name; dropout off sets every dropout of the model to 0.
+    head_bytes: memory for logits, None = the device's default."""
 
     device: torch.device
     dtype: str = "auto"
@@ -37,6 +38,7 @@ class LoadOptions:
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     dropout: bool = False
+    head_bytes: int | None = None
     seed: int = 42
 
 
@@ -134,7 +136,7 @@ def _wrap(
     role: str, model: Any, source: Source, options: LoadOptions, shares: bool, *, trained: bool
 ) -> CausalModel | ValueModel:
     if role not in VALUE_ROLES:
-        return CausalModel(model, shares)
+        return CausalModel(model, shares, options.head_bytes)
     wrapped = ValueModel(model, options.seed, shares)
     head_found = wrapped.load_head(source.value_head) or _load_classifier_head(wrapped, source, options)
     if not trained:

@@ -33,15 +33,29 @@ class Scheme:
     products: int
 
 
-def scheme(rows_: int, vocabulary: int, itemsize: int, *, gradient: bool, trained: bool, head_bytes: int) -> Scheme:
+def scheme(
+    rows_: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    gradient: bool,
+    trained: bool,
+    head_bytes: int,
+    largest_part: int | None = None,
+) -> Scheme:
     """The one place that decides. gradient: whether hidden states or weight need one; trained: whether the weight does;
-    rows_: N; itemsize: bytes of a logit; head_bytes: the work space."""
+    rows_: N; dtype: of a logit; head_bytes: the work space; largest_part: rows of the largest part of a loss that adds
+    over parts, None where it does not. "local" is for `linear_loss`, the others are for `linear_logps`."""
     if not gradient:
         return Scheme("forward", 1)
     if not trained:
         return Scheme("frozen", 2)
-    kept = rows_ * vocabulary * itemsize <= KEEP_RATIO * head_bytes
-    return Scheme("kept", 3) if kept else Scheme("recomputed", 4)
+    most = KEEP_RATIO * head_bytes // (vocabulary * dtype.itemsize)  # rows of logits that may be there at a time
+    if rows_ <= most:
+        return Scheme("kept", 3)
+    # A float16 gradient taken before the loss is scaled would vanish.
+    local = largest_part is not None and largest_part <= most and dtype != torch.float16
+    return Scheme("local", 3) if local else Scheme("recomputed", 4)
 
 
 def linear_logps(
@@ -143,7 +157,7 @@ class _LinearLogps(torch.autograd.Function):
         trained = needs_weight or needs_bias
         size, vocabulary = len(hidden), len(weight)
         plan = scheme(
-            size, vocabulary, hidden.element_size(),
+            size, vocabulary, hidden.dtype,
             gradient=needs_hidden or trained, trained=trained, head_bytes=head_bytes,
         )  # fmt: skip
         jacobian = torch.empty_like(hidden) if needs_hidden else None

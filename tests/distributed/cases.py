@@ -98,12 +98,13 @@ def build(
     settings: dict[str, Any] | None = None,
     wrap: Any = None,
     max_tokens: int | None = None,
+    head_bytes: int | None = None,
 ) -> Recording:
     """A trainer of one algorithm on the tiny model of `folder`."""
     found_class = ActorCritic if name == "actor_critic" else algos.load(name)
     algorithm = found_class(**(ALGORITHMS.get(name, {}) if settings is None else settings))
     device = torch.device("cpu")
-    options = load.LoadOptions(device=device, gradient_checkpointing=checkpointing)
+    options = load.LoadOptions(device=device, gradient_checkpointing=checkpointing, head_bytes=head_bytes)
     world = dist.world_size()
     engine_options = engines.EngineOptions(
         ds_config={"zero_optimization": STAGES[stage]},
@@ -157,6 +158,7 @@ def gradient(
     global_batch: int,
     checkpointing: bool = False,
     max_tokens: int | None = None,
+    head_bytes: int | None = None,
 ) -> Any:
     """(loss, {name: whole gradient}) of the first global batch."""
     trainer = build(
@@ -169,6 +171,7 @@ def gradient(
         steps=1,
         checkpointing=checkpointing,
         max_tokens=max_tokens,
+        head_bytes=head_bytes,
     )
     found: list[float] = []
     trainer.fit(lambda metrics: found.append(metrics["loss"]))

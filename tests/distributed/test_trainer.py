@@ -11,7 +11,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from support import ALGORITHMS, RankPool, from_rows, random_groups, stages_and_tuners
+from support import ALGORITHMS, VOCABULARY, RankPool, from_rows, random_groups, stages_and_tuners
 
 from dsalign import algos
 from dsalign.algos import Batch, Output
@@ -53,14 +53,17 @@ def forward(module: Any, groups: Any, role: str) -> Output:
 
 
 class Plain:
-    """The same training without DeepSpeed, ranks or micro-batches: the whole global batch in one forward, plain SGD."""
+    """The same training without DeepSpeed, ranks or micro-batches: the whole global batch in one forward, plain SGD.
+    dtype: of the weights; log-probabilities and values are float32 in either case."""
 
-    def __init__(self, name: str, folder: Path, tuner: str, global_batch: int, num_rows: int) -> None:
+    def __init__(
+        self, name: str, folder: Path, tuner: str, global_batch: int, num_rows: int, dtype: Any = torch.float32
+    ) -> None:
         self.algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
         self.role = next(r for r, how in self.algorithm.roles.items() if how == "train")
         options = load.LoadOptions(device=torch.device("cpu"))
         lora = cases.LORA if tuner == "lora" else None
-        self.module = load.load_trained(self.role, resolve(str(folder)), options, lora)
+        self.module = load.load_trained(self.role, resolve(str(folder)), options, lora).to(dtype)
         reference = copy.deepcopy(self.module) if "reference" in self.algorithm.roles else None
         self.ctx = PlainContext(self.module, reference)
         self.loader = Loader(
@@ -125,16 +128,20 @@ def test_three_sgd_steps_equal_one_plain_process(
     assert len(losses) == 3
 
 
-CUTS = {  # ranks, groups or tokens a micro-batch; the global batch is 8 groups of uneven lengths
-    "1 rank 1x8": (1, 8, None),
-    "1 rank 2x4": (1, 4, None),
-    "1 rank 4x2": (1, 2, None),
-    "1 rank 8x1": (1, 1, None),
-    "1 rank uneven 3+3+2": (1, 3, None),
-    "1 rank 40 tokens": (1, 1, 40),
-    "2 ranks 1x4": (2, 1, None),
-    "2 ranks uneven 3+1": (2, 3, None),
-    "2 ranks 40 tokens": (2, 1, 40),
+ROW_OF_LOGITS = 4 * VOCABULARY  # bytes
+CUTS = {  # ranks, groups or tokens a micro-batch, bytes for logits; the global batch is 8 groups of uneven lengths
+    "1 rank 1x8": (1, 8, None, None),
+    "1 rank 2x4": (1, 4, None, None),
+    "1 rank 4x2": (1, 2, None, None),
+    "1 rank 8x1": (1, 1, None, None),
+    "1 rank uneven 3+3+2": (1, 3, None, None),
+    "1 rank 40 tokens": (1, 1, 40, None),
+    "2 ranks 1x4": (2, 1, None, None),
+    "2 ranks uneven 3+1": (2, 3, None, None),
+    "2 ranks 40 tokens": (2, 1, 40, None),
+    "1 rank 1x8, loss a group": (1, 8, None, ROW_OF_LOGITS * 5),
+    "2 ranks 1x4, loss a group": (2, 4, None, ROW_OF_LOGITS * 4),
+    "1 rank 1x8, logits again": (1, 8, None, ROW_OF_LOGITS),
 }
 
 
@@ -143,16 +150,30 @@ CUTS = {  # ranks, groups or tokens a micro-batch; the global batch is 8 groups 
 def test_gradient_does_not_depend_on_the_cut(
     name: str, stage: str, tiny: Path, one_rank: RankPool, two_ranks: RankPool
 ) -> None:
-    """One global batch, nine ways to cut it into packed rows: |difference| / |gradient| <= 1e-6 against the gradient
-    of padded rows with one completion each."""
-    loss, want = Plain(name, tiny, "full", 8, 24).gradient(0)
-    size = np.sqrt(sum((g.double() ** 2).sum() for g in want.values()))
-    for cut, (world, micro, tokens) in CUTS.items():
+    """One global batch, nine ways to cut it into packed rows and three to cut its logits: |difference| / |gradient| <=
+    1e-6 among them, and 2e-6 against the gradient of padded rows with one completion each, in float64."""
+    loss, exact = Plain(name, tiny, "full", 8, 24, torch.float64).gradient(0)
+    exact_gradient = {n: g.double().numpy() for n, g in exact.items()}
+    first: dict[str, Any] = {}
+    for cut, (world, micro, tokens, head_bytes) in CUTS.items():
         pool = one_rank if world == 1 else two_ranks
-        found_loss, found = pool.run(cases.gradient, name, tiny, stage, "full", micro, 8, False, tokens)
-        gap = np.sqrt(sum(((found[n].astype(np.float64) - want[n].double().numpy()) ** 2).sum() for n in want))
-        assert gap / size <= 1e-6, f"{cut}: {gap / size:.2e}"
+        found_loss, found = pool.run(cases.gradient, name, tiny, stage, "full", micro, 8, False, tokens, head_bytes)
+        first = first or found
+        assert distance(found, first) <= 1e-6, cut
+        assert distance(found, exact_gradient) <= 2e-6, cut
         assert found_loss == pytest.approx(loss, rel=1e-5), cut
+
+
+def distance(found: Mapping[str, Any], want: Mapping[str, Any]) -> float:
+    """|found - want| / |want| over all parameters."""
+    size, gap = (
+        sum(float((x**2).sum()) for x in each)
+        for each in (
+            [want[n].astype(np.float64) for n in want],
+            [found[n].astype(np.float64) - want[n].astype(np.float64) for n in want],
+        )
+    )
+    return float(np.sqrt(gap / size))
 
 
 @pytest.mark.parametrize("stage", ["0", "3", "3_offload", "2_offload"])

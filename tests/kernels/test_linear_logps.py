@@ -179,10 +179,13 @@ def test_target_outside_the_vocabulary_is_nan(impl: str) -> None:
 def test_schemes_by_hand() -> None:
     """10 rows x 100 x 4 bytes = 4,000 bytes: kept up to six times the work space."""
     settings = {"gradient": True, "trained": True, "head_bytes": 1000}
-    assert scheme(10, 100, 4, **settings).name == "kept"  # type: ignore[arg-type]
-    assert scheme(16, 100, 4, **settings).name == "recomputed"  # type: ignore[arg-type]
-    assert scheme(16, 100, 4, gradient=True, trained=False, head_bytes=1000).products == 2
-    assert scheme(16, 100, 4, gradient=False, trained=False, head_bytes=1000).products == 1
+    assert scheme(10, 100, torch.float32, **settings).name == "kept"  # type: ignore[arg-type]
+    assert scheme(16, 100, torch.float32, **settings).name == "recomputed"  # type: ignore[arg-type]
+    assert scheme(16, 100, torch.float32, **settings, largest_part=15).name == "local"  # type: ignore[arg-type]
+    assert scheme(16, 100, torch.float32, **settings, largest_part=16).name == "recomputed"  # type: ignore[arg-type]
+    assert scheme(31, 100, torch.float16, **settings, largest_part=15).name == "recomputed"  # type: ignore[arg-type]
+    assert scheme(16, 100, torch.float32, gradient=True, trained=False, head_bytes=1000).products == 2
+    assert scheme(16, 100, torch.float32, gradient=False, trained=False, head_bytes=1000).products == 1
     assert (chunk_rows(100, 4, 4000), chunk_rows(100, 4, 400 * 300), chunk_rows(100, 4, 1)) == (10, 256, 1)
 
 

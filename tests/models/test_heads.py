@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from dsalign.data.batch import rows
+from dsalign.logps import Head, LogitTransform
 from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueHead, ValueModel
 
 CPU = torch.device("cpu")
@@ -75,8 +76,8 @@ def test_the_transform_matters_in_the_test_above(name: str, key: str) -> None:
     """Without it the log-probabilities are other ones."""
     wrapped, inputs = CausalModel(build(CONFIGS[name]).requires_grad_(False)), rows(random_groups("pairs", 5), CPU)
     right, _ = wrapped(inputs)
-    assert getattr(wrapped.transform, key) not in (None, 1.0)
-    wrapped.transform = type(wrapped.transform)()
+    assert getattr(wrapped.head.transform, key) not in (None, 1.0)
+    wrapped.head = Head(LogitTransform())
     wrong, _ = wrapped(inputs)
     assert float((right - wrong).abs().max()) > 0.01
 
