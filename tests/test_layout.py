@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": set(),
     "metrics": {"algos", "dist"},
     "rollout": {"algos"},
-    "context": {"algos", "data", "dist", "engines", "models", "rollout"},
+    "context": {"algos", "data", "dist", "engines", "logps", "models", "rollout"},
     "prepare": {"config", "data", "models"},
     "verbs": {"config", "data", "flags", "models", "prepare", "report"},
     "selfcheck": {"context", "data", "dist", "models"},
