@@ -126,9 +126,9 @@ def run(head: Head, case: Case, mode: str) -> list[Tensor | None]:
 
 
 def errors(heads: dict[str, Head], case: Case, mode: str) -> dict[str, tuple[float, float]]:
-    """Name -> (largest error of a log-probability, nats; of a gradient, relative, by norm), against float64. A peer that
-    does not run here is a line, and leaves `heads`.
+    """Name -> (largest error of a log-probability, nats; of a gradient, relative, by norm), against float64.
 
+    A peer that does not run here is a line, and leaves `heads`.
     Raises ValueError where ours is further off than the textbook by more than a rounding.
     """
     small = case.first(CHECKED)
