@@ -229,11 +229,11 @@ class PPO:
         return Loss(terms={"tokens": loss.sum()}, metrics=metrics)
 
     def value_loss(self, out: Output, batch: MicroBatch) -> Loss:
-        """vf_coef 1/2 sum_t max((V - R)^2, (V_old + clip(V - V_old, -+eps_v) - R)^2)."""
+        """vf_coef 1/2 sum_t max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)."""
         assert out.values is not None
         values = out.values[torch.arange(len(batch.segment), device=out.values.device) + batch.segment]
         old, returns = batch.fields["values"], batch.fields["returns"]
-        clipped = old + torch.clamp(values - old, -self.cliprange_value, self.cliprange_value)
+        clipped = torch.clamp(values, old - self.cliprange_value, old + self.cliprange_value)
         plain, held = (values - returns) ** 2, (clipped - returns) ** 2
         loss = 0.5 * torch.maximum(plain, held)
         metrics: dict[str, Metric] = {

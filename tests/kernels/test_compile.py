@@ -17,29 +17,33 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dsalign_kernels import row_kernels as k
+from dsalign_kernels import pair_kernels as p, row_kernels as k, token_kernels as t
 
-target, options = json.loads(sys.argv[1]), {"num_warps": k.WARPS}
+target = json.loads(sys.argv[1])
 aim = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
-pointers = {"logits": "*bf16", "out": "*bf16", "targets": "*i64", "tops": "*i1"}
-floats = {"scale", "softcap", "temperature"}
+types = {"logits": "*bf16", "out": "*bf16", "tops": "*i1", "desirable": "*i1", "done": "*i32"}
+types |= dict.fromkeys(("targets", "lengths", "segment"), "*i64")
+types |= dict.fromkeys(("stride", "out_stride", "columns", "first", "ignore_index", "tokens", "rows"), "i32")
+types |= dict.fromkeys(("scale", "softcap", "temperature", "beta", "eps", "gamma", "tau", "alpha"), "fp32")
+types |= dict.fromkeys(("weight0", "weight1", "weight2", "nll_scale", "z0", "decay", "cliprange"), "fp32")
+types |= dict.fromkeys(("desirable_weight", "undesirable_weight", "tail_weight"), "fp32")
+rows = {"HAS_SOFTCAP": True, "BLOCK": k.BLOCK}
+sums = {"GRADIENT": True, "BLOCK": p.BLOCK, "COLUMNS": p.COLUMNS, "ROWS": p.ROWS}
+pairs = {"DIVERGENCE": 3, "HAS_REFERENCE": True, "MEAN_REWARDS": False, **sums}
 found = {}
-for name, kernel, flags in (
-    ("stats", k._stats_kernel, {"ENTROPY": True, "TOP": True, "WRITE": False}),
-    ("stats and gradient", k._stats_kernel, {"ENTROPY": False, "TOP": False, "WRITE": True}),
-    ("gradient", k._grad_kernel, {"HAS_WEIGHTS": True}),
+for name, kernel, constants, warps in (
+    ("stats", k._stats_kernel, {**rows, "ENTROPY": True, "TOP": True, "WRITE": False}, k.WARPS),
+    ("stats and gradient", k._stats_kernel, {**rows, "ENTROPY": False, "TOP": False, "WRITE": True}, k.WARPS),
+    ("gradient", k._grad_kernel, {**rows, "HAS_WEIGHTS": True}, k.WARPS),
+    ("pairs", p._pair_kernel, {**pairs, "LOSS0": 4, "LOSS1": 7, "LOSS2": 12}, p.WARPS),
+    ("odds", p._pair_kernel, {**pairs, "LOSS0": 13, "LOSS1": 0, "LOSS2": 0}, p.WARPS),
+    ("labels", p._label_kernel, sums, p.WARPS),
+    ("gae", t._gae_kernel, {"BLOCK": t.BLOCK}, t.WARPS),
+    ("policy", t._policy_kernel, sums, t.WARPS),
+    ("value", t._value_kernel, sums, t.WARPS),
 ):
-    constants = {"HAS_SOFTCAP": True, "BLOCK": k.BLOCK, **flags}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in floats:
-            signature[argument] = "fp32"
-        elif argument in ("stride", "out_stride", "columns", "first", "ignore_index"):
-            signature[argument] = "i32"
-        else:
-            signature[argument] = pointers.get(argument, "*fp32")
+    signature = {x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names}
+    options = {"num_warps": warps}
     built = triton.compile(ASTSource(kernel, signature, constants), target=aim, options=options)
     spills = None
     if aim.backend == "cuda":
@@ -74,6 +78,6 @@ def test_compiles_without_spills(target: int | str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert len(found) == 3
+    assert len(found) == 9
     for name, numbers in found.items():
         assert numbers["spills"] == 0 and numbers["shared"] <= 48 * 1024, (name, numbers)

