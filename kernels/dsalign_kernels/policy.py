@@ -27,7 +27,7 @@ def gae(
     _same("rewards and values", rewards, values)
     if not uses_triton(impl, rewards.device):
         return reference.gae(rewards, values, lengths, gamma=gamma, lam=lam)
-    return Advantages(*token_kernels.gae(rewards.contiguous(), values.contiguous(), lengths, float(gamma), float(lam)))
+    return Advantages(*token_kernels.gae(rewards.contiguous(), values.contiguous(), lengths, gamma, lam))
 
 
 def clipped_policy(
@@ -48,9 +48,7 @@ def clipped_policy(
     if not uses_triton(impl, logps.device):
         return reference.clipped_policy(logps, old, advantages, cliprange=cliprange, scale=scale)
     gradient = logps.requires_grad and torch.is_grad_enabled()
-    totals, slopes = token_kernels.clipped_policy(
-        *(x.detach().contiguous() for x in (logps, old, advantages)), float(cliprange), float(scale), gradient=gradient
-    )
+    totals, slopes = token_kernels.clipped_policy(logps, old, advantages, cliprange, scale, gradient=gradient)
     return _result(logps, totals, slopes, scale, ("loss", "approxkl", "clipfrac", "ratio"))
 
 
@@ -79,10 +77,7 @@ def clipped_value(
     if not uses_triton(impl, values.device):
         return reference.clipped_value(values, old, returns, segment, cliprange=cliprange, scale=scale)
     gradient = values.requires_grad and torch.is_grad_enabled()
-    totals, slopes = token_kernels.clipped_value(
-        *(x.detach().contiguous() for x in (values, old, returns, segment)),
-        float(cliprange), float(scale), gradient=gradient,
-    )  # fmt: skip
+    totals, slopes = token_kernels.clipped_value(values, old, returns, segment, cliprange, scale, gradient=gradient)
     return _result(values, totals, slopes, scale, ("loss", "clipfrac"))
 
 

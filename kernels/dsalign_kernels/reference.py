@@ -152,9 +152,17 @@ def preference(
         weight = torch.where(desirable, recipe.desirable_weight, recipe.undesirable_weight)
         loss = scale * (weight * torch.sigmoid(-sign * recipe.beta * (delta - recipe.z0))).sum()
         rewards, flat = recipe.beta * delta.detach(), sums.detach()
-        parts = (rewards[desirable], rewards[~desirable], flat[desirable], flat[~desirable], desirable.to(flat.dtype))
-        names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "desirable")
-        return Preference(loss, flat, {name: x.sum() for name, x in zip(names, parts, strict=True)})
+        return Preference(
+            loss,
+            flat,
+            {
+                "rewards/chosen": rewards[desirable].sum(),
+                "rewards/rejected": rewards[~desirable].sum(),
+                "logps/chosen": flat[desirable].sum(),
+                "logps/rejected": flat[~desirable].sum(),
+                "desirable": desirable.to(flat.dtype).sum(),
+            },
+        )
     shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
     delta = total(torch.where(position < shorter[segment], 1.0, recipe.tail) * ratios)
     means = delta / lengths
@@ -165,14 +173,17 @@ def preference(
     loss = scale * torch.stack(pairs).sum() - nll_scale * chosen.sum()
     reward_c, reward_r = (recipe.beta * (means if recipe.mean_rewards else delta)).detach().view(-1, 2).unbind(1)
     mean_c, mean_r = (sums / lengths).view(-1, 2).unbind(1)
-    parts = (
-        reward_c, reward_r, (reward_c > reward_r).to(delta.dtype), reward_c - reward_r, chosen, rejected, mean_c, mean_r
-    )  # fmt: skip
-    names = (
-        "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-        "logps/mean_chosen", "logps/mean_rejected",
-    )  # fmt: skip
-    metrics = {name: x.detach().sum() for name, x in zip(names, parts, strict=True)}
+    each = {
+        "rewards/chosen": reward_c,
+        "rewards/rejected": reward_r,
+        "rewards/accuracies": (reward_c > reward_r).to(delta.dtype),
+        "rewards/margins": reward_c - reward_r,
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logps/mean_chosen": mean_c,
+        "logps/mean_rejected": mean_r,
+    }
+    metrics = {name: x.detach().sum() for name, x in each.items()}
     if "odds_ratio" in recipe.losses:
         gap = (_log_odds(mc) - _log_odds(mr)).detach()
         metrics |= {"log_odds_ratio": _ls(gap).sum(), "log_odds_chosen": gap.sum()}

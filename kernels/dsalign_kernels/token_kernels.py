@@ -102,7 +102,16 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
     means, squares = (torch.empty(len(lengths), dtype=torch.float32, device=rewards.device) for _ in range(2))
     if len(lengths):
         _gae_kernel[(len(lengths),)](
-            rewards, values, lengths, advantages, means, squares, gamma, gamma * lam, BLOCK=BLOCK, num_warps=WARPS
+            rewards,
+            values,
+            lengths,
+            advantages,
+            means,
+            squares,
+            float(gamma),
+            float(gamma * lam),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
         )
     return advantages, means, squares
 
@@ -133,7 +142,8 @@ def _clipped(
     if not programs:
         return totals.zero_(), None if slopes is None else slopes.zero_()
     kernel[(programs,)](
-        *inputs, inputs[0] if slopes is None else slopes, table, totals, _counter(device), tokens, cliprange, scale,
+        *(x.detach().contiguous() for x in inputs), totals if slopes is None else slopes, table, totals,
+        _counter(device), tokens, float(cliprange), float(scale),
         GRADIENT=gradient, BLOCK=BLOCK, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=WARPS,
     )  # fmt: skip
     return totals, slopes
