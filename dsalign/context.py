@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from dsalign import dist, engines
+from dsalign import dist, engines, fused
 from dsalign.algos import Output, Sampling
 from dsalign.data.batch import bins, chunks, joined, num_tokens, packed, rows
 from dsalign.data.tokenize import Group
@@ -186,6 +186,16 @@ class RunContext:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decode(ids)
+
+    def gae(
+        self,
+        rewards: Sequence[Tensor],
+        values: Sequence[Tensor],
+        lengths: Sequence[Sequence[int]],
+        gamma: float,
+        lam: float,
+    ) -> list[Tensor]:
+        return fused.gae(rewards, values, lengths, gamma, lam, self._models.device)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         return dist.total(numbers, self._models.device)

@@ -1,4 +1,4 @@
-"""Hidden states -> log-probabilities of completion tokens: the seam to the kernels, and their only importer."""
+"""Hidden states -> log-probabilities of completion tokens: the seam to the head's kernels."""
 
 from __future__ import annotations
 

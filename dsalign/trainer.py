@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsalign import dist, engines
+from dsalign import dist, engines, fused
 from dsalign.algos import Batch, Output, Prepared
 from dsalign.context import Models, RunContext
 from dsalign.data.batch import cut, num_tokens
@@ -154,13 +154,13 @@ class Trainer:
         """Forward and backward of one micro-batch; returns its share of the loss times world_size, detached."""
         engine = self.models.engines[role]
         engine.set_gradient_accumulation_boundary(last)
-        loss_of = getattr(self.algorithm, f"{role}_loss")
+        scales = {unit: self.plan.world_size / count for unit, count in counts.items() if count}
 
         def part_loss(part: slice, out: Output) -> Tensor:
-            loss = loss_of(out, cut(prepared, positions[part], self.models.device))
-            sums.add(loss.metrics)
-            scaled = [x * (self.plan.world_size / counts[unit]) for unit, x in loss.terms.items() if counts[unit]]
-            return torch.stack(scaled).sum() if scaled else torch.zeros((), device=self.models.device)
+            micro = cut(prepared, positions[part], self.models.device)
+            loss, metrics = fused.scaled_loss(self.algorithm, role, out, micro, scales)
+            sums.add(metrics)
+            return loss
 
         groups = [prepared.groups[i] for i in positions]
         total = self.models.loss(role, groups, part_loss, entropy="entropy" in self.algorithm.needs)

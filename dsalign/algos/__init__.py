@@ -37,6 +37,21 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A kernel that computes a loss method, its metrics and its gradient in one launch: `dsalign.fused` has them.
+
+    kernel: "pairs", "labels", "clipped_policy" or "clipped_value"; arguments: what it is given beside the batch.
+    nll: weight of the term "chosen_tokens"; weight: of the whole loss; means: whether metrics a token are logged.
+    """
+
+    kernel: str
+    arguments: Mapping[str, Any]
+    nll: float = 0.0
+    weight: float = 1.0
+    means: bool = False
+
+
+@dataclass(frozen=True)
 class Batch:
     """The groups of one global batch, in global order, and which of them this rank computes."""
 
@@ -136,6 +151,17 @@ class Context(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text, without special tokens."""
 
+    def gae(
+        self,
+        rewards: Sequence[Tensor],
+        values: Sequence[Tensor],
+        lengths: Sequence[Sequence[int]],
+        gamma: float,
+        lam: float,
+    ) -> list[Tensor]:
+        """Advantages of each group's tokens: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1},
+        V and A 0 after a completion's last token; lengths: tokens of each completion. arXiv:1506.02438, eq. 16."""
+
     def total(self, numbers: Sequence[float]) -> list[float]:
         """The sum of each number over the ranks, in float64."""
 
@@ -147,7 +173,9 @@ class Context(Protocol):
 
 
 class Algorithm(Protocol):
-    """The contract; see CONTRIBUTING.md for how to add one."""
+    """The contract; see CONTRIBUTING.md for how to add one.
+
+    Optional: `fused(role, batch) -> Fused | None`, the kernel that does <role>_loss on a GPU."""
 
     data: ClassVar[str]  # "demonstrations", "pairs", "labels", "prompts"
     learning_rates: ClassVar[Mapping[str, float]]  # tuner -> default learning rate

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Loss, Metric, MicroBatch, Output
+from dsalign.algos import Fused, Loss, Metric, MicroBatch, Output
 from dsalign.algos._maths import (
     check_choice,
     check_range,
@@ -83,6 +83,11 @@ class CPO:
             **entropy_metric(out.entropy),
         }
         return Loss(terms={"pairs": loss.sum(), "chosen_tokens": self.cpo_alpha * nll}, metrics=metrics)
+
+    def fused(self, role: str, batch: MicroBatch) -> Fused:
+        """The kernel of pairs."""
+        recipe = {"losses": {self.loss_type: 1.0}, "beta": self.beta, "label_smoothing": self.label_smoothing}
+        return Fused("pairs", recipe, nll=self.cpo_alpha, means=self.loss_type == "ipo")
 
     def stop(self, metrics: Mapping[str, float]) -> bool:
         return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Batch, Context, Loss, Metric, MicroBatch, Output, Prepared
+from dsalign.algos import Batch, Context, Fused, Loss, Metric, MicroBatch, Output, Prepared
 from dsalign.algos._maths import (
     check_choice,
     check_range,
@@ -307,6 +307,23 @@ class DPO:
         }
         nll_weight = loss_weights.get("sft", self.rpo_alpha)
         return Loss(terms={"pairs": loss, "chosen_tokens": nll_weight * nll}, metrics=metrics)
+
+    def fused(self, role: str, batch: MicroBatch) -> Fused | None:
+        """The kernel of pairs, for up to three losses; aot's partners are not known to it."""
+        weights = dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
+        nll = weights.pop("sft", self.rpo_alpha)
+        if SORTED.intersection(weights) or len(weights) > 3:
+            return None
+        recipe = {
+            "losses": weights or {"none": 1.0},
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "tau": self.discopop_tau,
+            "divergence": self.f_divergence_type,
+            "alpha": self.f_alpha_divergence_coef,
+            "tail": self.ld_alpha,
+        }
+        return Fused("pairs", recipe, nll=nll, means="ipo" in weights)
 
     def stop(self, metrics: Mapping[str, float]) -> bool:
         return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Batch, Context, Loss, Metric, MicroBatch, Output, Prepared
+from dsalign.algos import Batch, Context, Fused, Loss, Metric, MicroBatch, Output, Prepared
 from dsalign.algos._maths import check_choice, check_range, entropy_metric, mean, with_reference
 
 if TYPE_CHECKING:
@@ -115,6 +115,17 @@ class KTO:
             **entropy_metric(out.entropy),
         }
         return Loss(terms={"examples": loss.sum()}, metrics=metrics)
+
+    def fused(self, role: str, batch: MicroBatch) -> Fused:
+        """The kernel of labelled completions."""
+        recipe = {
+            "losses": {"kto": 1.0},
+            "beta": self.beta,
+            "desirable_weight": self.desirable_weight,
+            "undesirable_weight": self.undesirable_weight,
+            "z0": batch.shared.get("z0", 0.0),
+        }
+        return Fused("labels", recipe)
 
     def stop(self, metrics: Mapping[str, float]) -> bool:
         return False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Loss, Metric, MicroBatch, Output
+from dsalign.algos import Fused, Loss, Metric, MicroBatch, Output
 from dsalign.algos._maths import (
     check_range,
     chosen_nll,
@@ -73,6 +73,11 @@ class ORPO:
             **entropy_metric(out.entropy),
         }
         return Loss(terms={"chosen_tokens": nll, "pairs": -self.beta * ratio.sum()}, metrics=metrics)
+
+    def fused(self, role: str, batch: MicroBatch) -> Fused:
+        """The kernel of pairs."""
+        recipe = {"losses": {"odds_ratio": self.beta}, "beta": self.beta, "mean_rewards": True}
+        return Fused("pairs", recipe, nll=1.0, means=True)
 
     def stop(self, metrics: Mapping[str, float]) -> bool:
         return False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from dsalign.algos import Batch, Context, Loss, Metric, MicroBatch, Output, Prepared, Sampling
+from dsalign.algos import Batch, Context, Fused, Loss, Metric, MicroBatch, Output, Prepared, Sampling
 from dsalign.algos._maths import check_choice, check_range, mean
 
 if TYPE_CHECKING:
@@ -22,20 +22,6 @@ def token_kl(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
     """k1 = logp - ref, or k3 = e^(ref - logp) - 1 - (ref - logp) >= 0 (Schulman 2020), of each token, nats."""
     gap = logps - reference
     return gap if estimator == "k1" else torch.expm1(-gap) + gap
-
-
-def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages [T] of one completion: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}.
-
-    V_{T+1} = 0, also for a completion cut by max_new_tokens. Source: arXiv:1506.02438, eq. 16.
-    """
-    after = torch.cat([values[1:], values.new_zeros(1)])
-    deltas = (rewards + gamma * after - values).tolist()
-    found, carry = [0.0] * len(deltas), 0.0
-    for t in range(len(deltas) - 1, -1, -1):
-        carry = deltas[t] + gamma * lam * carry
-        found[t] = carry
-    return torch.tensor(found, dtype=rewards.dtype)
 
 
 def whiten(ctx: Context, tokens: Sequence[Tensor], *, shift_mean: bool) -> list[Tensor]:
@@ -142,7 +128,8 @@ class PPO:
         rewards = [self._rewards(k, s, g) for k, s, g in zip(kl, scores, groups, strict=True)]
         if self.whiten_rewards:
             rewards = whiten(ctx, rewards, shift_mean=False)
-        advantages = [self._advantages(r, v, g) for r, v, g in zip(rewards, values, groups, strict=True)]
+        lengths = [[len(c) for c in group.completions] for group in groups]
+        advantages = ctx.gae(rewards, values, lengths, self.gamma, self.lam)
         returns = [a + v for a, v in zip(advantages, values, strict=True)]
         fields = {
             "old": old,
@@ -178,11 +165,6 @@ class PPO:
         rewards = -self.kl_coef * kl
         ends = torch.tensor([len(c) for c in group.completions]).cumsum(0) - 1
         return rewards.index_add(0, ends, scores)
-
-    def _advantages(self, rewards: Tensor, values: Tensor, group: Group) -> Tensor:
-        lengths = [len(c) for c in group.completions]
-        parts = zip(torch.split(rewards, lengths), torch.split(values, lengths), strict=True)
-        return torch.cat([gae(r, v, self.gamma, self.lam) for r, v in parts])
 
     def _objective(self, ctx: Context, groups: Sequence[Group], old: Any, kl: Any, scores: Any) -> dict[str, Metric]:
         """objective/*: sums over a completion, averaged over completions."""
@@ -241,6 +223,12 @@ class PPO:
             "val/clipfrac_avg": mean((held > plain).float()),
         }
         return Loss(terms={"tokens": self.vf_coef * loss.sum()}, metrics=metrics)
+
+    def fused(self, role: str, batch: MicroBatch) -> Fused:
+        """The kernels of both clipped losses."""
+        if role == "value":
+            return Fused("clipped_value", {"cliprange": self.cliprange_value}, weight=self.vf_coef)
+        return Fused("clipped_policy", {"cliprange": self.cliprange})
 
     def stop(self, metrics: Mapping[str, float]) -> bool:
         return False

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dsalign.algos import Loss, Metric, MicroBatch, Output
+from dsalign.algos import Fused, Loss, Metric, MicroBatch, Output
 from dsalign.algos._maths import (
     check_range,
     chosen_nll,
@@ -69,6 +69,17 @@ class SimPO:
             **entropy_metric(out.entropy),
         }
         return Loss(terms={"pairs": loss.sum(), "chosen_tokens": self.cpo_alpha * nll}, metrics=metrics)
+
+    def fused(self, role: str, batch: MicroBatch) -> Fused:
+        """The kernel of pairs."""
+        recipe = {
+            "losses": {"sigmoid_norm": 1.0},
+            "beta": self.beta,
+            "gamma": self.simpo_gamma,
+            "label_smoothing": self.label_smoothing,
+            "mean_rewards": True,
+        }
+        return Fused("pairs", recipe, nll=self.cpo_alpha, means=True)
 
     def stop(self, metrics: Mapping[str, float]) -> bool:
         return False

@@ -4,11 +4,13 @@ from dsalign_kernels.linear_logps import Scheme, chunk_rows, default_bytes, line
 from dsalign_kernels.policy import clipped_policy, clipped_value, gae
 from dsalign_kernels.preference import preference
 from dsalign_kernels.reference import Advantages, Clipped, Logps, Preference, Recipe
+from dsalign_kernels.rows import Impl, uses_triton
 from dsalign_kernels.selective_logps import selective_logps
 
 __all__ = [
     "Advantages",
     "Clipped",
+    "Impl",
     "Logps",
     "Preference",
     "Recipe",
@@ -23,4 +25,5 @@ __all__ = [
     "preference",
     "scheme",
     "selective_logps",
+    "uses_triton",
 ]

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsalign import fused
 from dsalign.algos import Batch, MicroBatch, Output, Prepared
 from dsalign.data.batch import cut
 from dsalign.data.tokenize import Group
@@ -104,6 +105,9 @@ class FakeContext:
 
     def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         raise AssertionError("no algorithm trained on rows prepares values")
+
+    def gae(self, rewards: Any, values: Any, lengths: Any, gamma: float, lam: float) -> list[Tensor]:
+        return fused.gae(rewards, values, lengths, gamma, lam, CPU)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         return [float(sum(column)) for column in zip(*self.ranks.exchange(self.rank, list(numbers)), strict=True)]

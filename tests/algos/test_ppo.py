@@ -16,7 +16,7 @@ from support import random_groups
 from torch import Tensor
 
 from dsalign.algos import Batch, Loss, MicroBatch, Output, Prepared, Sampling
-from dsalign.algos.ppo import PPO, gae, token_kl, whiten
+from dsalign.algos.ppo import PPO, token_kl, whiten
 from dsalign.data.batch import cut, micro_batch
 from dsalign.data.tokenize import Group
 
@@ -156,23 +156,6 @@ def test_k3_of_close_log_probabilities_keeps_its_digits() -> None:
     """A gap of d has d^2 / 2 (1 - d / 3 + ...): at 2^-12 that is 2^-25, below float32's spacing at 1, and not 0."""
     found = float(token_kl(torch.tensor([-1.0]), torch.tensor([-1.0 - 2**-12]), "k3"))
     assert found == pytest.approx(2**-25, rel=2e-3)
-
-
-def test_gae_by_hand() -> None:
-    """gamma 0.5, lam 0.5: deltas 1 + 0.5 * 2 - 1 = 1, 0 + 0.5 * 4 - 2 = 0 and 3 - 4 = -1 (nothing follows);
-    A = 1 + 0.25 * -0.25, 0 + 0.25 * -1 and -1."""
-    found = gae(torch.tensor([1.0, 0.0, 3.0]), torch.tensor([1.0, 2.0, 4.0]), 0.5, 0.5)
-    assert found.tolist() == [1 - 0.0625, -0.25, -1.0]
-    assert found.dtype == torch.float32
-
-
-@pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_gae_at_the_ends_of_lam(lam: float) -> None:
-    """lam 1 is the return less the value, lam 0 the one-step error; and a completion of one token has r - V."""
-    rewards, values = torch.tensor([1.0, -2.0, 4.0]), torch.tensor([0.5, 1.5, -1.0])
-    want = [3 - 0.5, 2 - 1.5, 4 + 1] if lam else [1 + 1.5 - 0.5, -2 - 1 - 1.5, 4 + 1]
-    assert gae(rewards, values, 1.0, lam).tolist() == want
-    assert gae(rewards[:1], values[:1], 1.0, lam).tolist() == [0.5]
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])

@@ -58,6 +58,17 @@ def test_gae_by_hand(impl: str) -> None:
     assert found.means.tolist() == pytest.approx([-3.0625, 2.0]) and float(found.squares[1]) == 0.0
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_gae_at_the_ends_of_lam(lam: float, impl: str) -> None:
+    """lam 1 is the return less the value, lam 0 the one-step error; and a completion of one token has r - V."""
+    rewards, values = torch.tensor([1.0, -2.0, 4.0, 1.0]), torch.tensor([0.5, 1.5, -1.0, 0.5])
+    want = [3 - 0.5, 2 - 1.5, 4 + 1] if lam else [1 + 1.5 - 0.5, -2 - 1 - 1.5, 4 + 1]
+    counts = torch.tensor([3, 1], device=DEVICE)
+    found = gae(rewards.to(DEVICE), values.to(DEVICE), counts, gamma=1.0, lam=lam, impl=impl)  # type: ignore[arg-type]
+    assert found.advantages.tolist() == [*want, 0.5]
+
+
 def graded(function: Any, twin: Any, x: Tensor, *others: Tensor, **more: Any) -> None:
     """Loss, metrics and gradient in x against the twin in float64."""
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
