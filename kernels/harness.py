@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 PERCENTILES = (20, 50, 80)
+QUEUE_CYCLES = 2_000_000  # about a millisecond of a GPU
 POLL_S = 0.0005  # of the resident set, where the device has no counter of its own
 
 
@@ -63,7 +64,8 @@ def times_ms(
     """Name -> p20, p50 and p80 of the time of each run, milliseconds. repeats: timed rounds, >= 2.
 
     A round times every run once, so that whatever else the machine does falls on all of them alike. On a GPU the clock
-    is a pair of events, and the L2 cache is filled with something else before each run.
+    is a pair of events, the L2 cache is filled with something else before each run, and a millisecond of waiting lets
+    the host queue the launches.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
@@ -111,6 +113,52 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     return peak - before
 
 
+Answer = Sequence[Tensor]  # what a run gives, gradients among it
+Case = tuple[Callable[[], Answer], Callable[[], Answer], Callable[[], Answer]]  # ours, its twin, the twin in float64
+FUSED_COLUMNS = ("op", "pass", "error", "p20_ms", "p50_ms", "p80_ms", "peak_mb")
+
+
+def fused_rows(cases: Mapping[str, Case], device: torch.device, *, repeats: int) -> list[dict[str, object]]:
+    """One row for each operation and its twin in plain torch, checked before they are timed.
+
+    Raises ValueError where ours is further from float64, relative to the largest number, than its twin and 1e-6.
+    """
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    errors: dict[tuple[str, str], float] = {}
+    for name, (ours, twin, exact) in cases.items():
+        want = [x.double() for x in exact()]
+        for which, run in (("dsalign_kernels", ours), ("plain torch", twin)):
+            sizes = [max(1.0, float(y.abs().max())) for y in want]
+            gaps = [error(x, y) / size for x, y, size in zip(run(), want, sizes, strict=True)]
+            runs[which, name], errors[which, name] = run, max(gaps)
+        mine, its = errors["dsalign_kernels", name], errors["plain torch", name]
+        if not mine <= its + 1e-6:
+            raise ValueError(f"{name}: expected at most plain torch's error {its:.3g}, got {mine:.3g}; not timed")
+    peaks = {key: peak_extra_bytes(run, device) / 2**20 for key, run in runs.items()}
+    times = times_ms({f"{which}|{name}": run for (which, name), run in runs.items()}, device, repeats=repeats)
+    return [
+        {
+            "op": which,
+            "pass": name,
+            "error": errors[which, name],
+            **times[f"{which}|{name}"],
+            "peak_mb": peaks[which, name],
+        }
+        | provenance(device)
+        for which, name in runs
+    ]
+
+
+def report(
+    rows: Sequence[Mapping[str, object]], columns: Sequence[str], device: torch.device, file: Path | None
+) -> None:
+    """Prints device, versions and the table; appends the rows to a CSV file where one is named."""
+    print(", ".join(f"{name} {value}" for name, value in provenance(device).items()))
+    print(table(rows, columns))
+    if file:
+        write_csv(file, rows)
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Appends rows to `path`, with a header where the file is new. Raises ValueError where its columns are others."""
     columns = list(rows[0])
@@ -148,6 +196,7 @@ def _wall_ms(run: Callable[[], object]) -> float:
 def _events_ms(run: Callable[[], object], flush: Tensor) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
+    torch.cuda._sleep(QUEUE_CYCLES)  # the host gets ahead: what is timed is the device, not Python
     start.record()
     run()
     end.record()

@@ -191,18 +191,18 @@ def preference(
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, lam: float) -> Advantages:
-    """A step for each position from the end, of all completions at a time."""
-    size, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
+    """By doubling, all completions at a time: sum_k (gamma lam)^k delta_{t+k}."""
+    longest = int(lengths.max()) if len(lengths) else 0
     back = torch.arange(longest, device=rewards.device)
     inside = back < lengths[:, None]
     at = torch.where(inside, lengths.cumsum(0)[:, None] - 1 - back, 0)
     r, v = (torch.where(inside, x[at], 0) for x in (rewards, values))
     delta = r - v
     delta[:, 1:] += gamma * v[:, :-1]
-    carry = rewards.new_zeros(size)
-    for t in range(longest):
-        carry = delta[:, t] + gamma * lam * carry
-        delta[:, t] = carry
+    shift, factor = 1, gamma * lam  # after each turn a number holds the terms of twice as many tokens
+    while shift < longest:
+        delta = torch.cat([delta[:, :shift], delta[:, shift:] + factor * delta[:, :-shift]], 1)
+        shift, factor = 2 * shift, factor * factor
     advantages = torch.empty_like(rewards)
     advantages[at[inside]] = delta[inside]
     kept = torch.where(inside, delta, 0)

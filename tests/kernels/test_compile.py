@@ -27,21 +27,23 @@ types |= dict.fromkeys(("stride", "out_stride", "columns", "first", "ignore_inde
 types |= dict.fromkeys(("scale", "softcap", "temperature", "beta", "eps", "gamma", "tau", "alpha"), "fp32")
 types |= dict.fromkeys(("weight0", "weight1", "weight2", "nll_scale", "z0", "decay", "cliprange"), "fp32")
 types |= dict.fromkeys(("desirable_weight", "undesirable_weight", "tail_weight"), "fp32")
-rows = {"HAS_SOFTCAP": True, "BLOCK": k.BLOCK}
-sums = {"GRADIENT": True, "BLOCK": p.BLOCK, "COLUMNS": p.COLUMNS, "ROWS": p.ROWS}
+rows = {"HAS_SOFTCAP": True}
+table = k.BLOCKS.get(f"sm_{target}" if aim.backend == "cuda" else target, k.BLOCKS["other"])
+sums = {"GRADIENT": True, "COLUMNS": p.COLUMNS, "ROWS": p.ROWS}
 pairs = {"DIVERGENCE": 3, "HAS_REFERENCE": True, "MEAN_REWARDS": False, **sums}
 found = {}
-for name, kernel, constants, warps in (
-    ("stats", k._stats_kernel, {**rows, "ENTROPY": True, "TOP": True, "WRITE": False}, k.WARPS),
-    ("stats and gradient", k._stats_kernel, {**rows, "ENTROPY": False, "TOP": False, "WRITE": True}, k.WARPS),
-    ("gradient", k._grad_kernel, {**rows, "HAS_WEIGHTS": True}, k.WARPS),
-    ("pairs", p._pair_kernel, {**pairs, "LOSS0": 4, "LOSS1": 7, "LOSS2": 12}, p.WARPS),
-    ("odds", p._pair_kernel, {**pairs, "LOSS0": 13, "LOSS1": 0, "LOSS2": 0}, p.WARPS),
-    ("labels", p._label_kernel, sums, p.WARPS),
-    ("gae", t._gae_kernel, {"BLOCK": t.BLOCK}, t.WARPS),
-    ("policy", t._policy_kernel, sums, t.WARPS),
-    ("value", t._value_kernel, sums, t.WARPS),
+for name, kernel, constants, (block, warps) in (
+    ("stats", k._stats_kernel, {**rows, "ENTROPY": True, "TOP": True, "WRITE": False}, table["read"]),
+    ("stats and gradient", k._stats_kernel, {**rows, "ENTROPY": True, "TOP": True, "WRITE": True}, table["write"]),
+    ("gradient", k._grad_kernel, {**rows, "HAS_WEIGHTS": True}, table["gradient"]),
+    ("pairs", p._pair_kernel, {**pairs, "LOSS0": 4, "LOSS1": 7, "LOSS2": 12}, (p.BLOCK, p.WARPS)),
+    ("odds", p._pair_kernel, {**pairs, "LOSS0": 13, "LOSS1": 0, "LOSS2": 0}, (p.BLOCK, p.WARPS)),
+    ("labels", p._label_kernel, sums, (p.BLOCK, p.WARPS)),
+    ("gae", t._gae_kernel, {}, (t.BLOCK, t.WARPS)),
+    ("policy", t._policy_kernel, sums, (t.BLOCK, t.WARPS)),
+    ("value", t._value_kernel, sums, (t.BLOCK, t.WARPS)),
 ):
+    constants = {**constants, "BLOCK": block}
     signature = {x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names}
     options = {"num_warps": warps}
     built = triton.compile(ASTSource(kernel, signature, constants), target=aim, options=options)
