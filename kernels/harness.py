@@ -8,6 +8,7 @@ import datetime
 import gc
 import importlib.metadata
 import platform
+import random
 import statistics
 import sys
 import threading
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 PERCENTILES = (20, 50, 80)
-QUEUE_CYCLES = 2_000_000  # about a millisecond of a GPU
+QUEUE_CYCLES = 20_000_000  # about ten milliseconds of a GPU
 POLL_S = 0.0005  # of the resident set, where the device has no counter of its own
 
 
@@ -64,13 +65,15 @@ def times_ms(
     """Name -> p20, p50 and p80 of the time of each run, milliseconds. repeats: timed rounds, >= 2.
 
     A round times every run once, so that whatever else the machine does falls on all of them alike. On a GPU the clock
-    is a pair of events, the L2 cache is filled with something else before each run, and a millisecond of waiting lets
-    the host queue the launches.
+    is a pair of events, the L2 cache is filled with something else before each run, and ten milliseconds of
+    waiting let the card rest and the host queue the launches.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    order, draw = list(runs), random.Random(0)
     for index in range(warmup + repeats):
-        for name, run in runs.items():
+        draw.shuffle(order)  # a card that has just run a large product is slower for a while: not always for the same
+        for name, run in ((name, runs[name]) for name in order):
             spent = _wall_ms(run) if flush is None else _events_ms(run, flush)
             if index >= warmup:
                 taken[name].append(spent)

@@ -102,12 +102,19 @@ def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
             source.weights,
             config=config,
             dtype=resolve_dtype(options.dtype, options.device),
-            attn_implementation=None if options.attn_impl == "auto" else options.attn_impl,
+            attn_implementation=_attention_of(config) if options.attn_impl == "auto" else options.attn_impl,
             trust_remote_code=options.trust_remote_code,
         )
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _attention_of(config: Any) -> str | None:
+    """Eager for a model that caps its attention scores: some releases of transformers (5.17) give it an SDPA that does not. None =
+    transformers' choice."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if capped else None
 
 
 def load_trained(

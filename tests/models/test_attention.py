@@ -28,7 +28,7 @@ from transformers import (
 
 from dsalign.data.batch import Inputs, Span, packed, rows
 from dsalign.data.tokenize import Group
-from dsalign.models import attention
+from dsalign.models import attention, load
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.heads import CausalModel, ValueModel
 
@@ -68,7 +68,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def build(config: PreTrainedConfig, shares: bool = True) -> CausalModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+        attention_of = {"attn_implementation": load._attention_of(config)}  # as a run loads it
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **attention_of).eval()
     return CausalModel(model, attention.share(model) if shares else False)
 
 
