@@ -111,8 +111,8 @@ def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
 
 
 def _attention_of(config: Any) -> str | None:
-    """Eager for a model that caps its attention scores: some releases of transformers (5.17) give it an SDPA that does not. None =
-    transformers' choice."""
+    """Eager for a model that caps its attention scores, as some releases of transformers (5.17) give it an SDPA that
+    does not; None = transformers' choice."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "eager" if capped else None
 
