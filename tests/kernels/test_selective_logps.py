@@ -37,9 +37,11 @@ def within(found: Tensor, twin: Tensor, exact: Tensor, rounding: float) -> None:
     assert worst <= of_twin + rounding, f"off by {worst:.3g}, plain torch by {of_twin:.3g}, rounding is {rounding:.3g}"
 
 
+SHAPES = [(n, v) for n in ROWS for v in VOCABULARIES] + [(4097, 1000), (3, 128256), (1, 151936)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("v", VOCABULARIES)
-@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize(("n", "v"), SHAPES)
 def test_error_budget(n: int, v: int, dtype: torch.dtype) -> None:
     """Log-probabilities and their gradient, within what plain torch in float32 is off and one rounding.
 
@@ -62,8 +64,7 @@ def test_error_budget(n: int, v: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("v", VOCABULARIES)
-@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize(("n", "v"), SHAPES)
 def test_entropy(n: int, v: int, dtype: torch.dtype) -> None:
     """Within what plain torch is off and four roundings of the largest logit, however large the vocabulary is."""
     logits, targets, _ = inputs(n, v, dtype)
@@ -171,7 +172,7 @@ def test_in_place(dtype: torch.dtype, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("v", [5, 4097])
+@pytest.mark.parametrize("v", [5, 4097, 128256])
 def test_both_implementations(v: int, dtype: torch.dtype, impl: str) -> None:
     """Values, entropy, arg-max and gradient of ignored and kept rows, against float64."""
     logits, targets, weights = (x.to(DEVICE) for x in inputs(3, v, dtype))
