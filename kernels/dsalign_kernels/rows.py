@@ -77,8 +77,7 @@ def stats(
             # The sum has terms >= 0: a difference of sums would cancel.
             entropies[rows] = total.log() - spread.mul_(p).sum(1) / total
         if write:
-            p.div_(-total[:, None]).scatter_add_(1, index, inside[:, None].to(p.dtype))
-            p.mul_(how.scale / how.temperature * kept[:, None]).mul_(1.0 if slope is None else slope)
+            _to_gradient(p, kept * (how.scale / how.temperature), 1 / total, index, inside, slope)
             if not owned:
                 part.copy_(p)
     return logps, lses, entropies, tops
@@ -109,12 +108,11 @@ def gradient(
         slope = _slope(z, how) if how.softcap is not None else None
         inside = (target >= first) & (target < first + columns)
         index = torch.where(inside, target - first, 0)[:, None]
-        p = z.sub_(lses[rows, None]).exp_().neg_()
-        p.scatter_add_(1, index, inside[:, None].to(p.dtype))
+        p = z.sub_(lses[rows, None]).exp_()
         coefficient = (target != how.ignore_index).float() * (how.scale / how.temperature)
         if weights is not None:
             coefficient = coefficient * weights[rows]
-        p.mul_(coefficient[:, None]).mul_(1.0 if slope is None else slope)
+        _to_gradient(p, coefficient, torch.ones_like(coefficient), index, inside, slope)
         if not owned:
             out[rows] = p.to(out.dtype)
     return out
@@ -126,6 +124,17 @@ def _transformed(z: Tensor, how: Transform) -> Tensor:
         return z.mul_(how.scale / how.softcap).tanh_().mul_(how.softcap / how.temperature)
     factor = how.scale / how.temperature
     return z if factor == 1.0 else z.mul_(factor)
+
+
+def _to_gradient(
+    p: Tensor, coefficient: Tensor, factor: Tensor, index: Tensor, inside: Tensor, slope: Tensor | None
+) -> None:
+    """factor p [n, V] becomes coefficient ([v = target] - factor p) slope, in place and in one pass; but for the column
+    of the target, where 1 - p is taken first, as both products may be near each other."""
+    of_target = inside.to(p.dtype) - factor * p.gather(1, index)[:, 0]
+    p.mul_((-coefficient * factor)[:, None]).scatter_(1, index, (coefficient * of_target)[:, None])
+    if slope is not None:
+        p.mul_(slope)
 
 
 def _slope(z: Tensor, how: Transform) -> Tensor:
