@@ -4,7 +4,7 @@ says. With `logps`, the importer of dsalign_kernels."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,14 +14,16 @@ from dsalign.algos._maths import entropy_metric
 from dsalign_kernels import Impl, Recipe, clipped_policy, clipped_value, preference, uses_triton
 from dsalign_kernels import gae as gae_of_tokens
 
+Scales: TypeAlias = Mapping[str, float]  # unit -> what its term is multiplied by
+
 
 def scaled_loss(
-    algorithm: Any, role: str, out: Output, batch: MicroBatch, scales: Mapping[str, float], *, impl: Impl = "auto"
+    algorithm: Any, role: str, out: Output, batch: MicroBatch, scales: Scales, *, impl: Impl = "auto"
 ) -> tuple[Tensor, Metrics]:
     """(the sum of scales[unit] x term over the terms of the algorithm's <role>_loss, its metrics).
 
-    scales: unit -> what its term is multiplied by; a term whose unit is absent does not count. On a GPU, and with
-    impl="triton", by the kernel that the algorithm's `fused` names, where it names one.
+    A term whose unit is absent from scales does not count. On a GPU, and with impl="triton", by the kernel that the
+    algorithm's `fused` names, where it names one.
     """
     ask = getattr(algorithm, "fused", None)
     fused: Fused | None = ask(role, batch) if ask is not None and uses_triton(impl, batch.lengths.device) else None
@@ -48,9 +50,6 @@ def gae(
         torch.cat(list(rewards)).to(device), torch.cat(list(values)).to(device), flat, gamma=gamma, lam=lam
     )
     return list(found.advantages.to(rewards[0].device).split([len(x) for x in rewards]))  # type: ignore[no-untyped-call]
-
-
-Scales = Mapping[str, float]
 
 
 def _pairs(fused: Fused, out: Output, batch: MicroBatch, scales: Scales, impl: Impl) -> tuple[Tensor, Metrics]:

@@ -1,4 +1,4 @@
-"""PPO's arithmetic on flat tokens: advantages, and the clipped policy and value losses, each in one launch on a GPU."""
+"""PPO's arithmetic on flat tokens: advantages and the clipped losses, each in one launch on a GPU; float64 by torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gae(
     gradient. Raises ValueError where shapes, dtypes or `impl` do not fit. Source: arXiv:1506.02438, eq. 16.
     """
     _same("rewards and values", rewards, values)
-    if not uses_triton(impl, rewards.device):
+    if rewards.dtype == torch.float64 or not uses_triton(impl, rewards.device):
         return reference.gae(rewards, values, lengths, gamma=gamma, lam=lam)
     return Advantages(*token_kernels.gae(rewards.contiguous(), values.contiguous(), lengths, gamma, lam))
 
@@ -45,7 +45,7 @@ def clipped_policy(
     Raises ValueError where shapes, dtypes or `impl` do not fit. Source: arXiv:1707.06347, eq. 7.
     """
     _same("logps, old and advantages", logps, old, advantages)
-    if not uses_triton(impl, logps.device):
+    if logps.dtype == torch.float64 or not uses_triton(impl, logps.device):
         return reference.clipped_policy(logps, old, advantages, cliprange=cliprange, scale=scale)
     gradient = logps.requires_grad and torch.is_grad_enabled()
     totals, slopes = token_kernels.clipped_policy(logps, old, advantages, cliprange, scale, gradient=gradient)
@@ -74,7 +74,7 @@ def clipped_value(
             f"values [N + S] {old.dtype} and segment {tuple(old.shape)}, got {tuple(values.shape)} {values.dtype} and "
             f"{tuple(segment.shape)}"
         )
-    if not uses_triton(impl, values.device):
+    if values.dtype == torch.float64 or not uses_triton(impl, values.device):
         return reference.clipped_value(values, old, returns, segment, cliprange=cliprange, scale=scale)
     gradient = values.requires_grad and torch.is_grad_enabled()
     totals, slopes = token_kernels.clipped_value(values, old, returns, segment, cliprange, scale, gradient=gradient)

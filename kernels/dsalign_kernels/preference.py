@@ -37,12 +37,13 @@ def preference(
     """scale x the sum of the recipe's losses + nll_scale x -(the sum of the chosen completions' log-probabilities),
     differentiable in logps; the metrics and sums are not.
 
-    logps, reference: [N] float32, nats, the tokens of all completions in order; reference: 0 where None. lengths: [S]
-    int64 >= 1, together N, chosen before rejected; desirable: [S] bool, where each completion stands for itself.
+    logps, reference: [N] float32 (float64: by plain torch), nats, the tokens of all completions in order; reference: 0
+    where None. lengths: [S] int64 >= 1, together N, chosen before rejected; desirable: [S] bool, where each completion
+    stands for itself.
     Raises ValueError where shapes, dtypes, names or `impl` do not fit.
     """
     _check(logps, lengths, recipe, reference, desirable)
-    if not uses_triton(impl, logps.device):
+    if logps.dtype == torch.float64 or not uses_triton(impl, logps.device):
         return twin.preference(
             logps, lengths, recipe, reference=reference, desirable=desirable, scale=scale, nll_scale=nll_scale
         )
