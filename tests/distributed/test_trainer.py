@@ -146,8 +146,8 @@ CUTS = {  # ranks, groups or tokens a micro-batch, bytes for logits; the global 
 
 
 def stages_of_cuts() -> list[Any]:
-    """Every algorithm at ZeRO-0; at ZeRO-3 the ones whose data differ, and the others slowly."""
-    quick = {"dpo", "kto", "rm"}
+    """Every algorithm at ZeRO-0; at ZeRO-3 pairs and labels, the others slowly."""
+    quick = {"dpo", "kto"}
     return [
         pytest.param(name, stage, marks=() if stage == "0" or name in quick else pytest.mark.slow)
         for name in from_rows()
