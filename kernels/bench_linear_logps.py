@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -231,7 +230,7 @@ def returned_bytes(case: Case, mode: str) -> int:
 
 def main() -> None:
     """Reads the flags, measures, prints a table and appends to --csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, repeats=5)
     parser.add_argument("--rows", type=int, default=2048, help="completion tokens, N")
     parser.add_argument("--hidden", type=int, default=576, help="D")
     parser.add_argument("--vocabulary", type=int, default=49152, help="V")
@@ -243,18 +242,11 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=256, help="rows of one part of linear_loss")
     parser.add_argument("--head_memory", type=int, help="MiB of one chunk where the logits are computed again")
     parser.add_argument("--compile", action="store_true", help="torch.compile of plain torch too: minutes on a CPU")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
-    about: dict[str, Any] = harness.provenance(device)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("beside:", harness.peers({name: package for name, (package, _) in installed_peers().items()}))
     rows = [row for mode in args.modes for row in measure(args, device, mode)]
-    print(harness.table(rows, COLUMNS))
-    if args.csv:
-        harness.write_csv(args.csv, rows)
+    harness.report(rows, COLUMNS, device, args.csv)
 
 
 if __name__ == "__main__":

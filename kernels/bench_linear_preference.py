@@ -172,15 +172,12 @@ def measure(args: argparse.Namespace, device: torch.device, name: str) -> list[d
 
 def main() -> None:
     """Reads the flags, measures, prints a table and appends to --csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, repeats=5)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128, help="of each completion")
     parser.add_argument("--hidden", type=int, default=576, help="D")
     parser.add_argument("--vocabulary", type=int, default=49152, help="V")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
     print("beside:", harness.peers({"Liger": "liger-kernel"} if liger_head() is not None else {}))

@@ -61,12 +61,9 @@ def cases(args: argparse.Namespace, device: torch.device) -> dict[str, harness.C
 
 def main() -> None:
     """Reads the flags, measures, prints a table and appends to --csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, repeats=20)
     parser.add_argument("--completions", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=1024, help="of the longest completion")
-    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
     rows = [

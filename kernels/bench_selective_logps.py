@@ -142,21 +142,14 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
 
 def main() -> None:
     """Reads the flags, measures, prints a table and appends to --csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, repeats=20)
     parser.add_argument("--rows", type=int, default=512, help="completion tokens, N")
     parser.add_argument("--vocabulary", type=int, default=49152, help="V")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the logits")
-    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
     rows = measure(args, device)
-    about = harness.provenance(device)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print(harness.table(rows, COLUMNS))
-    if args.csv:
-        harness.write_csv(args.csv, rows)
+    harness.report(rows, COLUMNS, device, args.csv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import datetime
@@ -150,6 +151,15 @@ def fused_rows(cases: Mapping[str, Case], device: torch.device, *, repeats: int)
         | provenance(device)
         for which, name in runs
     ]
+
+
+def parser(about: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """The flags that every benchmark has; about: its docstring; repeats: the default."""
+    found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--repeats", type=int, default=repeats, help="timed runs of each")
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--csv", type=Path, help="append the rows to this file")
+    return found
 
 
 def report(
