@@ -7,15 +7,12 @@ order: the result does not depend on which program was fastest, and nothing is c
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dsalign_kernels.reference import Recipe
+from dsalign_kernels.reference import MOST_LOSSES, Recipe
 
 BLOCK, WARPS = 1024, 4  # tokens read at a time
 ROWS = 16  # pairs added up at a time, by the last program
@@ -25,7 +22,6 @@ LOSSES = (
     "apo_down", "sigmoid_norm", "discopop", "odds_ratio",
 )  # fmt: skip
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
-SLOTS = 3  # losses that one launch can add
 
 _done: dict[tuple[torch.device, int], Tensor] = {}  # programs that have finished; the last one makes it 0 again
 
@@ -325,8 +321,8 @@ def preference(
         )  # fmt: skip
         return totals, sums, slopes
     names = [name for name in recipe.losses if name != "none"]
-    codes = [LOSSES.index(name) for name in names] + [0] * (SLOTS - len(names))
-    weights = [float(recipe.losses[name]) for name in names] + [0.0] * (SLOTS - len(names))
+    codes = [LOSSES.index(name) for name in names] + [0] * (MOST_LOSSES - len(names))
+    weights = [float(recipe.losses[name]) for name in names] + [0.0] * (MOST_LOSSES - len(names))
     _pair_kernel[(programs,)](
         logps, logps if reference is None else reference, lengths, *out,
         *map(float, (recipe.beta, recipe.label_smoothing, recipe.gamma, recipe.tau, recipe.alpha, recipe.tail)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsalign_kernels import reference as twin
-from dsalign_kernels.reference import Preference, Recipe
+from dsalign_kernels.reference import MOST_LOSSES, Preference, Recipe
 from dsalign_kernels.rows import Impl, uses_triton
 
 try:
@@ -81,9 +81,10 @@ def _check(logps: Tensor, lengths: Tensor, recipe: Recipe, reference: Tensor | N
         wanted = f"{tuple(logps.shape)} {logps.dtype}"
         raise ValueError(f"reference: expected {wanted}, got {tuple(reference.shape)} {reference.dtype}")
     known = twin.LABEL_LOSSES if desirable is not None else twin.PAIR_LOSSES
-    if not recipe.losses or len(recipe.losses) > 3 or (unknown := [x for x in recipe.losses if x not in known]):
-        found = unknown if recipe.losses and len(recipe.losses) <= 3 else list(recipe.losses)
-        raise ValueError(f"losses: expected one to three of {', '.join(known)}, got {', '.join(found) or 'none'}")
+    unknown = [name for name in recipe.losses if name not in known]
+    if unknown or not 0 < len(recipe.losses) <= MOST_LOSSES:
+        found = ", ".join(unknown or recipe.losses) or "none"
+        raise ValueError(f"losses: expected one to three of {', '.join(known)}, got {found}")
     if desirable is None and len(lengths) % 2:
         raise ValueError(f"lengths: expected a chosen and a rejected completion a pair, got {len(lengths)} completions")
     if desirable is not None and desirable.shape != lengths.shape:

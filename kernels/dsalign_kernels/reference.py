@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+MOST_LOSSES = 3  # that a recipe adds
 
 
 class Logps(NamedTuple):
