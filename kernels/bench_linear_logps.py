@@ -203,6 +203,8 @@ def measure(args: argparse.Namespace, device: torch.device, mode: str) -> list[d
     about = {"pass": mode, "dtype": args.dtype, "rows": args.rows, "hidden": args.hidden, "vocabulary": args.vocabulary}
     found, peaks, runs = errors(heads, case, mode), dict[str, float](), dict[str, Callable[[], object]]()
     for name, head in heads.items():
+        if args.only not in name:  # the twin, which was checked against
+            continue
         one = partial(run, head, case, mode)
         try:
             one()

@@ -1,6 +1,7 @@
 """Fused operations of dsalign: each has a plain-torch twin of the same name in `reference`."""
 
-from dsalign_kernels.linear_logps import Scheme, chunk_rows, default_bytes, linear_logps, linear_loss, scheme
+from dsalign_kernels.head import chunk_rows
+from dsalign_kernels.linear_logps import Scheme, default_bytes, linear_logps, linear_loss, scheme
 from dsalign_kernels.policy import clipped_policy, clipped_value, gae
 from dsalign_kernels.preference import preference
 from dsalign_kernels.reference import Advantages, Clipped, Logps, Preference, Recipe

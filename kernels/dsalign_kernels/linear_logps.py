@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsalign_kernels import rows
+from dsalign_kernels import by_tiles, rows
+from dsalign_kernels.head import Kept, Operands, by_row
 from dsalign_kernels.reference import IGNORE_INDEX, Logps
 from dsalign_kernels.rows import Impl, Transform
 
@@ -50,11 +52,12 @@ def scheme(
         return Scheme("forward", 1)
     if not trained:
         return Scheme("frozen", 2)
-    most = KEEP_RATIO * head_bytes // (vocabulary * dtype.itemsize)  # rows of logits that may be there at a time
-    if rows_ <= most:
-        return Scheme("kept", 3)
+    fit = head_bytes // (vocabulary * dtype.itemsize)  # rows of logits in the work space
     # A float16 gradient taken before the loss is scaled would vanish.
-    local = largest_part is not None and largest_part <= most and dtype != torch.float16
+    local = largest_part is not None and largest_part <= KEEP_RATIO * fit and dtype != torch.float16
+    # In 16 bits the parts' weight gradients add up in a float32 tensor more: as large as the logits of many rows.
+    if rows_ <= (fit if local and dtype.itemsize >= 4 else KEEP_RATIO * fit):
+        return Scheme("kept", 3)
     return Scheme("local", 3) if local else Scheme("recomputed", 4)
 
 
@@ -133,10 +136,13 @@ def default_bytes(device: torch.device) -> int:
     return DEFAULT_MIB.get(device.type, DEFAULT_MIB["cuda"]) * 2**20
 
 
-def chunk_rows(vocabulary: int, itemsize: int, head_bytes: int) -> int:
-    """Rows of logits in one chunk: a multiple of 128 where there are so many."""
-    fit = max(1, head_bytes // (vocabulary * itemsize))
-    return fit - fit % 128 if fit > 128 else fit
+def _way(triton: bool) -> ModuleType:
+    """by_rows, or by_tiles: the same functions."""
+    if not triton:
+        return by_tiles
+    from dsalign_kernels import by_rows  # noqa: PLC0415  # triton is published for Linux alone
+
+    return by_rows
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -155,64 +161,35 @@ class _LinearLogps(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         trained = needs_weight or needs_bias
-        size, vocabulary = len(hidden), len(weight)
         plan = scheme(
-            size, vocabulary, hidden.dtype,
+            len(hidden), len(weight), hidden.dtype,
             gradient=needs_hidden or trained, trained=trained, head_bytes=head_bytes,
         )  # fmt: skip
-        jacobian = torch.empty_like(hidden) if needs_hidden else None
-        step = size if plan.name == "kept" else chunk_rows(vocabulary, hidden.element_size(), head_bytes)
-        # One buffer for all chunks: the allocator of a CPU gives freed memory back, and every page is zeroed again.
-        buffer = hidden.new_empty(min(size, step), vocabulary)
-        found = []
-        for start in range(0, max(size, 1), max(step, 1)):
-            part = slice(start, start + step)
-            logits = _logits(hidden[part], weight, bias, buffer)
-            write = needs_hidden or plan.name == "kept"
-            found.append(rows.stats(logits, targets[part], how, entropy=entropy, top=top, write=write, triton=triton))
-            if jacobian is not None:
-                torch.mm(logits, weight, out=jacobian[part])
-        logps, lses, entropies, tops = (None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True))
-        ctx.how, ctx.triton, ctx.plan, ctx.head_bytes = how, triton, plan, head_bytes
-        kept = buffer if plan.name == "kept" else None
-        again = (hidden, weight, bias, targets, lses) if trained else (None,) * 5
-        ctx.save_for_backward(jacobian, kept, *again)
-        ctx.mark_non_differentiable(*[x for x in (lses, entropies, tops) if x is not None])
-        return logps, lses, entropies, tops
+        x = Operands(hidden, weight, bias, targets, how)
+        buffer = hidden.new_empty(len(hidden) * len(weight)) if plan.name == "kept" else None
+        found, kept = _way(triton).scan(
+            x, entropy=entropy, top=top, jacobian=needs_hidden, buffer=buffer, most_bytes=head_bytes
+        )
+        ctx.how, ctx.triton, ctx.head_bytes = how, triton, head_bytes
+        again = (hidden, weight, bias, targets, found.lses, *kept) if trained else ()
+        ctx.save_for_backward(found.jacobian, *again)
+        ctx.mark_non_differentiable(*[each for each in found[1:4] if each is not None])
+        return tuple(found[:4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        jacobian, kept, hidden, weight, bias, targets, lses = ctx.saved_tensors
-        g = grads[0].float()
-        d_hidden = None if jacobian is None else _by_row(jacobian, g)
-        d_weight, d_bias = None, None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            largest = _range(g, hidden.dtype)
-            scaled = _by_row(hidden, g if largest is None else g / largest)
+        jacobian, *again = ctx.saved_tensors
+        g = grads[0].to(rows.wide(grads[0].dtype))
+        d_hidden, d_weight, d_bias = None if jacobian is None else by_row(jacobian, g), None, None
+        if again:
+            hidden, weight, bias, targets, lses, *kept = again
             d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-            d_bias = torch.empty_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-            for columns, bracket in _brackets(ctx, kept, hidden, weight, bias, targets, lses):
-                if d_weight is not None:
-                    torch.mm(bracket.t(), scaled, out=d_weight[columns])
-                    if largest is not None:
-                        d_weight[columns].mul_(largest)
-                if d_bias is not None:
-                    d_bias[columns] = (bracket.t().float() @ g).to(d_bias.dtype)
+            d_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+            x = Operands(hidden, weight, bias, targets, ctx.how)
+            _way(ctx.triton).weight_gradient(
+                x, lses, Kept(*kept), g, d_weight, d_bias, add=False, most_bytes=ctx.head_bytes
+            )
         return d_hidden, d_weight, d_bias, *[None] * 6
-
-
-def _brackets(
-    ctx: Any, kept: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lses: Tensor
-) -> Any:
-    """([slice of the vocabulary], d logp / d logits [N, columns]): whole where kept, else slice after slice."""
-    if kept is not None:
-        yield slice(0, len(weight)), kept
-        return
-    step = chunk_rows(max(1, len(hidden)), hidden.element_size(), ctx.head_bytes)
-    for first in range(0, len(weight), step):
-        columns = slice(first, min(first + step, len(weight)))
-        logits = _logits(hidden, weight[columns], None if bias is None else bias[columns], None)
-        yield columns, rows.gradient(logits, logits, targets, lses, None, ctx.how, first=first, triton=ctx.triton)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -229,34 +206,30 @@ class _LinearLoss(torch.autograd.Function):
         entropy: bool,
         triton: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        buffer = hidden.new_empty(max(parts, default=0), len(weight))
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
-        total, start = hidden.new_zeros((), dtype=torch.float32), 0
+        needed = ctx.needs_input_grad[:3]
+        kind, way = rows.wide(hidden.dtype), _way(triton)
+        d_hidden = torch.empty_like(hidden) if needed[0] else None
+        d_weight, d_bias = (
+            torch.zeros_like(each, dtype=kind) if each is not None and need else None
+            for each, need in zip((weight, bias), needed[1:], strict=True)
+        )
+        trained = d_weight is not None or d_bias is not None
+        # One buffer for all parts: the allocator of a CPU gives freed memory back, and every page is zeroed again.
+        buffer = hidden.new_empty(max(parts, default=0) * len(weight)) if trained else None
+        most = {"most_bytes": default_bytes(hidden.device)}
+        total, start = hidden.new_zeros((), dtype=kind), 0
         for index, size in enumerate(parts):
             part = slice(start, start + size)
             start += size
-            logits = _logits(hidden[part], weight, bias, buffer)
-            logps, lses, entropies, _ = rows.stats(
-                logits, targets[part], how, entropy=entropy, top=False, write=False, triton=triton
-            )
-            g, value = _coefficient(loss, index, logps, entropies)
+            x = Operands(hidden, weight, bias, targets, how).rows(part)
+            room = None if buffer is None else buffer[: size * len(weight)]
+            found, kept = way.scan(x, entropy=entropy, top=False, jacobian=needed[0], buffer=room, **most)
+            g, value = _coefficient(loss, index, found.logps, found.entropies)
             total += value
-            if d_hidden is None and d_weight is None and d_bias is None:
-                continue
-            largest = _range(g, hidden.dtype)
-            scaled = g if largest is None else g / largest
-            rows.gradient(logits, logits, targets[part], lses, scaled, how, triton=triton)
             if d_hidden is not None:
-                torch.mm(logits, weight, out=d_hidden[part])
-                if largest is not None:
-                    d_hidden[part].mul_(largest)
-            if d_weight is not None:
-                _add_product(d_weight, logits, hidden[part], largest)
-            if d_bias is not None:
-                d_bias.add_(logits.float().sum(0).mul_(1.0 if largest is None else largest))
+                torch.mul(found.jacobian, g[:, None], out=d_hidden[part])
+            if trained:
+                way.weight_gradient(x, found.lses, kept, g, d_weight, d_bias, add=True, **most)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtype = hidden.dtype
         return total
@@ -270,39 +243,9 @@ class _LinearLoss(torch.autograd.Function):
 def _coefficient(
     loss: Callable[[int, Tensor, Tensor | None], Tensor], index: int, logps: Tensor, entropy: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(d loss / d logps [n] float32, the loss)."""
+    """(d loss / d logps [n], the loss)."""
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         value = loss(index, leaf, entropy)
         (g,) = torch.autograd.grad(value, leaf, allow_unused=True) if value.requires_grad else (None,)
     return torch.zeros_like(logps) if g is None else g, value.detach()
-
-
-def _add_product(total: Tensor, bracket: Tensor, hidden: Tensor, factor: Tensor | None) -> None:
-    """total [V, D] float32 += factor bracket^T hidden, without rounding the product to a 16-bit float first."""
-    if factor is not None:  # float16
-        total.addmm_(bracket.float().t(), hidden.float() * factor)
-    elif bracket.is_cuda and bracket.dtype == torch.bfloat16:
-        torch.addmm(total, bracket.t(), hidden, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(bracket.float().t(), hidden.float())
-
-
-def _by_row(x: Tensor, g: Tensor) -> Tensor:
-    """x [N, D] times g [N] float32, computed in float32 and rounded once to the dtype of x."""
-    return torch.mul(x, g[:, None], out=torch.empty_like(x))
-
-
-def _range(g: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What to divide coefficients by so that float16 holds them: the largest. None where the dtype has the range."""
-    if dtype != torch.float16 or not len(g):
-        return None
-    return g.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
-    """hidden [n, D] x weight [V, D] + bias into the first rows of the buffer."""
-    out = hidden.new_empty(len(hidden), len(weight)) if buffer is None else buffer[: len(hidden)]
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)  # rounded once

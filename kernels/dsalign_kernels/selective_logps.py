@@ -56,7 +56,7 @@ class _SelectiveLogps(torch.autograd.Function):
         in_place: bool,
         triton: bool,
     ) -> tuple[Tensor | None, ...]:
-        found = rows.stats(logits, targets, how, entropy=entropy, top=top, write=False, triton=triton)
+        found = rows.stats(logits, targets, how, entropy=entropy, top=top, triton=triton)
         ctx.how, ctx.triton, ctx.in_place = how, triton, in_place
         ctx.save_for_backward(logits, targets, found[1])
         ctx.mark_non_differentiable(*[x for x in found[1:] if x is not None])
@@ -66,5 +66,5 @@ class _SelectiveLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, lses = ctx.saved_tensors
         out = logits.detach() if ctx.in_place else torch.empty_like(logits)
-        weights = grads[0].float().contiguous()
+        weights = grads[0].to(rows.wide(grads[0].dtype)).contiguous()
         return rows.gradient(logits, out, targets, lses, weights, ctx.how, triton=ctx.triton), *[None] * 6

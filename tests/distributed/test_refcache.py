@@ -113,7 +113,9 @@ def test_a_run_is_the_same_with_it(algo: str, more: list[str], tmp_path: Path, t
         for mine, theirs in zip(other, found[0], strict=True):
             for name in ("loss", "rewards/chosen", "eval/loss", "kl"):
                 if name in mine:
-                    assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name
+                    # KL is a difference of sums of some hundred nats, whose last bit is 3e-5.
+                    near = 1e-4 if name == "kl" else 1e-6
+                    assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=near), name
 
 
 def test_where_it_would_not_pay_there_is_none(tmp_path: Path, two_ranks: RankPool) -> None:

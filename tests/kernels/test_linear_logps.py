@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dsalign_kernels import Logps, linear_logps, linear_loss, reference, selective_logps
-from dsalign_kernels.linear_logps import chunk_rows, scheme
+from dsalign_kernels.head import chunk_rows
+from dsalign_kernels.linear_logps import scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLS = ("torch", "triton")
@@ -76,6 +77,46 @@ def test_equals_float64(
     for one, two, want in zip(grads, twin_grads, exact_grads, strict=True):
         near(one, two, want, 4e-6)
     assert (found.logps.dtype, grads[0].shape) == (torch.float32, (n, d))
+
+
+@pytest.mark.parametrize("chunks", ["one", "many"])
+@pytest.mark.parametrize("n, d, v", [(4097, 9, 300), (70, 9, 128256)])
+def test_many_rows_and_a_large_vocabulary(n: int, d: int, v: int, chunks: str) -> None:
+    """More rows than are taken at a time, and a vocabulary of many tiles with a tail."""
+    case = inputs(n, d, v)
+    head_bytes = 2**30 if chunks == "one" else 2**20
+    exact, exact_grads = run(reference.linear_logps, case, torch.float64)
+    twin, twin_grads = run(reference.linear_logps, case, torch.float32)
+    found, grads = run(linear_logps, case, torch.float32, head_bytes=head_bytes, impl="torch")
+    for name in ("logps", "lse", "entropy"):
+        near(getattr(found, name).detach(), getattr(twin, name).detach(), getattr(exact, name).detach(), 2e-6)
+    for one, two, want in zip(grads, twin_grads, exact_grads, strict=True):
+        near(one, two, want, 4e-6)
+
+
+@pytest.mark.parametrize("how", [PLAIN, CAPPED], ids=["plain", "softcap"])
+@pytest.mark.parametrize("head_bytes", [2**30, 8 * 9 * 3], ids=["one", "many"])
+def test_gradcheck(head_bytes: int, how: dict[str, Any]) -> None:
+    """Float64 stays float64, and every gradient is that of finite differences, kept and recomputed."""
+    hidden, weight, bias, targets, _ = (x.cpu() for x in inputs(5, 4, 9, torch.float64))
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def logps(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_logps(h, w, targets, bias=b, head_bytes=head_bytes, **how).logps
+
+    assert torch.autograd.gradcheck(logps, leaves)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tokens_that_cannot_be(impl: str) -> None:
+    """A bias of -inf, on a whole tile too: probability and gradient 0 there, and no NaN."""
+    hidden, weight, bias, targets, g = inputs(3, 8, 200)
+    bias[:150] = -math.inf
+    case = (hidden, weight, bias, targets.clamp_min(0) // 4 + 150, g)
+    exact, exact_grads = run(reference.linear_logps, case, torch.float64, trained=False)
+    found, grads = run(linear_logps, case, torch.float32, trained=False, head_bytes=3 * 4 * 64, impl=impl)
+    torch.testing.assert_close(found.logps.detach().double(), exact.logps.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads[0].double(), exact_grads[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -177,13 +218,18 @@ def test_target_outside_the_vocabulary_is_nan(impl: str) -> None:
 
 
 def test_schemes_by_hand() -> None:
-    """10 rows x 100 x 4 bytes = 4,000 bytes: kept up to six times the work space."""
+    """A row of 100 is 400 bytes, or 200 in 16 bits; the work space holds 2 or 5 rows, and six times as many are kept,
+    but for a float32 loss that adds over parts."""
     settings = {"gradient": True, "trained": True, "head_bytes": 1000}
-    assert scheme(10, 100, torch.float32, **settings).name == "kept"  # type: ignore[arg-type]
-    assert scheme(16, 100, torch.float32, **settings).name == "recomputed"  # type: ignore[arg-type]
-    assert scheme(16, 100, torch.float32, **settings, largest_part=15).name == "local"  # type: ignore[arg-type]
-    assert scheme(16, 100, torch.float32, **settings, largest_part=16).name == "recomputed"  # type: ignore[arg-type]
-    assert scheme(31, 100, torch.float16, **settings, largest_part=15).name == "recomputed"  # type: ignore[arg-type]
+
+    def name(rows: int, dtype: torch.dtype, largest: int | None = None) -> str:
+        return scheme(rows, 100, dtype, **settings, largest_part=largest).name  # type: ignore[arg-type]
+
+    assert [name(n, torch.float32) for n in (12, 13)] == ["kept", "recomputed"]
+    assert [name(n, torch.float32, 2) for n in (2, 3)] == ["kept", "local"]
+    assert [name(99, torch.float32, n) for n in (12, 13)] == ["local", "recomputed"]
+    assert [name(n, torch.bfloat16, 2) for n in (30, 31)] == ["kept", "local"]
+    assert [name(n, torch.float16, 2) for n in (30, 31)] == ["kept", "recomputed"]
     assert scheme(16, 100, torch.float32, gradient=True, trained=False, head_bytes=1000).products == 2
     assert scheme(16, 100, torch.float32, gradient=False, trained=False, head_bytes=1000).products == 1
     assert (chunk_rows(100, 4, 4000), chunk_rows(100, 4, 400 * 300), chunk_rows(100, 4, 1)) == (10, 256, 1)

@@ -185,3 +185,13 @@ def test_both_implementations(v: int, dtype: torch.dtype, impl: str) -> None:
     grads = gradient(found.logps, leaf, weights), gradient(want.logps, exact, weights)
     torch.testing.assert_close(grads[0].double(), grads[1], atol=1e-5, rtol=2 * torch.finfo(dtype).eps)
     assert not grads[0][1].any() and float(found.logps.detach()[1]) == 0.0
+
+
+def test_gradcheck() -> None:
+    """Float64 stays float64, and the gradient is that of finite differences, with and without a softcap."""
+    logits, targets, _ = inputs(3, 7, torch.float64)
+    leaf = logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: selective_logps(x, targets).logps, leaf)
+    assert torch.autograd.gradcheck(
+        lambda x: selective_logps(x, targets, softcap=2.0, scale=1.5, temperature=0.7).logps, leaf
+    )

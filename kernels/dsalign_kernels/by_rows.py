@@ -1,0 +1,65 @@
+"""The head by whole rows of logits, a chunk at a time: for a GPU, where one kernel reads a row once and writes its
+gradient over it. Computes no N x V elements unless they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsalign_kernels import row_kernels
+from dsalign_kernels.head import Found, Kept, Operands, add_product, chunk_rows, joined
+
+
+def scan(
+    x: Operands, *, entropy: bool, top: bool, jacobian: bool, buffer: Tensor | None, most_bytes: int
+) -> tuple[Found, Kept]:
+    """buffer: N x V elements to keep the gradient in; None: chunks of most_bytes, and nothing is kept."""
+    size, vocabulary = len(x.hidden), len(x.weight)
+    step = max(1, chunk_rows(vocabulary, x.hidden.element_size(), most_bytes) if buffer is None else size)
+    work = (x.hidden.new_empty(min(size, step) * vocabulary) if buffer is None else buffer).view(-1, vocabulary)
+    made = torch.empty_like(x.hidden) if jacobian else None
+    found = []
+    for start in range(0, max(size, 1), step):
+        part = x.rows(slice(start, start + step))
+        logits = _product(part.hidden, x.weight, x.bias, work[: len(part.hidden)])
+        write = jacobian or buffer is not None
+        found.append(row_kernels.stats(logits, part.targets, entropy=entropy, top=top, write=write, **vars(x.how)))
+        if made is not None:
+            torch.mm(logits, x.weight, out=made[start : start + step])
+    return Found(*joined(found), jacobian=made), Kept(None if buffer is None else work[:size])
+
+
+def weight_gradient(
+    x: Operands, lses: Tensor, kept: Kept, g: Tensor, weight: Tensor | None, bias: Tensor | None, *, add: bool,
+    most_bytes: int,
+) -> None:  # fmt: skip
+    """The gradients of sum g logp into weight [V, D] and bias [V], or added to them. g: [N] float32."""
+    for columns, bracket in _brackets(x, lses, kept.tiles, most_bytes):
+        if weight is not None:
+            add_product(bracket.t(), x.hidden, g, weight[columns], add=add)
+        if bias is not None:
+            part = bracket.t().float() @ g
+            bias[columns] = bias[columns] + part if add else part.to(bias.dtype)
+
+
+def _brackets(x: Operands, lses: Tensor, kept: Tensor | None, most_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """([slice of the vocabulary], d logp / d logits [N, columns]): whole where kept, else slice after slice."""
+    if kept is not None:
+        yield slice(0, len(x.weight)), kept
+        return
+    size = len(x.hidden)
+    step = chunk_rows(max(1, size), x.hidden.element_size(), most_bytes)
+    for first in range(0, len(x.weight), step):
+        columns = slice(first, min(first + step, len(x.weight)))
+        out = x.hidden.new_empty(size, columns.stop - first)
+        logits = _product(x.hidden, x.weight[columns], None if x.bias is None else x.bias[columns], out)
+        yield columns, row_kernels.gradient(logits, logits, x.targets, lses, None, first=first, **vars(x.how))
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """hidden [n, D] x weight [V, D]^T + bias [V] into out [n, V]."""
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)  # rounded once
