@@ -28,7 +28,8 @@ def scan(
         found.append(row_kernels.stats(logits, part.targets, entropy=entropy, top=top, write=write, **vars(x.how)))
         if made is not None:
             torch.mm(logits, x.weight, out=made[start : start + step])
-    return Found(*joined(found), jacobian=made), Kept(None if buffer is None else work[:size])
+    logps, lses, entropies, tops = joined(found)
+    return Found(logps, lses, entropies, tops, made), Kept(None if buffer is None else work[:size])
 
 
 def weight_gradient(
