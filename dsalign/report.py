@@ -152,7 +152,6 @@ def quiet(rank: int) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|deepspeed")
     importlib.import_module("transformers").logging.disable_progress_bar()
-    importlib.import_module("datasets").disable_progress_bars()
 
 
 def _module(name: str, extra: str) -> Any:

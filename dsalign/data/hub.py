@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NoReturn
-
-from datasets import load_dataset, load_dataset_builder
 
 from dsalign import assets
 from dsalign.data.records import Record, RowError, rename, shorten
@@ -21,7 +21,7 @@ def records(name: str, streaming: bool = False) -> Iterator[Record | RowError]:
     """
     known, number = _known(name), 0
     try:
-        dataset = load_dataset(known.hub_name, split=known.split, streaming=streaming, **_files(known))
+        dataset = _datasets().load_dataset(known.hub_name, split=known.split, streaming=streaming, **_files(known))
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same to the user
         _refuse(name, known, error)
     rows = iter(dataset)
@@ -55,12 +55,20 @@ def version(name: str) -> tuple[str, int | None]:
     """
     known = _known(name)
     try:
-        builder = load_dataset_builder(known.hub_name, **_files(known))
+        builder = _datasets().load_dataset_builder(known.hub_name, **_files(known))
     except Exception as error:  # as above
         _refuse(name, known, error)
     splits = builder.info.splits or {}
     num_rows = splits[known.split].num_examples if known.split in splits else None
     return f"{builder.hash} {builder.config_id} {known.split}", num_rows
+
+
+@cache
+def _datasets() -> Any:
+    """The library, without its progress bars; imported where a hub data set is read: it takes a second and 50 MiB."""
+    library = importlib.import_module("datasets")
+    library.disable_progress_bars()
+    return library
 
 
 def _known(name: str) -> Registered:

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from dsalign.models import adapters, attention
-from dsalign.models.heads import CausalModel, ValueModel
+from dsalign.models.heads import CausalModel, ValueModel, unwrap
 from dsalign.models.names import Source
+from dsalign.models.trimming import trim_in_backward
 
 logger = logging.getLogger(__name__)
 VALUE_ROLES = frozenset({"reward", "value"})  # the other roles give log-probabilities
@@ -142,6 +143,8 @@ def load_frozen(role: str, source: Source, options: LoadOptions) -> CausalModel 
 def _wrap(
     role: str, model: Any, source: Source, options: LoadOptions, shares: bool, *, trained: bool
 ) -> CausalModel | ValueModel:
+    if trained and options.device.type == "cpu":
+        trim_in_backward(unwrap(model).get_decoder())
     if role not in VALUE_ROLES:
         return CausalModel(model, shares, options.head_bytes)
     wrapped = ValueModel(model, options.seed, shares)

@@ -266,7 +266,7 @@ def test_a_stream_that_breaks_off_names_the_row(monkeypatch):
         yield {"a": 1}
         raise ConnectionError("reset")
 
-    monkeypatch.setattr(hub_module, "load_dataset", lambda *_, **__: rows())
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
     found = hub_module.records("a/b", streaming=True)
     assert next(found).where == "a/b:row 1"
     with pytest.raises(ValueError, match=r"^data set 'a/b': expected a row after row 1, got ConnectionError: 'reset'"):
@@ -277,8 +277,8 @@ def test_hub_failure_names_the_cause_and_the_short_names(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(hub_module, "load_dataset", unreachable)
-    monkeypatch.setattr(hub_module, "load_dataset_builder", unreachable)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
     with pytest.raises(
         ValueError, match=r"data set 'ultrafeedback-kt'.*gave ConnectionError: 'no route'; did you mean"
     ):
@@ -375,8 +375,8 @@ def test_registered_schemas_become_rows(short, write, hub, monkeypatch):
     register(monkeypatch, short, "there")
     if REGISTERED[short].split != "train":
         split = {REGISTERED[short].split: f"data/{REGISTERED[short].split}.jsonl"}
-        load = hub_module.load_dataset
-        monkeypatch.setattr(hub_module, "load_dataset", lambda name, **how: load(name, **{**how, "data_files": split}))
+        load = datasets.load_dataset
+        monkeypatch.setattr("datasets.load_dataset", lambda name, **how: load(name, **{**how, "data_files": split}))
     (found,) = iter_rows([short], kind)
     assert found.prompt[-1]["content"] == prompt and list(found.completions) == completions
     if "system" in row:
