@@ -107,8 +107,8 @@ class MicroBatch:
     shared: Mapping[str, float]
 
     def sum(self, tokens: Tensor) -> Tensor:
-        """[N] a number a token -> [S] its sum over each completion, in float32."""
-        return torch.zeros(len(self.lengths), device=tokens.device).index_add(0, self.segment, tokens)
+        """[N] a number a token -> [S] its sum over each completion, in the dtype of the numbers."""
+        return tokens.new_zeros(len(self.lengths)).index_add(0, self.segment, tokens)
 
 
 @dataclass(frozen=True)
