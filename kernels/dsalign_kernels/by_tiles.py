@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from dsalign_kernels.head import Found, Kept, Operands, add_product, joined
-from dsalign_kernels.rows import wide
+from dsalign_kernels.rows import LOG2E, wide
 
 TILE_BYTES = 16 * 2**20  # of logits: what a CPU's last cache holds
 MOST_ROWS = 2048  # at a time, where nothing is kept: a product of more is no faster
 LOWEST = -1e30  # stands for -inf: differences of it stay finite
-LOG2E, LN2 = math.log2(math.e), math.log(2.0)
+LN2 = math.log(2.0)
 
 
 def scan(
@@ -90,6 +90,11 @@ def _tiles(x: Operands, lses: Tensor, kept: Kept, most_bytes: int) -> Iterator[t
             yield columns, block.again(columns, lses, work), block.coefficient
 
 
+def _without_own(p: Tensor, here: Tensor, index: Tensor) -> Tensor:
+    """p [columns, n] in place, 0 at the targets that are in the tile; here, index: of `_Block._own`."""
+    return p.scatter_(0, index, torch.where(here, 0.0, p.gather(0, index)[0])[None])
+
+
 class _Block:
     """Some rows, and their sums over the tiles so far. Logits are in units of log 2, as torch's 2^x is several times
     faster than its e^x; rest and below leave out the target's own term."""
@@ -115,15 +120,14 @@ class _Block:
         """The tile of the vocabulary that begins at `first`, in the first elements of `work`, which keep its terms."""
         weight, z = self._logits(slice(first, first + columns), work)
         here, index = self._own(first, len(weight))
-        slopes = self._capped(z, here, index) if self.mean is not None or keep else self._capped(z, here, None)
+        slopes = self._capped(z, here, index if self.mean is not None or keep else None)
         self.picked = torch.where(here, z.gather(0, index)[0], self.picked)
         peak = torch.maximum(self.peak, z.amax(0))
         rise = peak - self.peak
         shrink = rise.neg().exp2_()
         gaps = z.sub_(peak)
         depths = gaps.clone() if self.below is not None else None
-        p = gaps.exp2_()
-        p.scatter_(0, index, torch.where(here, 0.0, p.gather(0, index)[0])[None])
+        p = _without_own(gaps.exp2_(), here, index)
         if self.below is not None and depths is not None:
             self.below = (self.below + self.rest * rise) * shrink - depths.mul_(p).sum(0)
         self.rest = self.rest * shrink + p.sum(0)
@@ -146,8 +150,7 @@ class _Block:
         weight, z = self._logits(columns, work)
         here, index = self._own(columns.start, len(weight))
         slopes = self._capped(z, here, index)
-        p = z.sub_(lses * LOG2E).exp2_()
-        p.scatter_(0, index, torch.where(here, 0.0, p.gather(0, index)[0])[None])
+        p = _without_own(z.sub_(lses * LOG2E).exp2_(), here, index)
         return (p if slopes is None else p.mul_(slopes)).to(self.dtype)
 
     def _logits(self, columns: slice, work: Tensor) -> tuple[Tensor, Tensor]:
