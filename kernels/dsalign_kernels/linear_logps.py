@@ -81,7 +81,7 @@ def linear_logps(
     hidden: [N, D]; weight: [V, D] and bias: [V] of the same dtype; targets: [N] int64 in [0, V) or ignore_index.
     head_bytes: memory for one chunk of logits; None: 512 MiB on a GPU, 48 MiB on a CPU, where a tile of 16 MiB does
     unless logits are kept. The logits of a chunk have hidden's dtype; statistics and sums of weight gradients over
-    chunks are float32, or float64 for float64.
+    chunks are float32, or by torch float64 for float64.
     Raises ValueError where shapes, dtypes or `impl` do not fit.
     """
     shapes = f"hidden [N, D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
