@@ -1,4 +1,5 @@
-"""What many tests share: a tiny Llama with a character tokenizer, groups of random tokens, and a pool of gloo ranks."""
+"""What many tests share: a tiny Llama with a character tokenizer, groups of random tokens, a count of what tensors
+hold, and a pool of gloo ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import random
 import socket
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsalign import algos
@@ -129,6 +133,34 @@ def learnable_groups(kind: str, n: int = 16) -> list[Group]:
         else:
             found.append(replace(g, completions=(good, bad)[: len(g.completions)], margin=None))
     return found
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at a time, `given` ones left out."""
+
+    def __init__(self, *given: torch.Tensor) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse:  # the parts of a sparse one were counted
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
 class RankPool:

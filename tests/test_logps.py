@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-import weakref
-from typing import Any
 
 import pytest
 import torch
+from support import Live
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 from dsalign import logps as module
@@ -172,34 +169,6 @@ def test_another_head_keeps_its_logits_and_says_so(caplog: pytest.LogCaptureFixt
     want = torch.log_softmax(adapted(states), -1).gather(1, targets[:, None])[:, 0] * worth
     torch.testing.assert_close(loss, torch.stack([x.sum() ** 2 for x in want.split(SIZES)]).sum())
     assert "a Adapted is no plain linear layer: the logits of all completion tokens are in memory" in caplog.text
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made inside hold at a time, `given` ones left out."""
-
-    def __init__(self, *given: torch.Tensor) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in given}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def peak_mib(targets: int, vocabulary: int, head_mib: int, *, trained: bool) -> float:

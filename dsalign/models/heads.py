@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dsalign.data.batch import Inputs
 from dsalign.logps import Head, HeadLoss, LogitTransform
 from dsalign.models.attention import SharedPrefix
+from dsalign.models.tying import one_gradient
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
@@ -59,12 +60,14 @@ class CausalModel(Backbone):
     ) -> tuple[Tensor, Tensor | None] | Tensor:
         """Log-probabilities [N] float32 of the inputs' targets, and entropies [N] or None; or of these the loss, a
         scalar. Only the positions that predict them reach the head."""
-        states = self.states(inputs)[inputs.predict]
-        head = unwrap(self.model).get_output_embeddings()
+        model = unwrap(self.model)
+        head = model.get_output_embeddings()
         how: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
-        if loss is None:
-            return self.head.token_logps(states, head, inputs.targets, **how)
-        return self.head.token_loss(states, head, inputs.targets, loss, **how)
+        with one_gradient(model.get_input_embeddings(), head):
+            states = self.states(inputs)[inputs.predict]
+            if loss is None:
+                return self.head.token_logps(states, head, inputs.targets, **how)
+            return self.head.token_loss(states, head, inputs.targets, loss, **how)
 
     def whole_logits(self, ids: Tensor) -> Tensor:
         """The model's own logits [B, T, V], by its own forward: what the start-up check compares with."""

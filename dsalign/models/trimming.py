@@ -1,4 +1,4 @@
-"""On a CPU: the memory of activations goes back to the system while the gradients are made."""
+"""On a CPU: freed memory goes back to the system before a backward and while the gradients are made."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-TIMES = 3  # in a backward: more save little, and every page that is given back is zeroed again in the next step
+TIMES = 4  # a step: more save little, and every page that is given back is zeroed again in the next step
 
 
 def trim_in_backward(decoder: nn.Module) -> None:
-    """After each quarter of the layers but the last, a backward gives freed memory back.
+    """At the end of a forward with gradient and after each quarter of the layers but the last in its backward, freed
+    memory goes back.
 
     glibc keeps activations of a few MiB on its heap when they are freed, between gradients that stay, and gives them
-    back only from the heap's end: without this a process holds both at once. Nothing happens under another allocator.
+    back only from the heap's end: without this a process holds both at once, and the gradients of the step before
+    beside the head's. Nothing happens under another allocator.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
@@ -24,11 +26,22 @@ def trim_in_backward(decoder: nn.Module) -> None:
     def give_back(_: Tensor) -> None:
         trim(0)
 
+    def at_the_end(module: nn.Module, args: Any, output: Any) -> None:
+        if _states(output).requires_grad:
+            trim(0)
+
     def watch(module: nn.Module, args: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        if isinstance(states, Tensor) and states.requires_grad:
+        states = _states(output)
+        if states.requires_grad:
             states.register_hook(give_back)  # type: ignore[no-untyped-call]
 
+    decoder.register_forward_hook(at_the_end)
     layers = max(lists, key=len)
-    for i in sorted({len(layers) * part // (TIMES + 1) for part in range(1, TIMES + 1)}):
+    for i in sorted({len(layers) * part // TIMES for part in range(1, TIMES)}):
         layers[i].register_forward_hook(watch)
+
+
+def _states(output: Any) -> Tensor:
+    """What a layer or a decoder gives on: alone, or before caches and the like."""
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
