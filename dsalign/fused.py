@@ -26,7 +26,7 @@ def scaled_loss(
     algorithm's `fused` names, where it names one.
     """
     ask = getattr(algorithm, "fused", None)
-    fused: Fused | None = ask(role, batch) if ask is not None and uses_triton(impl, batch.lengths.device) else None
+    fused: Fused | None = ask(role, batch) if ask is not None and uses_triton(impl, batch.lengths) else None
     if fused is not None:
         return KERNELS[fused.kernel](fused, out, batch, scales, impl)
     loss = getattr(algorithm, f"{role}_loss")(out, batch)

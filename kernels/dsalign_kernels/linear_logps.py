@@ -92,7 +92,7 @@ def linear_logps(
     rows.check(len(hidden), targets, "hidden [N, D]")
     how = Transform(scale, softcap, temperature, ignore_index)
     size = head_bytes or default_bytes(hidden.device)
-    triton = rows.uses_triton(impl, hidden.device)
+    triton = rows.uses_triton(impl, hidden)
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     found = _LinearLogps.apply(hidden, weight, bias, targets, how, entropy, top, size, triton)  # type: ignore[no-untyped-call]
@@ -125,7 +125,7 @@ def linear_loss(
         raise ValueError(f"parts: expected numbers of rows that add up to {len(hidden)}, got {list(parts)}")
     rows.check(len(hidden), targets, "hidden [N, D]")
     how = Transform(scale, softcap, temperature, ignore_index)
-    triton = rows.uses_triton(impl, hidden.device)
+    triton = rows.uses_triton(impl, hidden)
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     result: Tensor = _LinearLoss.apply(hidden, weight, bias, targets, how, list(parts), loss, entropy, triton)  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ def gae(
     gradient. Raises ValueError where shapes, dtypes or `impl` do not fit. Source: arXiv:1506.02438, eq. 16.
     """
     _same("rewards and values", rewards, values)
-    if rewards.dtype == torch.float64 or not uses_triton(impl, rewards.device):
+    if not uses_triton(impl, rewards):
         return reference.gae(rewards, values, lengths, gamma=gamma, lam=lam)
     return Advantages(*token_kernels.gae(rewards.contiguous(), values.contiguous(), lengths, gamma, lam))
 
@@ -45,7 +45,7 @@ def clipped_policy(
     Raises ValueError where shapes, dtypes or `impl` do not fit. Source: arXiv:1707.06347, eq. 7.
     """
     _same("logps, old and advantages", logps, old, advantages)
-    if logps.dtype == torch.float64 or not uses_triton(impl, logps.device):
+    if not uses_triton(impl, logps):
         return reference.clipped_policy(logps, old, advantages, cliprange=cliprange, scale=scale)
     gradient = logps.requires_grad and torch.is_grad_enabled()
     totals, slopes = token_kernels.clipped_policy(logps, old, advantages, cliprange, scale, gradient=gradient)
@@ -74,7 +74,7 @@ def clipped_value(
             f"values [N + S] {old.dtype} and segment {tuple(old.shape)}, got {tuple(values.shape)} {values.dtype} and "
             f"{tuple(segment.shape)}"
         )
-    if values.dtype == torch.float64 or not uses_triton(impl, values.device):
+    if not uses_triton(impl, values):
         return reference.clipped_value(values, old, returns, segment, cliprange=cliprange, scale=scale)
     gradient = values.requires_grad and torch.is_grad_enabled()
     totals, slopes = token_kernels.clipped_value(values, old, returns, segment, cliprange, scale, gradient=gradient)

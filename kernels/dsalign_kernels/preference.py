@@ -43,7 +43,7 @@ def preference(
     Raises ValueError where shapes, dtypes, names or `impl` do not fit.
     """
     _check(logps, lengths, recipe, reference, desirable)
-    if logps.dtype == torch.float64 or not uses_triton(impl, logps.device):
+    if not uses_triton(impl, logps):
         return twin.preference(
             logps, lengths, recipe, reference=reference, desirable=desirable, scale=scale, nll_scale=nll_scale
         )

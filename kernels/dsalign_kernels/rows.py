@@ -34,14 +34,19 @@ class Transform:
     ignore_index: int = IGNORE_INDEX
 
 
-def uses_triton(impl: Impl, device: torch.device) -> bool:
-    """Raises ValueError where Triton is asked for and cannot run on this device, or `impl` is no implementation."""
+def uses_triton(impl: Impl, tensor: Tensor) -> bool:
+    """Whether a kernel does it on the tensor's device; float64 is by torch always, as the kernels compute in float32.
+
+    Raises ValueError where Triton is asked for and cannot run on this device, or `impl` is no implementation.
+    """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl: expected "auto", "triton" or "torch", got {impl!r}')
+    device = tensor.device
     able = row_kernels is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
     if impl == "triton" and not able:
         raise ValueError(f'impl="triton": expected a GPU and the triton package, got a tensor on {device}; use "auto"')
-    return able and (impl == "triton" or (impl == "auto" and device.type == "cuda"))
+    wanted = impl == "triton" or (impl == "auto" and device.type == "cuda")
+    return able and wanted and tensor.dtype != torch.float64
 
 
 def check(logits_rows: int, targets: Tensor, shapes: str) -> None:

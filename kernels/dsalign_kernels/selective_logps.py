@@ -25,7 +25,7 @@ def selective_logps(
     in_place: bool = False,
     impl: Impl = "auto",
 ) -> Logps:
-    """Log-probabilities in float32 (by torch float64 of float64 logits), differentiable in the logits.
+    """Log-probabilities in float32 (float64 of float64 logits, by torch), differentiable in the logits.
 
     logits: [N, V] float; targets: [N] int64 in [0, V) or ignore_index; temperature > 0. Beyond the logits the forward
     keeps 4 bytes a row and the backward allocates their gradient; with in_place it writes over the logits instead:
@@ -39,7 +39,7 @@ def selective_logps(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     how = Transform(scale, softcap, temperature, ignore_index)
-    triton = rows.uses_triton(impl, logits.device)
+    triton = rows.uses_triton(impl, logits)
     found = _SelectiveLogps.apply(logits, targets, how, entropy, top, in_place, triton)  # type: ignore[no-untyped-call]
     return Logps(*found)
 

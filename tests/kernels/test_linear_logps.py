@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsalign_kernels import Logps, linear_logps, linear_loss, reference, selective_logps
+from dsalign_kernels import Impl, Logps, linear_logps, linear_loss, reference, selective_logps
 from dsalign_kernels.head import chunk_rows
 from dsalign_kernels.linear_logps import scheme
 
@@ -94,15 +94,17 @@ def test_many_rows_and_a_large_vocabulary(n: int, d: int, v: int, chunks: str) -
         near(one, two, want, 4e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("how", [PLAIN, CAPPED], ids=["plain", "softcap"])
 @pytest.mark.parametrize("head_bytes", [2**30, 8 * 9 * 3], ids=["one", "many"])
-def test_gradcheck(head_bytes: int, how: dict[str, Any]) -> None:
-    """Float64 stays float64, and every gradient is that of finite differences, kept and recomputed."""
-    hidden, weight, bias, targets, _ = (x.cpu() for x in inputs(5, 4, 9, torch.float64))
+def test_gradcheck(head_bytes: int, how: dict[str, Any], impl: Impl) -> None:
+    """Float64 stays float64 whatever is asked for, and every gradient is that of finite differences, kept and
+    recomputed."""
+    hidden, weight, bias, targets, _ = inputs(5, 4, 9, torch.float64)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
 
     def logps(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return linear_logps(h, w, targets, bias=b, head_bytes=head_bytes, **how).logps
+        return linear_logps(h, w, targets, bias=b, head_bytes=head_bytes, impl=impl, **how).logps
 
     assert torch.autograd.gradcheck(logps, leaves)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsalign_kernels import reference, rows, selective_logps
+from dsalign_kernels import Impl, reference, rows, selective_logps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, VOCABULARIES = (0, 1, 3, 47), (5, 31, 1000, 4097)
@@ -187,11 +187,10 @@ def test_both_implementations(v: int, dtype: torch.dtype, impl: str) -> None:
     assert not grads[0][1].any() and float(found.logps.detach()[1]) == 0.0
 
 
-def test_gradcheck() -> None:
-    """Float64 stays float64, and the gradient is that of finite differences, with and without a softcap."""
-    logits, targets, _ = inputs(3, 7, torch.float64)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("how", [{}, {"softcap": 2.0, "scale": 1.5, "temperature": 0.7}], ids=["plain", "softcap"])
+def test_gradcheck(how: dict[str, float], impl: Impl) -> None:
+    """Float64 stays float64 whatever is asked for, and the gradient is that of finite differences."""
+    logits, targets, _ = (x.to(DEVICE) for x in inputs(3, 7, torch.float64))
     leaf = logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: selective_logps(x, targets).logps, leaf)
-    assert torch.autograd.gradcheck(
-        lambda x: selective_logps(x, targets, softcap=2.0, scale=1.5, temperature=0.7).logps, leaf
-    )
+    assert torch.autograd.gradcheck(lambda x: selective_logps(x, targets, impl=impl, **how).logps, leaf)  # type: ignore[arg-type]
