@@ -19,7 +19,7 @@ except ImportError:  # triton is published for Linux alone
     row_kernels = None  # type: ignore[assignment]
 
 Impl: TypeAlias = Literal["auto", "triton", "torch"]
-CHUNK_BYTES = 16 * 2**20  # work space of the torch implementation: what a CPU's last cache holds
+CHUNK_BYTES = 4 * 2**20  # work space of the torch implementation: it stays in the caches of one core
 LOG2E = math.log2(math.e)
 
 
