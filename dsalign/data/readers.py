@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import pyarrow.parquet  # type: ignore[import-untyped]
-
 from dsalign import assets
 from dsalign.data import hub, text_files
 from dsalign.data.records import Record, RowError, shorten
@@ -137,6 +135,8 @@ def _num_rows(path: Path) -> int | None:
     """About how many rows a file has, None where that cannot be told without parsing it."""
     suffix = path.suffix
     if suffix == ".parquet":
+        import pyarrow.parquet  # noqa: PLC0415  # 40 MiB, for few kinds of files
+
         with suppress(pyarrow.lib.ArrowException):  # whoever reads it will say so
             return int(pyarrow.parquet.read_metadata(path).num_rows)
     if suffix not in (".jsonl", ".csv"):
@@ -161,6 +161,8 @@ def _file(path: Path, name: str) -> Iterator[Item]:
 
 
 def _parquet(path: Path, name: str) -> Iterator[Item]:
+    import pyarrow.parquet  # noqa: PLC0415  # 40 MiB, for few kinds of files
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())

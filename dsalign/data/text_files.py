@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-import pyarrow  # type: ignore[import-untyped]
-
 from dsalign.data.records import SHOWN, Record, RowError, shorten
 
 MAX_ROW_BYTES = 50_000_000  # of a line; longer ones are other files' contents by mistake
@@ -29,6 +27,8 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return cast(IO[bytes], gzip.open(path))
     if path.suffix == ".zst":
+        import pyarrow  # noqa: PLC0415  # 40 MiB, for few kinds of files
+
         return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
     return path.open("rb")
 
