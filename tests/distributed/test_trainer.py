@@ -11,7 +11,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from support import ALGORITHMS, VOCABULARY, RankPool, from_rows, random_groups, stages_and_tuners
+from support import ALGORITHMS, VOCABULARY, RankPool, from_rows, random_groups, stages_and_tuners, tiny_folder
 
 from dsalign import algos
 from dsalign.algos import Batch, Output
@@ -113,6 +113,11 @@ def plain(tiny: Path) -> Mapping[tuple[str, str], tuple[list[float], dict[str, n
     return found
 
 
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+
+
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 @pytest.mark.parametrize("stage", [*STAGES, "2_offload", "3_offload"])
 @pytest.mark.parametrize("name", from_rows())
@@ -126,6 +131,21 @@ def test_three_sgd_steps_equal_one_plain_process(
     assert weights.keys() == want.keys()
     assert all(np.abs(weights[n] - want[n]).max() < 1e-5 for n in want)
     assert len(losses) == 3
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "2_offload", "3_offload"])
+def test_tied_weights_step_alike(stage: str, tied: Path, one_rank: RankPool, two_ranks: RankPool) -> None:
+    """Of a model whose embedding is its head; in a last step of one row, too, where rank 1 looks up no token."""
+    run = Plain("dpo", tied, "full", 8, 21)
+    want_losses = run.train(0.05)
+    weights, losses = two_ranks.run(cases.three_steps, "dpo", tied, stage, "full")
+    want = {n: p.detach().numpy() for n, p in run.module.named_parameters()}
+    assert losses == pytest.approx(want_losses, rel=1e-6, abs=1e-5)
+    assert weights.keys() == want.keys() and not any("lm_head" in n for n in want)
+    assert all(np.abs(weights[n] - want[n]).max() < 1e-5 for n in want)
+    alone, _ = one_rank.run(cases.short_second_step, "sft", tied, "0")
+    found, _ = two_ranks.run(cases.short_second_step, "sft", tied, stage)
+    assert all(np.abs(found[n] - alone[n]).max() < 1e-5 for n in alone)
 
 
 ROW_OF_LOGITS = 4 * VOCABULARY  # bytes
