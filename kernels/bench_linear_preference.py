@@ -155,7 +155,8 @@ def measure(args: argparse.Namespace, device: torch.device, name: str) -> list[d
         )
         for which, head in heads.items()
     }
-    allowed = errors["plain torch"] + torch.finfo(dtype).eps
+    # A coefficient of DPO is a difference of sums of a thousand nats: a few of their roundings on top.
+    allowed = errors["plain torch"] + 8 * torch.finfo(dtype).eps
     if any(errors[which] > allowed for which in heads if which.startswith("dsalign")):
         raise ValueError(f"{name}: expected errors up to {allowed:.3g}, got {errors}; not timed")
     runs = {which: partial(run, head, name, case) for which, head in heads.items()}
