@@ -7,20 +7,21 @@ import logging
 import os
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 from transformers.utils import cached_file
 
 from dsalign import dist
 from dsalign.context import Models
+from dsalign.data.loader import Loader
 from dsalign.data.tokenize import Group
 from dsalign.models.names import Source, cache_folder
 
@@ -31,21 +32,86 @@ READ_BYTES = 1 << 24
 FORMAT = "1"  # of the files; another one is another key
 
 
-class ReferenceCache:
-    """The token log-probabilities of every group of some data sets under one reference.
+class Asked(Sequence[Group]):
+    """What `prepare` asks the reference about beside the groups of a loader's batches, put together when it is read.
 
-    A group is known by its token ids, so a completion put together elsewhere (KTO's mismatched ones) is no part of it.
+    asks: the groups of a global batch -> as many others (KTO's mismatched ones).
+    """
+
+    def __init__(self, asks: Callable[[Sequence[Group]], list[Group]], loader: Loader, num_batches: int) -> None:
+        self._asks, self._loader = asks, loader
+        self._starts = [loader.seen(step) for step in range(num_batches + 1)]
+        self._last: tuple[int, list[Group]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, at: int) -> Group: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Group]: ...
+    def __getitem__(self, at: int | slice) -> Group | list[Group]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"group {at} of {len(self)}")
+        index = at % len(self)
+        step = bisect_right(self._starts, index) - 1
+        if self._last[0] != step:
+            self._last = step, self._asks(self._loader.groups_of(step))
+        return self._last[1][index - self._starts[step]]
+
+
+class ReferenceCache:
+    """The token log-probabilities of every group of some sets under one reference, a folder a set.
+
+    A group is known by its token ids: one that is put together elsewhere is computed when it is asked for.
     """
 
     def __init__(self, sets: Sequence[Sequence[Group]], key: str) -> None:
         """key: of the reference's weights and dtype, see `weights_key`."""
-        self._groups = ConcatDataset[Group](sets)  # type: ignore[arg-type]  # any sequence will do
-        everything = range(len(self._groups))
-        digests = np.fromiter((digest(self._groups[i]) for i in everything), dtype=np.uint64, count=len(everything))
+        self.folder = cache_folder() / "reference"
+        self._sets = [_CachedSet(groups, key) for groups in sets if len(groups)]
+
+    def complete(self, device: torch.device) -> bool:
+        """Whether everything is there, on every rank. device: this rank's. Collective."""
+        return all([one.complete(device) for one in self._sets])
+
+    def fill(self, models: Models) -> int:
+        """Compute what is missing on any rank; returns how many groups that were. Collective.
+
+        A part appears under its name when it is whole, so a run that was stopped goes on where it was.
+        """
+        return sum(one.fill(models) for one in self._sets)
+
+    def get(self, group: Group) -> Tensor | None:
+        """[tokens of the group's completions] float32 nats, or None for a group that is no part of the cache."""
+        wanted = np.uint64(digest(group))
+        found = (one.get(wanted) for one in self._sets)
+        return next((logps for logps in found if logps is not None), None)
+
+    def logps(self, models: Models, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        """One tensor a group: read where it is part of the cache, else computed. Collective."""
+        found = [self.get(group) for group in groups]
+        missing = [i for i, one in enumerate(found) if one is None]
+        if dist.largest(len(missing), models.device):
+            computed = models.each_group("reference", [groups[i] for i in missing], batch_size)
+            for i, one in zip(missing, computed, strict=True):
+                found[i] = one
+        return [one for one in found if one is not None]
+
+
+class _CachedSet:
+    """The log-probabilities of one set of groups, in files of PART groups."""
+
+    def __init__(self, groups: Sequence[Group], key: str) -> None:
+        self._groups = groups
+        known = ((digest(group), sum(group.lengths)) for group in groups)
+        read = np.fromiter(known, dtype=[("digest", np.uint64), ("length", np.int64)], count=len(groups))
+        digests, lengths = read["digest"].copy(), read["length"]
         self.folder = cache_folder() / "reference" / hashlib.sha256(key.encode() + digests.tobytes()).hexdigest()[:32]
         self._order = np.argsort(digests, kind="stable")
         self._sorted = digests[self._order]
-        lengths = [sum(self._groups[i].lengths) for i in everything]
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self._files: list[Any] = [self._open(part) for part in self._parts()]
 
@@ -56,14 +122,9 @@ class ReferenceCache:
         return self.folder / f"part-{part:05}.safetensors"
 
     def complete(self, device: torch.device) -> bool:
-        """Whether everything is there, on every rank. device: this rank's. Collective."""
         return dist.largest(self._files.count(None), device) == 0
 
     def fill(self, models: Models) -> int:
-        """Compute what is missing on any rank; returns how many groups that were. Collective.
-
-        A part appears under its name when it is whole, so a run that was stopped goes on where it was.
-        """
         computed = 0
         for part in self._parts():
             if not dist.largest(int(self._files[part] is None), models.device):
@@ -109,9 +170,8 @@ class ReferenceCache:
         logger.warning("reference cache: %s does not match its checksum and is computed again", path)
         return None
 
-    def get(self, group: Group) -> Tensor | None:
-        """[tokens of the group's completions] float32 nats, or None for a group that is no part of the cache."""
-        wanted = np.uint64(digest(group))
+    def get(self, wanted: np.uint64) -> Tensor | None:
+        """The log-probabilities of the group with that digest, or None."""
         at = int(np.searchsorted(self._sorted, wanted))
         if at == len(self._sorted) or self._sorted[at] != wanted:
             return None
@@ -122,16 +182,6 @@ class ReferenceCache:
         start = int(self._starts[position] - self._starts[part * PART])
         found: Tensor = file.get_slice("logps")[start : start + self._length(position)]
         return found
-
-    def logps(self, models: Models, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
-        """One tensor a group: read where it is part of the cache, else computed. Collective."""
-        found = [self.get(group) for group in groups]
-        missing = [i for i, one in enumerate(found) if one is None]
-        if dist.largest(len(missing), models.device):
-            computed = models.each_group("reference", [groups[i] for i in missing], batch_size)
-            for i, one in zip(missing, computed, strict=True):
-                found[i] = one
-        return [one for one in found if one is not None]
 
 
 def digest(group: Group) -> int:

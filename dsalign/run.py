@@ -24,7 +24,7 @@ from dsalign.launcher import Process
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import Source, resolve
-from dsalign.refcache import ReferenceCache, weights_key
+from dsalign.refcache import Asked, ReferenceCache, weights_key
 from dsalign.report import quiet
 from dsalign.rewards import Rewards
 from dsalign.rewards.reading import Reading
@@ -75,14 +75,13 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     loader = _loader(config, data.train, shuffle=True)
     held_out = _loader(config, data.held_out, shuffle=False) if data.held_out else None
     plan, total_batches = _plan(config, loader, engine_options)
-    cache = _reference_cache(config, data, sources, engine_options.dtype, total_batches * loader.global_batch)
-    spare = "live_reference" not in config.algorithm.needs
-    unused = {"reference"} if cache is not None and spare and cache.complete(device) else set()
+    cache = _reference_cache(config, loader, held_out, total_batches, sources, engine_options.dtype)
+    unused = {"reference"} if cache is not None and cache.complete(device) else set()
     built = {role: source for role, source in sources.items() if role not in unused}
     models = _models(config, built, options, engine_options, device)
     self_check(models, data.train)
     if cache is not None:
-        _fill(cache, models, spare)
+        _fill(cache, models)
     progress = Progress()
     ctx = _context(config, models, data, reading, cache, total_batches, progress.state)
     trained = {role: models.engines[role] for role in sources if _trains(config, role)}
@@ -238,28 +237,39 @@ def _models(
 
 
 def _reference_cache(
-    config: RunConfig, data: Data, sources: dict[str, Source], dtype: torch.dtype, planned: int
+    config: RunConfig,
+    loader: Loader,
+    held_out: Loader | None,
+    total_batches: int,
+    sources: dict[str, Source],
+    dtype: torch.dtype,
 ) -> ReferenceCache | None:
-    """The cache of a run that has one; planned: groups that the run will see. By default where it saves a pass or the
-    memory of a model, unless the run is shorter than one pass over its rows."""
+    """The cache of a run that has one. By default where it saves a pass or the memory of a model, unless the run is
+    shorter than one pass over its rows."""
     if config.algorithm.roles.get("reference") != "frozen" or config.algorithm.data == "prompts":
         return None
     own_model = config.tuner == "full" or config.ref_model is not None
-    pays = planned >= len(data.train) and (own_model or planned >= 2 * len(data.train) or bool(data.held_out))
+    epochs = total_batches / loader.steps_per_epoch
+    pays = epochs >= 1 and (own_model or epochs >= 2 or held_out is not None)
     if config.ref_cache == "off" or (config.ref_cache == "auto" and not pays):
         return None
     key = dist.together(lambda: weights_key(sources["reference"], dtype) if dist.rank() == 0 else "")
-    return ReferenceCache([data.train, data.held_out], dist.from_rank_0(key))
+    batches = [(loader, total_batches)]
+    if held_out is not None:
+        batches.append((held_out, held_out.steps_per_epoch))
+    asks = getattr(config.algorithm, "asks", None)
+    ask = partial(asks, max_length=config.max_length) if asks is not None else None
+    beside = [Asked(ask, *one) for one in batches if ask is not None and ask(one[0].groups_of(0))]
+    return ReferenceCache([*(one.groups for one, _ in batches), *beside], dist.from_rank_0(key))
 
 
-def _fill(cache: ReferenceCache, models: Models, spare: bool) -> None:
-    """Compute what the cache lacks; then, with `spare`, nobody asks the reference itself again."""
+def _fill(cache: ReferenceCache, models: Models) -> None:
+    """Compute what the cache lacks; then nobody asks the reference itself again."""
     computed = cache.fill(models)
     if dist.rank() == 0:
         what = f"computed for {computed} rows" if computed else "read"
         logger.info("reference log-probabilities %s: %s", what, cache.folder)
-    if spare:
-        models.release("reference")
+    models.release("reference")
 
 
 def _context(

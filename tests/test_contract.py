@@ -94,7 +94,7 @@ def test_what_it_declares_is_legal(name: str) -> None:
     assert algorithm.data in KINDS
     assert set(algorithm.roles) <= ROLES and set(algorithm.roles.values()) <= {"train", "frozen"}
     assert "train" in algorithm.roles.values()
-    assert {need for need in algorithm.needs if not need.endswith("_var")} <= {"entropy", "live_reference"}
+    assert {need for need in algorithm.needs if not need.endswith("_var")} <= {"entropy"}
     assert set(algorithm.learning_rates) == {"full", "lora"}
     assert all(0 < rate < 1e-2 for rate in algorithm.learning_rates.values())
     assert algorithm.temperature > 0

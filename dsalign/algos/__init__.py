@@ -175,7 +175,8 @@ class Context(Protocol):
 class Algorithm(Protocol):
     """The contract; see CONTRIBUTING.md for how to add one.
 
-    Optional: `fused(role, batch) -> Fused | None`, the kernel that does <role>_loss on a GPU."""
+    Optional: `fused(role, batch) -> Fused | None`, the kernel that does <role>_loss on a GPU; `asks(groups, max_length)
+    -> list[Group]`, what `prepare` asks the reference about beside the groups of a global batch: as many, or none."""
 
     data: ClassVar[str]  # "demonstrations", "pairs", "labels", "prompts"
     learning_rates: ClassVar[Mapping[str, float]]  # tuner -> default learning rate
@@ -183,8 +184,8 @@ class Algorithm(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Beyond log-probabilities: "entropy"; "live_reference": the reference's of groups that are no rows;
-        "NAME_var": a metric's variance over the updates of one prepared batch."""
+        """Beyond log-probabilities: "entropy"; "NAME_var": a metric's variance over the updates of one prepared
+        batch."""
 
     @property
     def temperature(self) -> float:

@@ -43,17 +43,13 @@ class KTO:
     mini_batches: ClassVar[int] = 1
     temperature: ClassVar[float] = 1.0
     role_learning_rates: ClassVar[Mapping[str, float]] = {}
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
 
     def __post_init__(self) -> None:
         check_range("beta", self.beta, 0, math.inf, open_low=True)
         check_range("desirable_weight", self.desirable_weight, 0, math.inf)
         check_range("undesirable_weight", self.undesirable_weight, 0, math.inf)
         check_choice("loss_type", self.loss_type, ("kto", "apo_zero_unpaired"))
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The reference is asked about mismatched pairs, which are no rows."""
-        return frozenset({"entropy", "live_reference"} if self.loss_type == "kto" else {"entropy"})
 
     @property
     def min_groups(self) -> int:
@@ -74,19 +70,28 @@ class KTO:
             )
         return lines
 
+    def asks(self, groups: Sequence[Group], max_length: int) -> list[Group]:
+        """The mismatched pairs of a global batch: each prompt with the completion of another example, cut to fit."""
+        if self.loss_type != "kto":
+            return []
+        shift, _ = mismatch_shift([g.prompt_text for g in groups])
+        others = [*groups[shift:], *groups[:shift]]
+        rooms = [max(1, max_length - len(g.prompt)) for g in groups]
+        return [
+            dataclasses.replace(group, completions=(other.completions[0][:room],))
+            for group, other, room in zip(groups, others, rooms, strict=True)
+        ]
+
     def prepare(self, ctx: Context, batch: Batch) -> Prepared:
         """Reference log-probabilities, and z0 = max(0, mean Delta over mismatched pairs of the whole global batch)."""
         if self.loss_type != "kto":
             return with_reference(ctx, batch)
         n, own = len(batch.groups), batch.local
-        shift, matches = mismatch_shift([g.prompt_text for g in batch.groups])
+        matches = mismatch_shift([g.prompt_text for g in batch.groups])[1]
         if matches:
             ctx.warn(f"kto: {matches} of {n} mismatched completions answer an equal prompt; z0 is biased upwards")
-        mismatched = []
-        for i in batch.mine:
-            group, other = batch.groups[i], batch.groups[(i + shift) % n]
-            room = max(1, ctx.max_length - len(group.prompt))
-            mismatched.append(dataclasses.replace(group, completions=(other.completions[0][:room],)))
+        everyone = self.asks(batch.groups, ctx.max_length)
+        mismatched = [everyone[i] for i in batch.mine]
         both = ctx.logps("reference", [*own, *mismatched])  # one pass: their prompts are the same
         policy, reference = ctx.logps("policy", mismatched), both[len(own) :]
         gap = sum(float((p.double() - r.double()).sum()) for p, r in zip(policy, reference, strict=True))

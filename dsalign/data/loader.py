@@ -51,15 +51,23 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of the step-th prepared batch of the run, counted from 0."""
+        groups = self.groups_of(step)
+        mine = deal([num_tokens([g]) for g in groups], self.world_size)[self.rank]
+        return Batch(groups=groups, mine=mine, seen=self.seen(step))
+
+    def groups_of(self, step: int) -> list[Group]:
+        """The groups of that batch, of all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             everyone = range(len(self.groups))
             self._order = epoch, epoch_order(len(everyone), self.seed, epoch) if self.shuffle else everyone
         chosen = self._order[1][position * self.global_batch : (position + 1) * self.global_batch]
-        groups = [self.groups[i] for i in chosen]
-        seen = epoch * (len(self.groups) - self.dropped) + position * self.global_batch
-        mine = deal([num_tokens([g]) for g in groups], self.world_size)[self.rank]
-        return Batch(groups=groups, mine=mine, seen=seen)
+        return [self.groups[i] for i in chosen]
+
+    def seen(self, step: int) -> int:
+        """How many groups the batches before that one have."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return epoch * (len(self.groups) - self.dropped) + position * self.global_batch
 
 
 def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:

@@ -22,6 +22,7 @@ from transformers import (
 from dsalign.models import adapters, attention
 from dsalign.models.heads import CausalModel, ValueModel, unwrap
 from dsalign.models.names import Source
+from dsalign.models.recompute import recompute_cheap
 from dsalign.models.trimming import trim_in_backward
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,10 @@ def _wrap(
     role: str, model: Any, source: Source, options: LoadOptions, shares: bool, *, trained: bool
 ) -> CausalModel | ValueModel:
     if trained and options.device.type == "cpu":
-        trim_in_backward(unwrap(model).get_decoder())
+        decoder = unwrap(model).get_decoder()
+        trim_in_backward(decoder)
+        if not options.gradient_checkpointing:
+            recompute_cheap(decoder)
     if role not in VALUE_ROLES:
         return CausalModel(model, shares, options.head_bytes)
     wrapped = ValueModel(model, options.seed, shares)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from plain import plain_logps
 from support import RankPool, random_groups, tiny_folder
 from transformers import AutoModelForCausalLM
 
+from dsalign.algos.kto import KTO
+from dsalign.data.loader import Loader
 from dsalign.data.tokenize import Group
 from dsalign.models.names import Source, resolve
-from dsalign.refcache import digest, weights_key
+from dsalign.refcache import Asked, digest, weights_key
 
 
 @pytest.mark.parametrize(("stage", "tuner"), [("0", "full"), ("3", "full"), ("0", "lora"), ("3", "lora")])
@@ -30,24 +33,29 @@ def test_cached_is_what_the_model_says(stage: str, tuner: str, tiny: Path, two_r
     assert len(found) == 10
     for ours, theirs in zip(found, want, strict=True):
         torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-5, rtol=1e-5)
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
-        f"part-0000{i}.safetensors" for i in range(3)
-    ], "no staging file is left"
+    files = {p.parent: [] for p in tmp_path.rglob("*") if p.is_file()}
+    for path in sorted(p for p in tmp_path.rglob("*") if p.is_file()):
+        files[path.parent].append(path.name)
+    two_parts = [f"part-0000{i}.safetensors" for i in range(2)]
+    assert sorted(files.values()) == [two_parts[:1], two_parts], "sets of 6 and 3, and no staging file is left"
 
 
 def test_a_stopped_run_goes_on_and_a_broken_file_is_computed_again(
     tiny: Path, one_rank: RankPool, tmp_path: Path
 ) -> None:
-    """Of three parts one is gone and one has a flipped byte in its numbers: 1 + 4 of nine groups are computed again."""
+    """Sets of six and three groups in parts of four. One part of two groups is gone, one of four has a flipped byte in
+    its numbers: 2 + 4 are computed again."""
     one_rank.run(refcache_cases.cached, tiny, tmp_path, "0", "full")
-    first, second, third = sorted(tmp_path.rglob("*.safetensors"))
-    third.unlink()
+    (last,) = tmp_path.rglob("part-00001.safetensors")
+    last.unlink()
+    second = last.with_name("part-00000.safetensors")
+    (first,) = set(tmp_path.rglob("*.safetensors")) - {second}
     broken = bytearray(second.read_bytes())
     broken[-1] ^= 1
     second.write_bytes(broken)
     before = first.stat().st_mtime_ns
     found, computed = one_rank.run(refcache_cases.cached, tiny, tmp_path, "0", "full")
-    assert computed == [5, 0] and first.stat().st_mtime_ns == before
+    assert computed == [6, 0] and first.stat().st_mtime_ns == before
     second.write_bytes(b"no safetensors at all")
     again, computed = one_rank.run(refcache_cases.cached, tiny, tmp_path, "0", "full")
     assert computed == [4, 0] and again == found
@@ -72,6 +80,27 @@ def test_a_flipped_byte_of_the_weights_is_a_miss(tiny: Path, tmp_path: Path) -> 
     assert weights_key(resolve(str(copy)), torch.float32) != key
 
 
+def test_what_is_asked_beside_the_rows() -> None:
+    """KTO's mismatched pairs of five rows in batches of two and a last one that is left out, twice: what `prepare` is
+    given, batch after batch, and in any order; rows in batches of three have a last one of two."""
+    groups = random_groups("labels", 5)
+    for size, batches in ((2, 4), (3, 4)):
+        options = {"global_batch": size, "seed": 1, "rank": 0, "world_size": 1, "min_groups": 2}
+        loader = Loader(groups, **options)  # type: ignore[arg-type]
+        asks = partial(KTO().asks, max_length=9)
+        asked = Asked(asks, loader, batches)
+        want = [group for step in range(batches) for group in asks(loader.batch(step).groups)]
+        assert len(asked) == len(want) == (8 if size == 2 else 10)
+        assert list(asked) == want == asked[:] and [asked[i] for i in (7, 0, -1)] == [want[i] for i in (7, 0, -1)]
+        with pytest.raises(IndexError, match="of"):
+            asked[len(asked)]
+        for mixed, own in zip(want, [g for step in range(batches) for g in loader.batch(step).groups], strict=True):
+            assert mixed.prompt == own.prompt and mixed.index == own.index
+            others = [g.completions[0] for g in groups if g.index != own.index]
+            assert any(other[: max(1, 9 - len(own.prompt))] == mixed.completions[0] for other in others)
+    assert KTO(loss_type="apo_zero_unpaired").asks(groups, 9) == []
+
+
 def test_a_group_is_its_token_ids() -> None:
     """Not its place or its text: where a prompt ends and which tokens count are part of it."""
     group = Group(0, "a:1", (5, 6), ((7, 2), (8, 2)), "x")
@@ -91,7 +120,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("algo", "more"), [("dpo", ["--tuner", "full"]), ("kto", []), ("dpo", ["--deepspeed", "zero3"])]
+    ("algo", "more"),
+    [
+        ("dpo", ["--tuner", "full"]),
+        ("kto", []),
+        ("kto", ["--tuner", "full"]),
+        ("dpo", ["--deepspeed", "zero3"]),
+    ],
 )
 def test_a_run_is_the_same_with_it(algo: str, more: list[str], tmp_path: Path, two_ranks: RankPool) -> None:
     """Two epochs with evaluations: the metrics of a run without it, one that fills it and one that reads it."""
