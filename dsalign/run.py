@@ -249,18 +249,22 @@ def _reference_cache(
     if config.algorithm.roles.get("reference") != "frozen" or config.algorithm.data == "prompts":
         return None
     own_model = config.tuner == "full" or config.ref_model is not None
+    asks = getattr(config.algorithm, "asks", None)
+    if asks is not None and not asks(loader.groups_of(0), config.max_length):
+        asks = None
     epochs = total_batches / loader.steps_per_epoch
-    pays = epochs >= 1 and (own_model or epochs >= 2 or held_out is not None)
+    enough = 2 if asks is None else 4  # what is asked beside a row shares its prompt, where both are computed at once
+    pays = epochs >= 1 and (own_model or epochs >= enough or held_out is not None)
     if config.ref_cache == "off" or (config.ref_cache == "auto" and not pays):
         return None
     key = dist.together(lambda: weights_key(sources["reference"], dtype) if dist.rank() == 0 else "")
     batches = [(loader, total_batches)]
     if held_out is not None:
         batches.append((held_out, held_out.steps_per_epoch))
-    asks = getattr(config.algorithm, "asks", None)
-    ask = partial(asks, max_length=config.max_length) if asks is not None else None
-    beside = [Asked(ask, *one) for one in batches if ask is not None and ask(one[0].groups_of(0))]
-    return ReferenceCache([*(one.groups for one, _ in batches), *beside], dist.from_rank_0(key))
+    sets = [one.groups for one, _ in batches]
+    if asks is not None:
+        sets += [Asked(partial(asks, max_length=config.max_length), *one) for one in batches]
+    return ReferenceCache(sets, dist.from_rank_0(key))
 
 
 def _fill(cache: ReferenceCache, models: Models) -> None:
