@@ -103,8 +103,8 @@ def again(compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], parameters
 def recompute_cheap(decoder: nn.Module) -> None:
     """Let the norms, activations and gated MLPs of a decoder keep less, and its linear layers nothing that those made.
 
-    Values stay the same to the last bit, gradients but for the order in which float32 adds those of a norm's input.
-    Under ZeRO-3 norms are as ever: their weights are in memory only while they run.
+    Values stay the same to the last bit, and gradients too, but for rounding in float32, where RMSNorm has its own
+    backward. Under ZeRO-3 norms are as ever: their weights are in memory only while they run.
     """
     checked = dict[type, bool]()
     for module in decoder.modules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from dsalign.data.batch import rows
+from dsalign.models import load
 from dsalign.models.heads import CausalModel
+from dsalign.models.names import resolve
 from dsalign.models.recompute import recompute_cheap
 
 CPU = torch.device("cpu")
@@ -193,6 +196,16 @@ def test_a_copy_uses_its_own_weights() -> None:
 class Halved(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) / 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trained_model_is_loaded_so(checkpointing: bool, tiny: Path) -> None:
+    """But not where whole layers are made again, nor a frozen one, which keeps nothing."""
+    options = load.LoadOptions(device=CPU, gradient_checkpointing=checkpointing)
+    trained = load.load_trained("policy", resolve(str(tiny)), options, None)
+    frozen = load.load_frozen("reference", resolve(str(tiny)), options)
+    changed = ["forward" in vars(model.model.model.norm) for model in (trained, frozen)]
+    assert changed == [not checkpointing, False]
 
 
 def test_other_formulas_are_left_alone() -> None:
