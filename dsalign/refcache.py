@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 from dsalign import dist
 from dsalign.context import Models
 from dsalign.data.loader import Loader
+from dsalign.data.store import LazyGroups
 from dsalign.data.tokenize import Group
 from dsalign.models.names import Source, cache_folder
 
@@ -32,7 +33,7 @@ READ_BYTES = 1 << 24
 FORMAT = "1"  # of the files; another one is another key
 
 
-class Asked(Sequence[Group]):
+class Asked(LazyGroups):
     """What `prepare` asks the reference about beside the groups of a loader's batches, put together when it is read.
 
     asks: the groups of a global batch -> as many others (KTO's mismatched ones).
@@ -46,16 +47,7 @@ class Asked(Sequence[Group]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, at: int) -> Group: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Group]: ...
-    def __getitem__(self, at: int | slice) -> Group | list[Group]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        if not -len(self) <= at < len(self):
-            raise IndexError(f"group {at} of {len(self)}")
-        index = at % len(self)
+    def _at(self, index: int) -> Group:
         step = bisect_right(self._starts, index) - 1
         if self._last[0] != step:
             self._last = step, self._asks(self._loader.groups_of(step))

@@ -26,6 +26,19 @@ def mismatch_shift(prompts: Sequence[str]) -> tuple[int, int]:
     return shift, matches[shift]
 
 
+def mismatched(groups: Sequence[Group], max_length: int) -> tuple[list[Group], int]:
+    """(each prompt of a global batch with the completion of another example, cut to fit; how many of those answer an
+    equal prompt)."""
+    shift, matches = mismatch_shift([g.prompt_text for g in groups])
+    others = [*groups[shift:], *groups[:shift]]
+    rooms = [max(1, max_length - len(g.prompt)) for g in groups]
+    pairs = [
+        dataclasses.replace(group, completions=(other.completions[0][:room],))
+        for group, other, room in zip(groups, others, rooms, strict=True)
+    ]
+    return pairs, matches
+
+
 @dataclass(frozen=True, kw_only=True)
 class KTO:
     """Kahneman-Tversky optimisation, arXiv:2402.01306, eq. 8; or APO-zero on single completions, arXiv:2408.06266."""
@@ -71,29 +84,20 @@ class KTO:
         return lines
 
     def asks(self, groups: Sequence[Group], max_length: int) -> list[Group]:
-        """The mismatched pairs of a global batch: each prompt with the completion of another example, cut to fit."""
-        if self.loss_type != "kto":
-            return []
-        shift, _ = mismatch_shift([g.prompt_text for g in groups])
-        others = [*groups[shift:], *groups[:shift]]
-        rooms = [max(1, max_length - len(g.prompt)) for g in groups]
-        return [
-            dataclasses.replace(group, completions=(other.completions[0][:room],))
-            for group, other, room in zip(groups, others, rooms, strict=True)
-        ]
+        """The mismatched pairs of a global batch."""
+        return mismatched(groups, max_length)[0] if self.loss_type == "kto" else []
 
     def prepare(self, ctx: Context, batch: Batch) -> Prepared:
         """Reference log-probabilities, and z0 = max(0, mean Delta over mismatched pairs of the whole global batch)."""
         if self.loss_type != "kto":
             return with_reference(ctx, batch)
         n, own = len(batch.groups), batch.local
-        matches = mismatch_shift([g.prompt_text for g in batch.groups])[1]
+        pairs, matches = mismatched(batch.groups, ctx.max_length)
         if matches:
             ctx.warn(f"kto: {matches} of {n} mismatched completions answer an equal prompt; z0 is biased upwards")
-        everyone = self.asks(batch.groups, ctx.max_length)
-        mismatched = [everyone[i] for i in batch.mine]
-        both = ctx.logps("reference", [*own, *mismatched])  # one pass: their prompts are the same
-        policy, reference = ctx.logps("policy", mismatched), both[len(own) :]
+        mine = [pairs[i] for i in batch.mine]
+        both = ctx.logps("reference", [*own, *mine])  # one pass: their prompts are the same
+        policy, reference = ctx.logps("policy", mine), both[len(own) :]
         gap = sum(float((p.double() - r.double()).sum()) for p, r in zip(policy, reference, strict=True))
         z0 = max(0.0, ctx.total([gap])[0] / n)
         metrics = {"kl": (z0 * len(own), len(own))}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import mmap
 import shutil
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,26 @@ class Counts:
     skipped: Skipped
 
 
-class GroupStore(Sequence[Group]):
+class LazyGroups(Sequence[Group], ABC):
+    """Groups of which one is made whenever it is asked for."""
+
+    @abstractmethod
+    def _at(self, index: int) -> Group:
+        """The group at an index in [0, len)."""
+
+    @overload
+    def __getitem__(self, at: int) -> Group: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Group]: ...
+    def __getitem__(self, at: int | slice) -> Group | list[Group]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"group {at} of {len(self)}")
+        return self._at(at % len(self))
+
+
+class GroupStore(LazyGroups):
     """The groups of a folder that `write` made: token ids and text are read when a group is asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -53,16 +73,7 @@ class GroupStore(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._index) - 1
 
-    @overload
-    def __getitem__(self, at: int) -> Group: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Group]: ...
-    def __getitem__(self, at: int | slice) -> Group | list[Group]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        if not -len(self) <= at < len(self):
-            raise IndexError(f"group {at} of {len(self)}")
-        index = at % len(self)
+    def _at(self, index: int) -> Group:
         (start, first), (stop, last) = self._index[index : index + 2].tolist()
         return _restored(array("i", self._ids[start * 4 : stop * 4]), json.loads(self._known[first:last]), index)
 
