@@ -12,14 +12,15 @@ from typing import Any, TypeAlias
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn import Dropout
 
 from dsalign import dist, engines, fused
 from dsalign.algos import Output, Sampling
-from dsalign.data.batch import bins, chunks, joined, num_tokens, packed, rows
+from dsalign.data.batch import behind, bins, chunks, joined, num_tokens, packed, rows
 from dsalign.data.tokenize import Group
 from dsalign.logps import HeadLoss
 from dsalign.models.adapters import as_started
-from dsalign.models.heads import unwrap
+from dsalign.models.heads import Begun, unwrap
 from dsalign.models.load import VALUE_ROLES
 from dsalign.rollout.sampler import noise, sample
 
@@ -43,6 +44,7 @@ class Models:
     ) -> None:
         self.engines, self.device, self.batch_size, self.temperature = dict(engines), device, batch_size, temperature
         self.max_tokens = max_tokens
+        self._begun: dict[str, tuple[Sequence[Group], Begun]] = {}
 
     def forward(self, role: str, groups: Sequence[Group], *, entropy: bool = False) -> Output:
         """One forward pass of the role's model over these groups, with gradient unless torch says otherwise."""
@@ -51,7 +53,7 @@ class Models:
         with started:
             if role in VALUE_ROLES:
                 return Output(values=engine(inputs))
-            logps, entropies = engine(inputs, entropy, self.temperature)
+            logps, entropies = engine(inputs, entropy, self.temperature, begun=self._begun_of(role, groups))
             return Output(logps=logps, entropy=entropies)
 
     def loss(
@@ -70,8 +72,39 @@ class Models:
                 return of(part, Output(logps=logps, entropy=entropies))
 
             sizes = [sum(g.lengths) for g in groups]
-            found: Tensor = engine(inputs, entropy, self.temperature, HeadLoss(sizes, of_targets))
+            begun = self._begun_of(role, groups)
+            found: Tensor = engine(inputs, entropy, self.temperature, HeadLoss(sizes, of_targets), begun)
             return found
+
+    def beside(self, role: str, groups: Sequence[Group], others: Sequence[Group]) -> list[Tensor]:
+        """`each_group` of others, which have the prompts of `groups` in the same order. Where those make one
+        micro-batch, which is next, its pass is begun here, and the prompts are computed once. Collective."""
+        whole = len(self.micro_batches(role, groups, range(len(groups)))) == 1
+        if not (whole and self._can_begin(role)):
+            return self.each_group(role, others)
+        if not groups:
+            return []  # no other rank waits for this one in a pass
+        module = self.engines[role].module
+        begun: Begun = module.begin(packed(groups, self.device))
+        logps = module.behind(begun, behind(others, self.device), self.temperature)
+        begun.prefix.forget()
+        self._begun[role] = groups, begun
+        return list(logps.split([sum(g.lengths) for g in others]))
+
+    def _can_begin(self, role: str) -> bool:
+        """Whether a pass may stop before the head and go on later: on a CPU, outside of ZeRO-3 and autocast, without
+        dropout, which completions beside the trained ones would see in their prompts."""
+        engine = self.engines.get(role)
+        if engine is None or self.device.type != "cpu" or not engine.module.shares:
+            return False
+        drops = any(isinstance(part, Dropout) and part.p for part in engine.module.modules())
+        return not drops and engine.zero_optimization_stage() < 3 and not engine.torch_autocast_enabled()
+
+    def _begun_of(self, role: str, groups: Sequence[Group]) -> Begun | None:
+        """The pass over these very groups, where one was begun; any other is dropped."""
+        of, begun = self._begun.pop(role, ((), None))
+        same = len(of) == len(groups) and all(a is b for a, b in zip(of, groups, strict=True))
+        return begun if same else None
 
     def micro_batches(
         self, role: str, groups: Sequence[Group], positions: Sequence[int], batch_size: int | None = None
@@ -155,9 +188,17 @@ class RunContext:
         self.generator = torch.Generator().manual_seed(hash((self._seed, step)) % 2**63)
         return self
 
-    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+    def logps(
+        self,
+        role: str,
+        groups: Sequence[Group],
+        batch_size: int | None = None,
+        beside: Sequence[Group] | None = None,
+    ) -> list[Tensor]:
         if role == "reference" and self._reference is not None:
             return self._reference(self._models, groups, batch_size)
+        if beside is not None:
+            return self._models.beside(role, beside, groups)
         return self._models.each_group(role, groups, batch_size)
 
     def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:

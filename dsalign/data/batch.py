@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import compress, islice
 
 import torch
 from torch import Tensor
@@ -67,6 +67,25 @@ def packed(groups: Sequence[Group], device: torch.device) -> Inputs:
     positions = [p for span in spans for p in span.positions()]
     row, where = (torch.tensor([x], device=device) for x in (ids, positions))
     return Inputs(row, *_index(device, predict, targets, states), where, tuple(spans))
+
+
+def behind(groups: Sequence[Group], device: torch.device) -> Inputs:
+    """The completions of some groups as one row whose prompts are computed already, in a row of groups with the same
+    prompts in the same order: `predict` counts the last token of each prompt first, then the tokens of this row."""
+    ids: list[int] = []
+    predict: list[int] = []
+    targets: list[int] = []
+    spans: list[Span] = []
+    for i, group in enumerate(groups):
+        for completion, mask in zip(group.completions, _masks(group), strict=True):
+            first = len(groups) + len(ids)
+            ids += completion
+            predict += compress([i, *range(first, first + len(completion) - 1)], mask)
+            targets += compress(completion, mask)
+        spans.append(Span(len(group.prompt), tuple(map(len, group.completions))))
+    positions = [p for span in spans for p in islice(span.positions(), span.prompt, None)]
+    row, where = (torch.tensor([x], device=device) for x in (ids, positions))
+    return Inputs(row, *_index(device, predict, targets, []), where, tuple(spans))
 
 
 def joined(groups: Sequence[Group], most: int = 2) -> tuple[list[Group], list[list[int]]]:

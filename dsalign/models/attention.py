@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,11 +29,16 @@ OTHER_MATHEMATICS = ("s_aux", "position_bias", "sinks")  # what a layer may ask 
 class SharedPrefix:
     """Which token of one packed row sees which: the mask of all layers of a forward pass, built once.
 
-    spans: the groups of the row in order. unsupported: what a layer asked for that is not computed here, or "".
+    spans: the groups of the row in order. before: that of a row with the same prompts, computed with `keep`; this row
+    then has completions alone, which see the prompts of that one. unsupported: what a layer asked for that is not
+    computed here, or "".
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
-        self.spans, self.unsupported = spans, ""
+    def __init__(
+        self, spans: Sequence[Span], device: torch.device, *, keep: bool = False, before: SharedPrefix | None = None
+    ) -> None:
+        self.spans, self.unsupported, self._before = spans, "", before
+        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] | None = {} if keep else None
         self.lengths = [span.prompt + sum(span.completions) for span in spans]
         branches = [[0] * s.prompt + [i for i, n in enumerate(s.completions, 1) for _ in range(n)] for s in spans]
         groups = [[i] * n for i, n in enumerate(self.lengths)]
@@ -41,6 +47,12 @@ class SharedPrefix:
         self.position = torch.tensor([p for span in spans for p in span.positions()], device=device)
         self._dense: dict[int | None, list[Tensor | None]] = {}
         self._blocks: dict[int | None, BlockMask] = {}
+
+    @property
+    def last(self) -> list[int]:
+        """Where in the row each group's prompt ends."""
+        starts = accumulate(self.lengths[:-1], initial=0)
+        return [start + span.prompt - 1 for start, span in zip(starts, self.spans, strict=True)]
 
     def allowed(self, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
         """mask_mod(batch, head, i, j) of FlexAttention: whether token i sees token j. window: tokens back, itself
@@ -54,17 +66,44 @@ class SharedPrefix:
         return mask_mod
 
     def dense(self, window: int | None) -> list[Tensor | None]:
-        """A [t, t] bool mask a group of t tokens; None where it is the causal one."""
+        """A [t, t] bool mask a group of t tokens, or of the completions' tokens alone [c, t] where the prompts stand in
+        the row before; None where it is the causal one."""
         if window not in self._dense:
             mask_mod, start = self.allowed(window), 0
             found: list[Tensor | None] = []
             for span, length in zip(self.spans, self.lengths, strict=True):
                 i = torch.arange(start, start + length, device=self.branch.device)
-                causal = len(span.completions) < 2 and (window is None or length <= window)
-                found.append(None if causal else mask_mod(None, None, i[:, None], i[None, :]))
+                causal = len(span.completions) < 2 and (window is None or length <= window) and self._before is None
+                asking = i if self._before is None else i[span.prompt :]
+                found.append(None if causal else mask_mod(None, None, asking[:, None], i[None, :]))
                 start += length
             self._dense[window] = found
         return self._dense[window]
+
+    def by_group(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What each group of the row attends with in a layer, all [1, heads, tokens, D]."""
+        if self._kept is not None:
+            self._kept[layer] = key.detach(), value.detach()
+        if self._before is None:
+            yield from zip(*(_split(x, self.lengths) for x in (query, key, value)), strict=True)
+            return
+        counts = [sum(span.completions) for span in self.spans]
+        parts = (_split(x, counts) for x in (query, key, value))
+        for (q, k, v), (prompt_k, prompt_v) in zip(zip(*parts, strict=True), self._before.prompts(layer), strict=True):
+            yield q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
+
+    def prompts(self, layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys and values of each group's prompt that were kept in a layer."""
+        assert self._kept is not None, "this row was computed without `keep`"
+        whole = (_split(x, self.lengths) for x in self._kept[layer])
+        for span, k, v in zip(self.spans, *whole, strict=True):
+            yield k[:, :, : span.prompt], v[:, :, : span.prompt]
+
+    def forget(self) -> None:
+        """Give back the kept keys and values."""
+        self._kept = None
 
     def blocks(self, window: int | None) -> BlockMask:
         """The whole row's mask for FlexAttention."""
@@ -74,6 +113,12 @@ class SharedPrefix:
                 self.allowed(window), None, None, size, size, device=self.branch.device.type
             )
         return self._blocks[window]
+
+
+def _split(x: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
+    """[1, heads, T, D] by its tokens."""
+    found: Sequence[Tensor] = x.split(list(lengths), dim=2)  # type: ignore[no-untyped-call]
+    return found
 
 
 def can_share(model: PreTrainedModel) -> bool:
@@ -120,8 +165,11 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         wanted = [name for name in OTHER_MATHEMATICS if more.get(name) is not None]
         if wanted:  # not raised: under ZeRO-3 a forward that ends half way leaves the engine in disorder
             shared_prefix.unsupported = ", ".join(wanted)
-        compute = _by_group if query.device.type == "cpu" else _by_blocks
-        out = compute(query, key, value, shared_prefix, dropout, scaling, sliding_window, softcap)
+        how = shared_prefix, dropout, scaling, sliding_window, softcap
+        if query.device.type == "cpu":
+            out = _by_group(module, query, key, value, *how)
+        else:
+            out = _by_blocks(query, key, value, *how)
         return out.transpose(1, 2).contiguous(), None
 
     return attend
@@ -134,6 +182,7 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def _by_group(
+    layer: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -144,9 +193,8 @@ def _by_group(
     softcap: float | None,
 ) -> Tensor:
     """[1, H, T, D], group by group: no token meets one of another group, not even masked."""
-    parts = (x.split(prefix.lengths, dim=2) for x in (query, key, value))  # type: ignore[no-untyped-call]
     found = []
-    for q, k, v, mask in zip(*parts, prefix.dense(window), strict=True):
+    for (q, k, v), mask in zip(prefix.by_group(layer, query, key, value), prefix.dense(window), strict=True):
         if softcap is not None:
             found.append(_capped(q, k, v, mask, dropout, scaling, softcap))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from dsalign.data.batch import Inputs
 from dsalign.logps import Head, HeadLoss, LogitTransform
 from dsalign.models.attention import SharedPrefix
-from dsalign.models.tying import one_gradient
+from dsalign.models.tying import OneGradient
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
@@ -34,10 +35,11 @@ class Backbone(nn.Module):
         super().__init__()
         self.model, self.shares, self.unsupported = model, shares, ""
 
-    def states(self, inputs: Inputs) -> Tensor:
-        """[B T, D] the last hidden state of every position."""
+    def states(self, inputs: Inputs, prefix: SharedPrefix | None = None) -> Tensor:
+        """[B T, D] the last hidden state of every position. prefix: of a packed row, where it is not the plain one."""
         decoder, more = unwrap(self.model).get_decoder(), dict[str, Any]()
-        prefix = SharedPrefix(inputs.spans, inputs.ids.device) if inputs.spans else None
+        if prefix is None and inputs.spans:
+            prefix = SharedPrefix(inputs.spans, inputs.ids.device)
         if prefix is not None:
             # A mask of four dimensions is taken as it is, so that none of size T x T is made; nothing reads it.
             mask = torch.zeros(1, 1, 1, 1, device=inputs.ids.device)
@@ -45,6 +47,15 @@ class Backbone(nn.Module):
         out = decoder(input_ids=inputs.ids, use_cache=False, **more)
         self.unsupported = prefix.unsupported if prefix is not None else ""
         return cast(Tensor, out.last_hidden_state.flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A forward pass over a packed row as far as the head. states: [T, D]; prefix: with the keys of its prompts."""
+
+    states: Tensor
+    prefix: SharedPrefix
+    weights: OneGradient
 
 
 class CausalModel(Backbone):
@@ -56,18 +67,41 @@ class CausalModel(Backbone):
         self.head = Head(LogitTransform.of(unwrap(model).config.get_text_config()), head_bytes)
 
     def forward(
-        self, inputs: Inputs, entropy: bool = False, temperature: float = 1.0, loss: HeadLoss | None = None
+        self,
+        inputs: Inputs,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        loss: HeadLoss | None = None,
+        begun: Begun | None = None,
     ) -> tuple[Tensor, Tensor | None] | Tensor:
         """Log-probabilities [N] float32 of the inputs' targets, and entropies [N] or None; or of these the loss, a
-        scalar. Only the positions that predict them reach the head."""
+        scalar. Only the positions that predict them reach the head. begun: a pass over these inputs to go on with."""
         model = unwrap(self.model)
         head = model.get_output_embeddings()
         how: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
-        with one_gradient(model.get_input_embeddings(), head):
-            states = self.states(inputs)[inputs.predict]
+        weights = OneGradient(model.get_input_embeddings(), head) if begun is None else begun.weights
+        with weights():
+            states = (self.states(inputs) if begun is None else begun.states)[inputs.predict]
             if loss is None:
                 return self.head.token_logps(states, head, inputs.targets, **how)
             return self.head.token_loss(states, head, inputs.targets, loss, **how)
+
+    def begin(self, inputs: Inputs) -> Begun:
+        """A pass over a packed row as far as the head, that keeps the keys and values of its prompts."""
+        model = unwrap(self.model)
+        weights = OneGradient(model.get_input_embeddings(), model.get_output_embeddings())
+        prefix = SharedPrefix(inputs.spans, inputs.ids.device, keep=True)
+        with weights():
+            return Begun(self.states(inputs, prefix), prefix, weights)
+
+    @torch.no_grad()
+    def behind(self, begun: Begun, inputs: Inputs, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities [N] float32 without gradient of completions (`dsalign.data.batch.behind`) whose prompts are
+        those of a pass that was begun."""
+        prefix = SharedPrefix(inputs.spans, inputs.ids.device, before=begun.prefix)
+        states = torch.cat([begun.states[begun.prefix.last], self.states(inputs, prefix)])[inputs.predict]
+        head = unwrap(self.model).get_output_embeddings()
+        return self.head.token_logps(states, head, inputs.targets, entropy=False, temperature=temperature)[0]
 
     def whole_logits(self, ids: Tensor) -> Tensor:
         """The model's own logits [B, T, V], by its own forward: what the start-up check compares with."""

@@ -28,23 +28,28 @@ class _Tied(torch.autograd.Function):
         return of_head.add_(of_embedding)  # nobody else holds it: the head made it for this one use
 
 
-@contextmanager
-def one_gradient(embedding: nn.Embedding, head: nn.Module) -> Iterator[None]:
-    """Within it a forward of both, on a CPU, whose backward adds the gradient of the rows that were looked up to that
-    of the head, [V, D], and makes no second tensor of that size.
+class OneGradient:
+    """A forward of an embedding and a head on a CPU, in one piece or in two, whose backward adds the gradient of the
+    rows that were looked up to that of the head, [V, D], and makes no second tensor of that size.
 
     As ever where they are not tied, and under ZeRO-3, which holds a weight in memory only while its module runs.
     """
-    weight: Tensor = embedding.weight
-    tied = getattr(head, "weight", None) is weight and weight.device.type == "cpu" and not hasattr(weight, "ds_id")
-    if not (tied and weight.requires_grad and torch.is_grad_enabled()):
-        yield
-        return
-    of_embedding, of_head = _Tied.apply(weight)  # type: ignore[no-untyped-call]
-    with ExitStack() as stack:
-        stack.enter_context(_seen(embedding, weight=of_embedding, sparse=True))
-        stack.enter_context(_seen(head, weight=of_head))
-        yield
+
+    def __init__(self, embedding: nn.Embedding, head: nn.Module) -> None:
+        weight: Tensor = embedding.weight
+        tied = getattr(head, "weight", None) is weight and weight.device.type == "cpu" and not hasattr(weight, "ds_id")
+        self._views: tuple[tuple[nn.Module, dict[str, Any]], ...] = ()
+        if tied and weight.requires_grad and torch.is_grad_enabled():
+            of_embedding, of_head = _Tied.apply(weight)  # type: ignore[no-untyped-call]
+            self._views = (embedding, {"weight": of_embedding, "sparse": True}), (head, {"weight": of_head})
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Within it the two modules compute with their own view of the weight."""
+        with ExitStack() as stack:
+            for module, values in self._views:
+                stack.enter_context(_seen(module, **values))
+            yield
 
 
 @contextmanager

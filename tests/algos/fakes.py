@@ -99,7 +99,14 @@ class FakeContext:
         self.asked: list[tuple[str, list[Group]]] = []
         self.warnings: list[str] = []
 
-    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+    def logps(
+        self,
+        role: str,
+        groups: Sequence[Group],
+        batch_size: int | None = None,
+        beside: Sequence[Group] | None = None,
+    ) -> list[Tensor]:
+        assert beside is None or [g.prompt for g in beside] == [g.prompt for g in groups]
         self.asked.append((role, list(groups)))
         return [torch.tensor(np.concatenate(given(self.model, role, g))).to(torch.get_default_dtype()) for g in groups]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import random_groups
 
 from dsalign.algos import Prepared
-from dsalign.data.batch import Span, bins, chunks, cut, joined, micro_batch, num_tokens, packed, rows
+from dsalign.data.batch import Span, behind, bins, chunks, cut, joined, micro_batch, num_tokens, packed, rows
 from dsalign.data.tokenize import Group
 
 CPU = torch.device("cpu")
@@ -28,6 +28,20 @@ def test_rows_by_hand() -> None:
     assert found.predict.tolist() == [1, 2, 3, 6, 10, 11]
     assert found.targets.tolist() == [7, 8, 2, 9, 3, 2]
     assert found.states.tolist() == [1, 2, 3, 4, 6, 7, 10, 11, 12]
+
+
+def test_completions_behind_prompts_by_hand() -> None:
+    """Of the pair the completions 7 8 2 and 9 behind a prompt of two, then 3 2 behind a prompt of one. States 0 and 1
+    are the ends of the prompts, those of this row follow: 7 is predicted from 0, 8 and 2 from 2 and 3, 9 from 0 again,
+    3 from 1, and 2 from the state of 3, 2 + 4."""
+    found = behind([PAIR, LONE], CPU)
+    assert found.ids.tolist() == [[7, 8, 2, 9, 3, 2]]
+    assert found.positions is not None and found.positions.tolist() == [[2, 3, 4, 2, 1, 2]]
+    assert found.predict.tolist() == [0, 2, 3, 0, 1, 6]
+    assert found.targets.tolist() == [7, 8, 2, 9, 3, 2]
+    assert found.spans == (Span(2, (3, 1)), Span(1, (2,)))
+    masked = behind([dataclasses.replace(PAIR, masks=((False, True, False), (True,)))], CPU)
+    assert (masked.predict.tolist(), masked.targets.tolist()) == ([1, 0], [8, 9])
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labels"])

@@ -195,6 +195,22 @@ def short_second_step(name: str, folder: Path, stage: str) -> Any:
     return {n: t.numpy() for n, t in state.items()}, trainer.progress.step
 
 
+def tokens_of_a_step(folder: Path, stage: str, batch_size: int, dropout: float = 0.0) -> Any:
+    """(tokens of each pass of the policy in a step of KTO over 4 rows, the prompts', the completions')."""
+    passes: list[int] = []
+
+    def counted(module: Any) -> Any:
+        decoder = module.model.get_decoder()
+        decoder.layers[0].mlp.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[:2].numel()))
+        decoder.layers[0].dropped = torch.nn.Dropout(dropout)
+        return module
+
+    trainer = build("kto", folder, stage=stage, batch_size=batch_size, global_batch=4, rows=4, steps=1, wrap=counted)
+    trainer.fit(lambda metrics: None)
+    groups = trainer.loader.groups
+    return passes, sum(len(g.prompt) for g in groups), sum(len(g.completions[0]) for g in groups)
+
+
 class Spare(torch.nn.Module):
     """A model with a parameter its output does not depend on."""
 

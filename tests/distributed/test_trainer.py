@@ -30,7 +30,7 @@ class PlainContext:
         self.models = {"policy": policy, "reference": reference}
         self.step, self.max_length, self.state = 0, 64, {}
 
-    def logps(self, role: str, groups: Any) -> list[torch.Tensor]:
+    def logps(self, role: str, groups: Any, beside: Any = None) -> list[torch.Tensor]:
         return [forward(self.models[role], [g], "policy").logps.detach() for g in groups]
 
     def total(self, numbers: Any) -> Any:
@@ -216,6 +216,20 @@ def test_a_rank_that_starts_with_nothing_keeps_the_gradient_of_its_step(
         found, steps = two_ranks.run(cases.short_second_step, name, tiny, stage)
         assert steps == 2
         assert all(np.abs(found[n] - want[n]).max() < 1e-5 for n in want)
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch_size", "dropout", "again"),
+    [("0", 4, 0.0, False), ("2", 4, 0.0, False), ("0", 2, 0.0, True), ("0", 4, 0.5, True), ("3", 4, 0.0, True)],
+)
+def test_completions_beside_the_trained_ones_share_their_prompts(
+    stage: str, batch_size: int, dropout: float, again: bool, tiny: Path, one_rank: RankPool
+) -> None:
+    """KTO's mismatched completions are computed behind the prompts of the pass with gradient, where that is one
+    micro-batch outside of ZeRO-3 and without dropout; else with prompts of their own, in passes of their own."""
+    passes, prompts, completions = one_rank.run(cases.tokens_of_a_step, tiny, stage, batch_size, dropout)
+    assert sum(passes) == 2 * (prompts + completions) - (0 if again else prompts)
+    assert len(passes) == 2 * 4 // batch_size
 
 
 @pytest.mark.parametrize("stage", ["3", "2_offload", "3_offload"])

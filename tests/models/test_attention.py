@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dsalign.data.batch import Inputs, Span, packed, rows
+from dsalign.data.batch import Inputs, Span, behind, packed, rows
 from dsalign.data.tokenize import Group
 from dsalign.models import attention, load
 from dsalign.models.attention import SharedPrefix
@@ -114,6 +114,28 @@ def test_a_packed_row_is_every_sequence_alone(name: str) -> None:
     size = max(float(g.norm()) for g in want.values())
     for parameter, gradient in want.items():
         assert float((mine[parameter] - gradient).norm()) <= 1e-5 * size, parameter
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_completions_behind_prompts_of_another_row(name: str) -> None:
+    """Other completions of prompts that a row with gradient computed: their log-probabilities are those of whole
+    sequences by the untouched model, and the values and gradients of the row, whose head comes afterwards, as ever."""
+    wrapped, untouched = build(CONFIGS[name]), build(CONFIGS[name], shares=False)
+    own, given = groups()[:3], groups(1)
+    turned = (given[1], given[2], given[0])  # other numbers of completions
+    others = [dataclasses.replace(a, completions=b.completions) for a, b in zip(own, turned, strict=True)]
+    want_values, want = gradients(wrapped, packed(own, CPU))
+    wrapped.zero_grad()
+    begun = wrapped.begin(packed(own, CPU))
+    found = wrapped.behind(begun, behind(others, CPU), temperature=1.0)
+    torch.testing.assert_close(found, torch.cat(plain_logps(untouched.model, others)), atol=5e-6, rtol=1e-5)
+    assert not found.requires_grad
+    begun.prefix.forget()
+    logps, _ = wrapped(packed(own, CPU), begun=begun)
+    assert torch.equal(logps, want_values)
+    (torch.linspace(-1, 2, len(logps)) * logps).sum().backward()
+    mine = {n: p.grad for n, p in wrapped.named_parameters() if p.grad is not None}
+    assert mine.keys() == want.keys() and all(torch.equal(mine[n], g) for n, g in want.items())
 
 
 @pytest.mark.parametrize("name", ["mistral window", "gemma2 window", "gemma3 window"])
@@ -209,7 +231,7 @@ def test_flex_attention_is_the_attention_by_group(window: int | None, monkeypatc
     query, key, value = (torch.randn(1, heads, 30, 16, generator=draw) for heads in (4, 2, 2))
     for softcap in (None, 1.5):
         ours = attention._by_blocks(query, key, value, prefix, 0.0, 0.3, window, softcap)
-        theirs = attention._by_group(query, key, value, prefix, 0.0, 0.3, window, softcap)
+        theirs = attention._by_group(torch.nn.Identity(), query, key, value, prefix, 0.0, 0.3, window, softcap)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 

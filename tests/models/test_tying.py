@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import LlamaForCausalLM
 from dsalign.data.batch import rows
 from dsalign.logps import Head, HeadLoss, LogitTransform
 from dsalign.models import heads
-from dsalign.models.tying import one_gradient
+from dsalign.models.tying import OneGradient
 
 CPU = torch.device("cpu")
 
@@ -25,9 +24,8 @@ def tied_model(dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(tiny_config(tie_word_embeddings=True)).to(dtype)
 
 
-@contextmanager
-def as_ever(embedding: nn.Module, head: nn.Module) -> Iterator[None]:
-    yield
+def as_ever(embedding: nn.Module, head: nn.Module) -> Any:
+    return nullcontext
 
 
 def gradient(model: Any, micro_batches: int, *, by_parts: bool) -> Tensor:
@@ -55,7 +53,7 @@ def test_the_gradient_is_that_of_two_uses(
     model = tied_model(dtype)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     found = [gradient(model, n, by_parts=by_parts) for n in (1, 2)]
-    monkeypatch.setattr(heads, "one_gradient", as_ever)
+    monkeypatch.setattr(heads, "OneGradient", as_ever)
     for n, one in zip((1, 2), found, strict=True):
         want = gradient(model, n, by_parts=by_parts)
         assert float((one - want).norm() / want.norm()) < tolerance
@@ -69,7 +67,7 @@ def backward_peak(tied: bool) -> float:
     head.weight = embedding.weight
     ids = torch.tensor([3, 1, 3])
     with Live(embedding.weight, ids) as live:
-        with one_gradient(embedding, head) if tied else as_ever(embedding, head):
+        with (OneGradient if tied else as_ever)(embedding, head)():
             states = embedding(ids)
             logps, _ = Head(LogitTransform(), 2**20).token_logps(states, head, ids, entropy=False)
         live.peak = live.now
@@ -89,7 +87,7 @@ def test_by_hand() -> None:
     with torch.no_grad():
         embedding.weight.copy_(torch.tensor([[1.0], [2.0]]))
     head.weight = embedding.weight
-    with one_gradient(embedding, head):
+    with OneGradient(embedding, head)():
         assert embedding.sparse and not isinstance(head.weight, nn.Parameter)
         assert dict(head.named_parameters()) == {"weight": embedding._parameters["weight"]}
         logits = head(embedding(torch.tensor([1])))
@@ -104,15 +102,15 @@ def test_one_use_alone() -> None:
     """Of the embedding: dense all the same; of the head; and of neither."""
     embedding, head = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
     head.weight = embedding.weight
-    with one_gradient(embedding, head):
+    with OneGradient(embedding, head)():
         embedding(torch.tensor([1, 1])).sum().backward()
     torch.testing.assert_close(embedding.weight.grad, torch.tensor([[0.0, 0], [2, 2], [0, 0], [0, 0]]))
     embedding.weight.grad = None
-    with one_gradient(embedding, head):
+    with OneGradient(embedding, head)():
         head(torch.tensor([[1.0, 3.0]])).sum().backward()
     torch.testing.assert_close(embedding.weight.grad, torch.tensor([[1.0, 3.0]] * 4))
     embedding.weight.grad = None
-    with one_gradient(embedding, head):
+    with OneGradient(embedding, head)():
         pass
     assert embedding.weight.grad is None
 
@@ -126,7 +124,7 @@ def test_left_alone(why: str) -> None:
         head.requires_grad_(False)
     if why == "ZeRO-3":
         embedding.weight.ds_id = 0  # type: ignore[attr-defined]
-    with torch.set_grad_enabled(why != "no gradient"), one_gradient(embedding, head):
+    with torch.set_grad_enabled(why != "no gradient"), OneGradient(embedding, head)():
         assert isinstance(embedding.weight, nn.Parameter) and isinstance(head.weight, nn.Parameter)
         assert not embedding.sparse
 
@@ -134,6 +132,6 @@ def test_left_alone(why: str) -> None:
 def test_an_error_inside_leaves_nothing_behind() -> None:
     embedding, head = nn.Embedding(4, 2, sparse=False), nn.Linear(2, 4, bias=False)
     head.weight = embedding.weight
-    with pytest.raises(IndexError), one_gradient(embedding, head):
+    with pytest.raises(IndexError), OneGradient(embedding, head)():
         embedding(torch.tensor([9]))
     assert head.weight is embedding.weight and isinstance(head.weight, nn.Parameter) and not embedding.sparse
