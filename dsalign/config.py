@@ -89,9 +89,8 @@ class RunConfig(BaseModel):
     dataset_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (), description="how many times an epoch takes the rows of each data set, > 0; 1 each"
     )
-    on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="stop at a row that cannot be used, or leave it out and count it"
-    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or leave it out and count it")
+    dataset_num_proc: int | None = Field(None, ge=1, description="processes that tokenise; by default as many as pay")
     streaming: bool = Field(False, description="read hub data sets without keeping them on disk, only their tokens")
     val_dataset: tuple[str, ...] = Field((), description="rows to evaluate on, named like dataset")
     split_dataset_ratio: float = Field(0.0, ge=0, lt=1, description="share of dataset to evaluate on, in [0, 1)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import time
@@ -20,12 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dsalign import data
 from dsalign.config import RunConfig
+from dsalign.data.processes import count, packed
 from dsalign.data.readers import version
 from dsalign.data.records import Row
 from dsalign.data.rows import Skipped, iter_rows
-from dsalign.data.store import GroupStore, write
+from dsalign.data.store import GroupStore, Packed, write
 from dsalign.data.templates import Template, load_template
-from dsalign.data.tokenize import Group, Tally, Tokenized, iter_groups, tokenize_rows
+from dsalign.data.tokenize import Encoder, Tally, Tokenized, tokenize_rows
 from dsalign.models import load
 from dsalign.models.names import Source, cache_folder
 
@@ -78,6 +80,16 @@ def counted(found: Tokenized, skipped: Skipped) -> tuple[int, int]:
 def _tokenized(
     config: RunConfig, template: Template, sources: Sequence[str], weights: Sequence[float]
 ) -> tuple[Tokenized, Skipped]:
+    gc.freeze()  # a search for garbage would look at all of torch, again and again, as rows become objects
+    try:
+        return _made_or_found(config, template, sources, weights)
+    finally:
+        gc.unfreeze()
+
+
+def _made_or_found(
+    config: RunConfig, template: Template, sources: Sequence[str], weights: Sequence[float]
+) -> tuple[Tokenized, Skipped]:
     skipped = Skipped()
     rows = _rows(config, sources, weights, skipped)
     first = deque(islice(rows, STORE_FROM))
@@ -99,9 +111,10 @@ def _tokenized(
             known = [n for _, n in versions if n is not None]
             times = weights or [1.0] * len(sources)
             total = sum(map(mul, known, times)) if len(known) == len(sources) else None
-            tally = Tally()
-            groups = iter_groups(chain(_drained(first), rows), template, tally=tally, **options)
-            store = write(_progress(groups, tally, total), tally, skipped, folder)
+            encoder, tally = Encoder(template, **options), Tally()
+            processes = count(config.dataset_num_proc, total, template.tokenizer)
+            parts = packed(chain(_drained(first), rows), encoder, processes)
+            store = write(_counted(parts, encoder, tally, total), tally, skipped, folder)
     counts = store.counts
     return Tokenized(store, counts.num_rows, counts.dropped, counts.truncated), counts.skipped
 
@@ -148,11 +161,17 @@ def _found(folder: Path) -> GroupStore | None:
         return None
 
 
-def _progress(groups: Iterable[Group], tally: Tally, total: float | None) -> Iterator[Group]:
-    """The groups, with a line every SAID_EVERY_S seconds. total: about how many rows there are, where that is known."""
+def _counted(
+    parts: Iterable[tuple[Packed, Tally]], encoder: Encoder, tally: Tally, total: float | None
+) -> Iterator[Packed]:
+    """The parts, their rows counted in `tally`, with a line every SAID_EVERY_S seconds. total: about how many rows
+    there are, where that is known. Raises ValueError where no part has a group."""
     start = said = time.monotonic()
-    for group in groups:
-        yield group
+    some = False
+    for part, counted in parts:
+        tally.add(counted)
+        some = some or bool(part.sizes)
+        yield part
         now = time.monotonic()
         if now - said >= SAID_EVERY_S:
             said = now
@@ -161,6 +180,7 @@ def _progress(groups: Iterable[Group], tally: Tally, total: float | None) -> Ite
             if total is not None:
                 of, left = f" of about {total:.0f}", f", {max(total - tally.num_rows, 0) / rate:.0f} s left"
             logger.info("tokenised %d%s rows, %.0f rows/s%s", tally.num_rows, of, rate, left)
+    encoder.check(some, tally)
 
 
 def losses(found: Tokenized, skipped: Skipped) -> list[str]:

@@ -34,15 +34,16 @@ FORMAT = "1"  # of the files; another one is another key
 
 
 class Asked(LazyGroups):
-    """What `prepare` asks the reference about beside the groups of a loader's batches, put together when it is read.
+    """What `prepare` asks the reference about in the batches of a loader, put together when it is read: in the first
+    epoch each group and behind it the other one of the same prompt, so that this is computed once; later the others.
 
     asks: the groups of a global batch -> as many others (KTO's mismatched ones).
     """
 
     def __init__(self, asks: Callable[[Sequence[Group]], list[Group]], loader: Loader, num_batches: int) -> None:
-        self._asks, self._loader = asks, loader
-        self._starts = [loader.seen(step) for step in range(num_batches + 1)]
-        self._last: tuple[int, list[Group]] = (-1, [])
+        self._asks, self._loader, self._last = asks, loader, (-1, list[Group]())
+        first = min(num_batches, loader.steps_per_epoch)
+        self._starts = [loader.seen(step) + loader.seen(min(step, first)) for step in range(num_batches + 1)]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -50,7 +51,10 @@ class Asked(LazyGroups):
     def _at(self, index: int) -> Group:
         step = bisect_right(self._starts, index) - 1
         if self._last[0] != step:
-            self._last = step, self._asks(self._loader.groups_of(step))
+            own = self._loader.groups_of(step)
+            others = self._asks(own)
+            both = [group for two in zip(own, others, strict=True) for group in two]
+            self._last = step, both if step < self._loader.steps_per_epoch else others
         return self._last[1][index - self._starts[step]]
 
 
@@ -122,21 +126,16 @@ class _CachedSet:
             if not dist.largest(int(self._files[part] is None), models.device):
                 continue
             first = part * PART
-            mine = range(first + dist.rank(), min(first + PART, len(self._groups)), dist.world_size())
-            found = models.each_group("reference", [self._groups[i] for i in mine])
+            count = min(PART, len(self._groups) - first)
+            start, end = (first + count * rank // dist.world_size() for rank in (dist.rank(), dist.rank() + 1))
+            found = models.each_group("reference", [self._groups[i] for i in range(start, end)])
             flat = torch.cat([torch.empty(0), *found]).double()
-            everything = dist.gather(flat, models.device).float()
-            self._write(part, everything)
-            computed += min(PART, len(self._groups) - first)
+            self._write(part, dist.gather(flat, models.device).float())
+            computed += count
         return computed
 
-    def _write(self, part: int, by_rank: Tensor) -> None:
-        """by_rank: the tokens of the part's groups, rank after rank."""
-        first, world = part * PART, dist.world_size()
-        last = min(first + PART, len(self._groups))
-        order = [i for rank in range(world) for i in range(first + rank, last, world)]
-        pieces = by_rank.split([self._length(i) for i in order])  # type: ignore[no-untyped-call]
-        flat = torch.cat([piece for _, piece in sorted(zip(order, pieces, strict=True), key=lambda x: x[0])])
+    def _write(self, part: int, flat: Tensor) -> None:
+        """flat: the tokens of the part's groups."""
         path = self._path(part)
         for turn in (True, False):  # rank 0, then ranks that do not see its file system
             missing = self._files[part] is None and (dist.rank() == 0) is turn

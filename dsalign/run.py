@@ -253,17 +253,18 @@ def _reference_cache(
     if asks is not None and not asks(loader.groups_of(0), config.max_length):
         asks = None
     epochs = total_batches / loader.steps_per_epoch
-    enough = 2 if asks is None else 4  # what is asked beside a row shares its prompt, where both are computed at once
-    pays = epochs >= 1 and (own_model or epochs >= enough or held_out is not None)
+    pays = epochs >= 1 and (own_model or epochs >= 2 or held_out is not None)
     if config.ref_cache == "off" or (config.ref_cache == "auto" and not pays):
         return None
     key = dist.together(lambda: weights_key(sources["reference"], dtype) if dist.rank() == 0 else "")
     batches = [(loader, total_batches)]
     if held_out is not None:
         batches.append((held_out, held_out.steps_per_epoch))
-    sets = [one.groups for one, _ in batches]
-    if asks is not None:
-        sets += [Asked(partial(asks, max_length=config.max_length), *one) for one in batches]
+    if asks is None:
+        sets = [one.groups for one, _ in batches]
+    else:
+        sets = [Asked(partial(asks, max_length=config.max_length), *one) for one in batches]
+        sets += [one.left_out(0) for one, _ in batches]  # later epochs may have them
     return ReferenceCache(sets, dist.from_rank_0(key))
 
 

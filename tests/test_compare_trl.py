@@ -47,6 +47,16 @@ def test_words_are_one_token_with_and_without_a_blank(scripts):
         scripts.compare_rows.one_token_words({"a": 1})
 
 
+def test_drawn_pairs_are_the_texts_of_others(scripts):
+    """Words in their order, a text behind another until there are enough; answers from either side."""
+    pairs = [{"prompt": "a b c", "chosen": "d e", "rejected": "f"}]
+    (first, second) = scripts.compare_rows.drawn_pairs(pairs, 2, prompt_words=7, answer_words=4)
+    assert first["prompt"] == second["prompt"] == "a b c a b c a"
+    for answer in (first["chosen"], first["rejected"], second["chosen"], second["rejected"]):
+        assert len(answer.split()) == 4 and set(answer.split()) <= {"d", "e", "f"}
+    assert [first, second] == scripts.compare_rows.drawn_pairs(pairs, 2, prompt_words=7, answer_words=4)
+
+
 def test_long_pairs_have_as_many_tokens_as_they_say(scripts, tmp_path):
     """Words are tokens: 256 - 30 of the template in a prompt, 64 - 1 end token in an answer; the same twice."""
     path = tmp_path / "tokenizer.json"

@@ -58,7 +58,7 @@ def test_what_is_kept_is_what_is_made(case: Case, monkeypatch: pytest.MonkeyPatc
     """The same groups and counts from memory, when they are written, and when they are found."""
     written, _ = case.read("--max_length", "64")
     assert isinstance(written.groups, GroupStore) and len(case.stores()) == 1
-    monkeypatch.setattr(prepare, "iter_groups", None)  # found: nothing is tokenised
+    monkeypatch.setattr(prepare, "packed", None)  # found: nothing is tokenised
     found, _ = case.read("--max_length", "64")
     assert isinstance(found.groups, GroupStore) and len(case.stores()) == 1
     monkeypatch.setattr(prepare, "STORE_FROM", 100)

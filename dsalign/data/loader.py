@@ -58,11 +58,18 @@ class Loader:
     def groups_of(self, step: int) -> list[Group]:
         """The groups of that batch, of all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        first = position * self.global_batch
+        return [self.groups[i] for i in self._order_of(epoch)[first : first + self.global_batch]]
+
+    def left_out(self, epoch: int) -> list[Group]:
+        """The groups that no batch of that epoch has."""
+        return [self.groups[i] for i in self._order_of(epoch)[len(self.groups) - self.dropped :]]
+
+    def _order_of(self, epoch: int) -> Sequence[int]:
         if self._order[0] != epoch:
             everyone = range(len(self.groups))
             self._order = epoch, epoch_order(len(everyone), self.seed, epoch) if self.shuffle else everyone
-        chosen = self._order[1][position * self.global_batch : (position + 1) * self.global_batch]
-        return [self.groups[i] for i in chosen]
+        return self._order[1]
 
     def seen(self, step: int) -> int:
         """How many groups the batches before that one have."""

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -97,24 +97,42 @@ class Part(Sequence[Group]):
         return self._groups[self._positions[at]]
 
 
-def write(groups: Iterable[Group], tally: Tally, skipped: Skipped, folder: Path) -> GroupStore:
+class Packed(NamedTuple):
+    """Some groups as they stand in a store's files. sizes: of each the number of its ids and the bytes of the rest."""
+
+    sizes: bytes  # int64
+    ids: bytes  # int32
+    known: bytes
+
+
+def pack(groups: Iterable[Group]) -> Packed:
+    """Of further columns, what JSON does not have becomes its text."""
+    sizes, ids, known = array("q"), array("i"), list[bytes]()
+    for group in groups:
+        before = len(ids)
+        for part in (group.prompt, *group.completions):
+            ids.extend(part)
+        known.append(json.dumps(_kept(group), ensure_ascii=False, default=str).encode())
+        sizes.extend((len(ids) - before, len(known[-1])))
+    return Packed(sizes.tobytes(), ids.tobytes(), b"".join(known))
+
+
+def write(parts: Iterable[Packed], tally: Tally, skipped: Skipped, folder: Path) -> GroupStore:
     """The store of some groups, numbered from 0 as they come; tally and skipped are read after the last was taken.
 
-    The folder appears when it is whole: until then it has another name. Of further columns, what JSON does not have
-    becomes its text.
+    The folder appears when it is whole: until then it has another name.
     """
     staging = folder.with_name(f".staging-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)  # what a run that was stopped left
     staging.mkdir(parents=True)
-    ids = known = 0
+    start = np.zeros((1, 2), dtype=np.int64)  # in ids and in bytes
     with (staging / IDS).open("wb") as a, (staging / KNOWN).open("wb") as b, (staging / INDEX).open("wb") as c:
-        for group in groups:
-            c.write(array("q", [ids, known]).tobytes())
-            tokens = array("i", [x for part in (group.prompt, *group.completions) for x in part])
-            ids += len(tokens)
-            a.write(tokens.tobytes())
-            known += b.write(json.dumps(_kept(group), ensure_ascii=False, default=str).encode())
-        c.write(array("q", [ids, known]).tobytes())
+        c.write(start.tobytes())
+        for part in parts:
+            ends = start + np.frombuffer(part.sizes, dtype=np.int64).reshape(-1, 2).cumsum(0)
+            for file, content in ((a, part.ids), (b, part.known), (c, ends.tobytes())):
+                file.write(content)
+            start = ends[-1:] if len(ends) else start
     manifest = {
         "format": FORMAT,
         "num_rows": tally.num_rows,

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-Ids = list[int]
+from dsalign.data.words import Ids, Words, reads_words
 
 
 class TextIds:
@@ -25,6 +25,7 @@ class TextIds:
         if self._backend is not None:  # here, as threads that tokenise must find it settled
             self._backend.no_truncation()
             self._backend.no_padding()
+        self._read = Words(self._by_library) if reads_words(tokenizer) else self._by_library
 
     def of(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text."""
@@ -56,15 +57,19 @@ class TextIds:
         return found
 
     def _plain(self, texts: Sequence[str]) -> list[Ids]:
-        ids: list[Ids]
-        if self._backend is None:
-            ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        else:  # without the wrapping of each result, which takes as long as some of the tokenising
-            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            ids = [encoding.ids for encoding in found]
+        ids = self._read(texts)
         if self._vocab_size is not None:
             self._check(ids, self._vocab_size)
         return ids
+
+    def _by_library(self, texts: Sequence[str]) -> list[Ids]:
+        if not texts:
+            return []
+        if self._backend is None:
+            ids: list[Ids] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
+        # Without the wrapping of each result, which takes as long as some of the tokenising.
+        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _check(self, every: Sequence[Ids], vocab_size: int) -> None:
         largest = max((max(ids, default=0) for ids in every), default=0)

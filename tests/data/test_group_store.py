@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import random_groups
 
 from dsalign.data.rows import Skipped
-from dsalign.data.store import IDS, INDEX, KNOWN, MANIFEST, GroupStore, Part, write
+from dsalign.data.store import IDS, INDEX, KNOWN, MANIFEST, GroupStore, Part, pack, write
 from dsalign.data.tokenize import Group, Tally
 
 TALLY = Tally(num_rows=9, truncated=1)
@@ -33,7 +33,7 @@ NOTHING = Group(1, "a.jsonl:2", (4,), (), "")
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     """Every field, also those that are false or empty; by index from either end, by slice, in a loop."""
-    store = write([EVERYTHING, NOTHING], TALLY, Skipped(), tmp_path / "s")
+    store = write([pack([EVERYTHING]), pack([NOTHING])], TALLY, Skipped(), tmp_path / "s")
     assert len(store) == 2
     assert [store[0], store[1]] == list(store) == store[:] == [EVERYTHING, NOTHING]
     assert store[-1] == NOTHING and store[1:] == [NOTHING]
@@ -45,7 +45,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_what_json_does_not_have_becomes_text(tmp_path: Path) -> None:
     group = Group(0, "f:1", (4,), (), "", columns={"when": Path("x")})
-    assert write([group], TALLY, Skipped(), tmp_path / "s")[0].columns == {"when": "x"}
+    assert write([pack([group])], TALLY, Skipped(), tmp_path / "s")[0].columns == {"when": "x"}
 
 
 IDS_ = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(tuple)
@@ -54,13 +54,14 @@ IDS_ = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(tuple)
 @given(st.lists(st.tuples(IDS_, st.lists(IDS_, max_size=3).map(tuple), st.text(max_size=5)), min_size=1, max_size=5))
 def test_any_groups_come_back(tmp_path_factory: pytest.TempPathFactory, parts: list[tuple]) -> None:  # type: ignore[type-arg]
     groups = [Group(i, f"f:{i}", prompt, answers, text) for i, (prompt, answers, text) in enumerate(parts)]
-    assert list(write(groups, TALLY, Skipped(), tmp_path_factory.mktemp("stores") / "s")) == groups
+    folder = tmp_path_factory.mktemp("stores") / "s"
+    assert list(write([pack(groups[:2]), pack(groups[2:])], TALLY, Skipped(), folder)) == groups
 
 
 @pytest.mark.parametrize("name", [IDS, KNOWN, INDEX, MANIFEST])
 @pytest.mark.parametrize("fault", ["gone", "cut", "flipped"])
 def test_a_broken_store_is_refused(name: str, fault: str, tmp_path: Path) -> None:
-    write([EVERYTHING, NOTHING], TALLY, Skipped(), tmp_path / "s")
+    write([pack([EVERYTHING]), pack([NOTHING])], TALLY, Skipped(), tmp_path / "s")
     path = tmp_path / "s" / name
     content = bytearray(path.read_bytes())
     if fault == "gone":
@@ -75,7 +76,7 @@ def test_a_broken_store_is_refused(name: str, fault: str, tmp_path: Path) -> Non
 
 
 def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
-    write([NOTHING], TALLY, Skipped(), tmp_path / "s")
+    write([pack([NOTHING])], TALLY, Skipped(), tmp_path / "s")
     manifest = json.loads((tmp_path / "s" / MANIFEST).read_text())
     (tmp_path / "s" / MANIFEST).write_text(json.dumps(manifest | {"format": 0}))
     with pytest.raises(ValueError, match="its files are not those that were written"):
@@ -86,13 +87,13 @@ def test_a_run_that_is_stopped_leaves_nothing_that_is_taken_for_whole(tmp_path: 
     """The second group never comes; the next run begins again."""
 
     def stopped():
-        yield EVERYTHING
+        yield pack([EVERYTHING])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write(stopped(), TALLY, Skipped(), tmp_path / "s")
     assert not (tmp_path / "s").exists()
-    assert len(write([EVERYTHING, NOTHING], TALLY, Skipped(), tmp_path / "s")) == 2
+    assert len(write([pack([EVERYTHING]), pack([NOTHING])], TALLY, Skipped(), tmp_path / "s")) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
@@ -100,7 +101,7 @@ def test_groups_are_not_held(tmp_path: Path) -> None:
     """Writing and reading 3,000 groups takes less than a third of the memory of their token ids alone."""
     groups = random_groups("pairs", 3000, longest=300)
     tracemalloc.start()
-    store = write(iter(groups), TALLY, Skipped(), tmp_path / "s")
+    store = write((pack([group]) for group in groups), TALLY, Skipped(), tmp_path / "s")
     peak = tracemalloc.get_traced_memory()[1]
     assert sum(len(g.prompt) for g in store) == sum(len(g.prompt) for g in groups)
     assert max(peak, tracemalloc.get_traced_memory()[1]) < 3_000_000

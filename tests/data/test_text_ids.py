@@ -9,6 +9,7 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import AddedToken
 
 from dsalign.data.text_ids import TextIds
+from dsalign.data.words import reads_words
 
 PIECES = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_", "end|>", "user\n", "a", " ", "  ", "é", "\n", "<", "ab"]
 TEXT = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
@@ -33,6 +34,20 @@ def test_branches_have_the_ids_of_the_whole_texts(make_tokenizer, adds_bos, data
     parted = st.tuples(TEXT, st.lists(TEXT, max_size=3))
     items = data.draw(st.lists(st.one_of(shared, parted), max_size=4))
     assert branches(ids, items) == plain(ids, items)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_branches_by_words_have_the_ids_of_the_whole_texts(make_tokenizer, data):
+    """Of a tokenizer by a known pattern, beside the library's reading of each text."""
+    tokenizer = make_tokenizer([("a", "b"), ("Ġ", "a")])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ids = TextIds(tokenizer, PROBE)
+    assert reads_words(tokenizer)
+    items = data.draw(st.lists(st.tuples(TEXT, st.lists(TEXT, max_size=3)), max_size=4))
+    items = [(opening, [*rest, opening + "a b"]) for opening, rest in items]
+    want = [(ids._by_library([opening])[0], ids._by_library(rest)) for opening, rest in items]
+    assert branches(ids, items) == want
 
 
 def test_the_front_is_tokenised_once(make_tokenizer, monkeypatch):

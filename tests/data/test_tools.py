@@ -6,6 +6,7 @@ import pytest
 
 from dsalign.data.records import Row
 from dsalign.data.rows import Skipped
+from dsalign.data.store import pack
 from dsalign.data.store import write as write_store
 from dsalign.data.templates import load_template
 from dsalign.data.tokenize import Tally, tokenize_rows
@@ -83,7 +84,7 @@ def test_a_prompt_keeps_its_tools_for_a_reward_model_with_another_template(load,
     template, other = load(), load("qwen")
     row = Row("f:1", (USER, CALLS, TOLD), (), tools=(ADD,))
     (group,) = tokenize_rows([row], template, max_length=1000, truncation="raise").groups
-    store = write_store([group], Tally(), Skipped(), tmp_path / "s")
+    store = write_store([pack([group])], Tally(), Skipped(), tmp_path / "s")
     assert store[0] == group and group.tools == (ADD,)
     (read,) = Reading(other, other.tokenizer.decode, other.end_ids)([group])
     assert other.tokenizer.decode(read.prompt) == other.render(row.prompt, [ADD])

@@ -80,25 +80,31 @@ def test_a_flipped_byte_of_the_weights_is_a_miss(tiny: Path, tmp_path: Path) -> 
     assert weights_key(resolve(str(copy)), torch.float32) != key
 
 
-def test_what_is_asked_beside_the_rows() -> None:
-    """KTO's mismatched pairs of five rows in batches of two and a last one that is left out, twice: what `prepare` is
-    given, batch after batch, and in any order; rows in batches of three have a last one of two."""
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_asked_beside_the_rows(size: int) -> None:
+    """KTO's mismatched pairs of five rows, for two epochs: in batches of two, of which a last row is left out, and of
+    three with a last one of two. In the first epoch every row stands before its pair; in any order, what `prepare` is
+    given."""
     groups = random_groups("labels", 5)
-    for size, batches in ((2, 4), (3, 4)):
-        options = {"global_batch": size, "seed": 1, "rank": 0, "world_size": 1, "min_groups": 2}
-        loader = Loader(groups, **options)  # type: ignore[arg-type]
-        asks = partial(KTO().asks, max_length=9)
-        asked = Asked(asks, loader, batches)
-        want = [group for step in range(batches) for group in asks(loader.batch(step).groups)]
-        assert len(asked) == len(want) == (8 if size == 2 else 10)
-        assert list(asked) == want == asked[:] and [asked[i] for i in (7, 0, -1)] == [want[i] for i in (7, 0, -1)]
-        with pytest.raises(IndexError, match="of"):
-            asked[len(asked)]
-        for mixed, own in zip(want, [g for step in range(batches) for g in loader.batch(step).groups], strict=True):
-            assert mixed.prompt == own.prompt and mixed.index == own.index
-            others = [g.completions[0] for g in groups if g.index != own.index]
-            assert any(other[: max(1, 9 - len(own.prompt))] == mixed.completions[0] for other in others)
+    loader = Loader(groups, global_batch=size, seed=1, rank=0, world_size=1, min_groups=2)
+    asks = partial(KTO().asks, max_length=9)
+    asked = Asked(asks, loader, 4)
+    of_steps = [(own := loader.batch(step).groups, asks(own)) for step in range(4)]
+    want = [group for own, others in of_steps[:2] for two in zip(own, others, strict=True) for group in two]
+    want += [group for _, others in of_steps[2:] for group in others]
+    assert len(asked) == len(want) == (12 if size == 2 else 15)
+    assert list(asked) == want == asked[:] and [asked[i] for i in (7, 0, -1)] == [want[i] for i in (7, 0, -1)]
+    with pytest.raises(IndexError, match="of"):
+        asked[len(asked)]
+    for own, others in of_steps:
+        for row, mixed in zip(own, others, strict=True):
+            assert mixed.prompt == row.prompt and mixed.index == row.index
+            rest = [g.completions[0] for g in groups if g.index != row.index]
+            assert any(other[: max(1, 9 - len(row.prompt))] == mixed.completions[0] for other in rest)
     assert KTO(loss_type="apo_zero_unpaired").asks(groups, 9) == []
+    left = loader.left_out(0)
+    assert len(left) == 5 % size % 2 and {g.index for g in (*asked, *left)} == set(range(5))
+    assert len(Asked(asks, loader, 1)) == 2 * size, "a run that ends in its first epoch"
 
 
 def test_a_group_is_its_token_ids() -> None:
