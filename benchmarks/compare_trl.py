@@ -275,7 +275,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch_size", type=int, default=4, help="pairs, or rows of kto, an optimizer step")
     found.add_argument("--repeats", type=int, default=1, help="runs of each side")
     found.add_argument("--threads", type=int, default=1, help="of each process; more than there are idle cores wait")
-    found.add_argument("--ref_cache", choices=("on", "off"), default="off", help="the reference's pass before training")
+    found.add_argument(
+        "--ref_cache",
+        choices=("on", "off", "auto"),
+        default="off",
+        help="the reference's pass before training; auto: what each does by itself",
+    )
     found.add_argument("--model", default="smollm2-135m-instruct", help="a folder or a short name of dsalign's")
     found.add_argument("--deepspeed", default="zero0", help="dsalign's DeepSpeed configuration")
     found.add_argument("--extra", default="", help="further flags for dsalign, as one string")

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-TIMES = 4  # a step: more save little, and every page that is given back is zeroed again in the next step
+# In a backward, of the layers that are still to come: gradients grow as activations go, so the last stand closest. More
+# would save little, and every page that is given back is zeroed again in the next step.
+LEFT = (2 / 15, 1 / 3, 3 / 5)
 
 
 def trim_in_backward(decoder: nn.Module) -> None:
-    """At the end of a forward with gradient and after each quarter of the layers but the last in its backward, freed
-    memory goes back.
+    """Freed memory goes back at the end of a forward with gradient, and in its backward where LEFT of the layers are to
+    come.
 
     glibc keeps activations of a few MiB on its heap when they are freed, between gradients that stay, and gives them
     back only from the heap's end: without this a process holds both at once, and the gradients of the step before
@@ -37,7 +39,7 @@ def trim_in_backward(decoder: nn.Module) -> None:
 
     decoder.register_forward_hook(at_the_end)
     layers = max(lists, key=len)
-    for i in sorted({len(layers) * part // TIMES for part in range(1, TIMES)}):
+    for i in sorted({round(len(layers) * share) for share in LEFT}):
         layers[i].register_forward_hook(watch)
 
 

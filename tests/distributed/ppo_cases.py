@@ -94,9 +94,9 @@ def build(
     return Recording(algorithm, models, ctx, loader, plan, Progress())
 
 
-def gradient(folder: Path, stage: str, tuner: str, batch_size: int, shares: bool = True) -> Any:
-    """({role/name: gradient} of the first step, its metrics) on recorded rollouts of two completions a prompt; without
-    `shares` in padded rows of one completion each."""
+def gradient(folder: Path, stage: str, tuner: str, batch_size: int, exact: bool = False) -> Any:
+    """({role/name: gradient} of the first step, its metrics) on recorded rollouts of two completions a prompt; `exact`:
+    in float64 and padded rows of one completion each."""
     algorithm = PPO(num_ppo_epochs=1, num_generations=2, whiten_rewards=True, temperature=0.7, kl_estimator="k3")
     trainer = build(
         folder, algorithm, stage=stage, tuner=tuner, batch_size=batch_size, steps=1, recorded=True, rate=0.01
@@ -104,7 +104,8 @@ def gradient(folder: Path, stage: str, tuner: str, batch_size: int, shares: bool
     found: dict[str, Any] = {}
     for engine in trainer.models.engines.values():
         assert engine.module.shares
-        engine.module.shares = shares
+        if exact:
+            engine.module.double().shares = False
     plain_step = trainer._step
 
     def step(role: str, result: dict[str, float]) -> None:
