@@ -12,6 +12,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from dsalign import __version__, lazy
@@ -70,7 +71,9 @@ def _main(argv: Sequence[str]) -> int:
     process = launcher.process(os.environ)
     # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
     logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels for all after
-    run = importlib.import_module("dsalign.run")
+    on_cpu = not importlib.import_module("torch").accelerator.is_available()
+    with lazy.without("triton") if on_cpu else nullcontext():  # 70 MiB, which torch imports where it can
+        run = importlib.import_module("dsalign.run")
     logging.disable(logging.NOTSET)
     run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
     return 0

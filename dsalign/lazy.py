@@ -54,3 +54,17 @@ def put_off(name: str) -> Iterator[None]:
     finally:
         if sys.modules.get(name) is module:
             del sys.modules[name]  # later imports are the usual ones
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """While this is open, importing a top-level module fails as if it were not installed. Nothing happens where it is
+    imported already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # what the import system takes for absent
+    try:
+        yield
+    finally:
+        del sys.modules[name]

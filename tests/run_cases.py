@@ -324,15 +324,15 @@ def large_and_small() -> dict[str, float]:
     return sums.reduced(CPU)
 
 
-def leaking(query: Any, key: Any, value: Any, *more: Any) -> Any:
+def leaking(layer: Any, query: Any, key: Any, value: Any, *more: Any) -> Any:
     """Attention over a packed row as if it were one sequence."""
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def asking(query: Any, key: Any, value: Any, prefix: attention.SharedPrefix, *more: Any) -> Any:
+def asking(layer: Any, query: Any, key: Any, value: Any, prefix: attention.SharedPrefix, *more: Any) -> Any:
     """The right attention, in a layer that wanted attention sinks too."""
     prefix.unsupported = "s_aux"
-    return BY_GROUP(query, key, value, prefix, *more)
+    return BY_GROUP(layer, query, key, value, prefix, *more)
 
 
 def doubled(model: heads.CausalModel, ids: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,8 @@ try:
 except SystemExit as stop:
     code = stop.code
 took = time.perf_counter() - start
-print(json.dumps({"code": code, "torch": "torch._C" in sys.modules, "s": took}), file=sys.stderr)
+known = {name: f"{name}._C" in sys.modules for name in ("torch", "triton")}
+print(json.dumps({"code": code, "s": took, **known}), file=sys.stderr)
 """
 
 
@@ -83,6 +84,14 @@ def test_a_typo_exits_2_before_torch_is_imported(tmp_path: Path) -> None:
         "  --ref_model: expected an algorithm with a frozen reference model, one of dpo, kto, ppo, got sft; remove it "
         "or change --algo",
     ]
+
+
+def test_a_run_without_a_gpu_does_without_triton(tmp_path: Path) -> None:
+    """As far as a model that cannot be opened."""
+    (tmp_path / "model").mkdir()
+    report, _, said = watched(tmp_path, "--algo", "sft", "--model", "model", "--dataset", "demo:demonstrations")
+    assert (report["code"], report["torch"], report["triton"]) == (2, True, False), said
+    assert "model holds neither config.json" in said
 
 
 def test_print_config_and_help_do_without_torch(tmp_path: Path) -> None:

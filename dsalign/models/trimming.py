@@ -39,7 +39,7 @@ def trim_in_backward(decoder: nn.Module) -> None:
 
     decoder.register_forward_hook(at_the_end)
     layers = max(lists, key=len)
-    for i in sorted({round(len(layers) * share) for share in LEFT}):
+    for i in sorted({int(len(layers) * share) for share in LEFT}):
         layers[i].register_forward_hook(watch)
 
 

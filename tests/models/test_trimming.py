@@ -31,7 +31,7 @@ class Layers(nn.Module):
 
 @pytest.mark.parametrize("able", [True, False], ids=["glibc", "another allocator"])
 def test_after_a_forward_and_three_times_in_its_backward(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where 4, 2 and 1 of 8 layers are to come; once in a forward, none in one without gradient; the gradients stay."""
+    """Before layers 4, 2 and 1 of 0 to 7; once in a forward, none in one without gradient; the gradients stay."""
     said: list[object] = []
     plain, watched, x = Layers([]), Layers(said), torch.ones(2, 4)
     library = SimpleNamespace(malloc_trim=lambda pad: said.append("trim")) if able else SimpleNamespace()
