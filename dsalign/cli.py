@@ -70,12 +70,12 @@ def _main(argv: Sequence[str]) -> int:
         os.environ.update(launcher.alone(env))
     process = launcher.process(os.environ)
     # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
-    logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels for all after
     on_cpu = not importlib.import_module("torch").accelerator.is_available()
-    with lazy.without("triton") if on_cpu else nullcontext():  # 70 MiB, which torch imports where it can
+    with lazy.without("triton") if on_cpu else nullcontext():  # 70 MiB, which torch and deepspeed import if they can
+        logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
         run = importlib.import_module("dsalign.run")
-    logging.disable(logging.NOTSET)
-    run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
+        logging.disable(logging.NOTSET)
+        run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
     return 0
 
 

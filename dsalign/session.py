@@ -10,7 +10,7 @@ from dsalign.algos import Prepared
 from dsalign.checkpoint.store import Store
 from dsalign.config import RunConfig
 from dsalign.curves import write_report
-from dsalign.data.checks import check
+from dsalign.data.checks import Survey
 from dsalign.data.loader import Loader
 from dsalign.evaluate import evaluate
 from dsalign.metrics import Window
@@ -114,7 +114,7 @@ class Session:
             report.say(f"reward: {' + '.join([*filter(None, [config.reward_model]), *config.reward_funcs])}")
         groups = trainer.loader.groups
         first = [groups[i] for i in range(min(len(groups), CHECKED))]
-        for finding in check(first, trainer.ctx.end_ids, None):
+        for finding in Survey(first, trainer.ctx.end_ids, None).findings():
             report.say(f"{finding.line()} (dsalign data check says more)")
         for line in config.algorithm.notes(groups):
             report.say(line)

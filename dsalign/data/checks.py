@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,78 +31,43 @@ class Finding:
         return f"{self.severity}: {self.count} {self.rule}{where if self.examples else ''}: {self.advice}"
 
 
-def check(groups: Sequence[Group], end_ids: frozenset[int], bos: int | None) -> list[Finding]:
-    """Everything found in some groups, errors first. end_ids: tokens that end a turn. bos: the tokenizer's, if any."""
-    pairs = [g for g in groups if len(g.completions) == 2]
-    answers = [g for g in groups if g.completions]
-    found = [
-        _of(
-            "error",
-            "double BOS",
-            groups,
-            lambda g: bos is not None and g.prompt[:2] == (bos, bos),
-            "the template writes a BOS and the tokenizer another one: remove it from the template",
-        ),
-        _of(
-            "warning",
-            "without end token",
-            answers,
-            lambda g: any(c[-1] not in end_ids for c in g.completions),
-            "the answer was cut, so the model does not learn to stop there: raise --max_length",
-        ),
-        _of(
-            "warning",
-            "identical pairs",
-            pairs,
-            lambda g: g.completions[0] == g.completions[1],
-            "chosen and rejected are the same: they teach nothing, leave them out",
-        ),
-        _of(
-            "warning",
-            "empty answers",
-            answers,
-            lambda g: any(len(c) == 1 for c in g.completions),
-            "nothing but the end token: right only where silence is meant",
-        ),
-        _repeated(groups),
-        *_one_sided(pairs),
-    ]
-    order = ("error", "warning", "note")
-    return sorted((f for f in found if f.count), key=lambda f: order.index(f.severity))
+@dataclass(frozen=True)
+class Rule:
+    """What may be wrong with one group. holds: (group, tokens that end a turn, the tokenizer's BOS or None) -> bool."""
+
+    severity: str
+    name: str
+    holds: Callable[[Group, frozenset[int], int | None], bool]
+    advice: str
 
 
-def _of(severity: str, rule: str, groups: Iterable[Group], holds: Callable[[Group], bool], advice: str) -> Finding:
-    places = [g.where for g in groups if holds(g)]
-    return Finding(severity, rule, len(places), tuple(places[:EXAMPLES]), advice)
-
-
-def _repeated(groups: Sequence[Group]) -> Finding:
-    seen: set[tuple[Any, ...]] = set()
-    places = []
-    for group in groups:
-        key = (group.prompt, group.completions, group.label)
-        if key in seen:
-            places.append(group.where)
-        seen.add(key)
-    advice = "the same row again: it counts double, and may stand on both sides of a split"
-    return Finding("warning", "duplicates", len(places), tuple(places[:EXAMPLES]), advice)
-
-
-def _one_sided(pairs: Sequence[Group]) -> list[Finding]:
-    """Whether length alone tells the chosen answer from the rejected one."""
-    if not pairs:
-        return []
-    chosen, rejected = (sum(len(g.completions[side]) for g in pairs) / len(pairs) for side in (0, 1))
-    longer = sum(len(g.completions[0]) > len(g.completions[1]) for g in pairs) / len(pairs)
-    shorter = sum(len(g.completions[0]) < len(g.completions[1]) for g in pairs) / len(pairs)
-    if max(longer, shorter) <= ONE_SIDED:
-        return []
-    side = "longer" if longer > shorter else "shorter"
-    advice = (
-        f"chosen answers are {side} in {max(longer, shorter):.0%} of pairs ({chosen:.0f} against {rejected:.0f} tokens "
-        "on average): a model can learn length instead of quality; simpo and ipo normalise it away"
-    )
-    return [Finding("warning", "length bias", len(pairs), (), advice)]
+RULES = (
+    Rule(
+        "error",
+        "double BOS",
+        lambda g, ends, bos: bos is not None and g.prompt[:2] == (bos, bos),
+        "the template writes a BOS and the tokenizer another one: remove it from the template",
+    ),
+    Rule(
+        "warning",
+        "without end token",
+        lambda g, ends, bos: any(c[-1] not in ends for c in g.completions),
+        "the answer was cut, so the model does not learn to stop there: raise --max_length",
+    ),
+    Rule(
+        "warning",
+        "identical pairs",
+        lambda g, ends, bos: len(g.completions) == 2 and g.completions[0] == g.completions[1],
+        "chosen and rejected are the same: they teach nothing, leave them out",
+    ),
+    Rule(
+        "warning",
+        "empty answers",
+        lambda g, ends, bos: any(len(c) == 1 for c in g.completions),
+        "nothing but the end token: right only where silence is meant",
+    ),
+)
+REPEATED = "the same row again: it counts double, and may stand on both sides of a split"
 
 
 @dataclass(frozen=True)
@@ -123,12 +89,68 @@ class Lengths:
         return cls(at[0], at[1], ordered[-1], tuple(bins[i] for i in range(BINS)))
 
 
-def lengths(groups: Sequence[Group]) -> dict[str, Lengths]:
-    """Of prompts, of completions where there are some, and of a prompt with its longest completion."""
-    answers = [len(c) for g in groups for c in g.completions]
-    found = {"prompt": [len(g.prompt) for g in groups], "completion": answers}
-    found["whole"] = [len(g.prompt) + max(map(len, g.completions), default=0) for g in groups]
-    return {name: Lengths.of(numbers) for name, numbers in found.items() if numbers}
+class Survey:
+    """Everything found in some groups, which are looked at one after the other and not kept: some 30 bytes a group are.
+
+    end_ids: tokens that end a turn. bos: the tokenizer's, if any.
+    """
+
+    def __init__(self, groups: Iterable[Group], end_ids: frozenset[int], bos: int | None) -> None:
+        self._counts, self._examples = Counter[str](), dict[str, list[str]]()
+        self._seen: set[int] = set()
+        self._sides: Counter[str] = Counter()  # of pairs: how many, the tokens of each side, where one is the longer
+        self._lengths = {name: array("i") for name in ("prompt", "completion", "whole")}
+        for group in groups:
+            for rule in RULES:
+                if rule.holds(group, end_ids, bos):
+                    self._count(rule.name, group)
+            if (key := hash((group.prompt, group.completions, group.label))) in self._seen:
+                self._count("duplicates", group)
+            self._seen.add(key)
+            self._measure(group)
+
+    def _count(self, rule: str, group: Group) -> None:
+        self._counts[rule] += 1
+        if self._counts[rule] <= EXAMPLES:
+            self._examples.setdefault(rule, []).append(group.where)
+
+    def _measure(self, group: Group) -> None:
+        sizes = [len(c) for c in group.completions]
+        self._lengths["prompt"].append(len(group.prompt))
+        self._lengths["completion"].extend(sizes)
+        self._lengths["whole"].append(len(group.prompt) + max(sizes, default=0))
+        if len(sizes) == 2:
+            chosen, rejected = sizes
+            self._sides.update(pairs=1, chosen=chosen, rejected=rejected)
+            self._sides.update(longer=chosen > rejected, shorter=chosen < rejected)
+
+    def findings(self) -> list[Finding]:
+        """Errors first."""
+        rules = [(rule.severity, rule.name, rule.advice) for rule in RULES] + [("warning", "duplicates", REPEATED)]
+        found = [
+            Finding(severity, name, self._counts[name], tuple(self._examples[name]), advice)
+            for severity, name, advice in rules
+            if self._counts[name]
+        ]
+        order = ("error", "warning", "note")
+        return sorted([*found, *self._one_sided()], key=lambda f: order.index(f.severity))
+
+    def _one_sided(self) -> list[Finding]:
+        """Whether length alone tells the chosen answer from the rejected one."""
+        sides, num = self._sides, self._sides["pairs"]
+        side = "longer" if sides["longer"] > sides["shorter"] else "shorter"
+        if not num or sides[side] / num <= ONE_SIDED:
+            return []
+        advice = (
+            f"chosen answers are {side} in {sides[side] / num:.0%} of pairs ({sides['chosen'] / num:.0f} against "
+            f"{sides['rejected'] / num:.0f} tokens on average): a model can learn length instead of quality; simpo and "
+            "ipo normalise it away"
+        )
+        return [Finding("warning", "length bias", num, (), advice)]
+
+    def lengths(self) -> dict[str, Lengths]:
+        """Of prompts, of completions where there are some, and of a prompt with its longest completion."""
+        return {name: Lengths.of(numbers) for name, numbers in self._lengths.items() if numbers}
 
 
 def as_json(findings: Sequence[Finding], measured: dict[str, Lengths]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def count(wanted: int | None, rows: float | None, tokenizer: PreTrainedTokenizer
         return 1
     if wanted is not None:
         return wanted
-    return int(min(len(os.sched_getaffinity(0)), MOST, MOST if rows is None else max(1, rows // LEAST)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(min(cores, MOST, MOST if rows is None else max(1, rows // LEAST)))
 
 
 def packed(rows: Iterable[Row], encoder: Encoder, processes: int) -> Iterator[tuple[Packed, Tally]]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dsalign import prepare
 from dsalign.config import RunConfig
 from dsalign.data import checks
-from dsalign.data.checks import Finding, Lengths
+from dsalign.data.checks import Finding, Lengths, Survey
 from dsalign.data.rows import Skipped
 from dsalign.data.templates import Template
 from dsalign.data.tokenize import Group, Tokenized
@@ -86,7 +86,8 @@ def examine(config: RunConfig) -> Report:
     lenient = config.model_copy(update={"on_bad_row": "skip"})
     tokenized, skipped = prepare.tokenized(lenient, template, config.dataset, config.dataset_weights)
     groups = tokenized.groups
-    findings = checks.check(groups, template.end_ids, tokenizer.bos_token_id)
+    survey = Survey(groups, template.end_ids, tokenizer.bos_token_id)
+    findings = survey.findings()
     if skipped:
         severity = "warning" if config.on_bad_row == "skip" else "error"
         findings.insert(0, Finding(severity, "bad rows", skipped.count, (), f"the first: {skipped.first}"))
@@ -96,7 +97,7 @@ def examine(config: RunConfig) -> Report:
         advice = f"more than half of {total}: raise --max_length, or use --truncation_strategy left or right"
         findings.insert(0, Finding(severity, "rows not used", lost, (), advice))
     notes = config.algorithm.notes(groups)
-    return Report(config.dataset, tokenized, skipped, findings, checks.lengths(groups), notes, config.max_length)
+    return Report(config.dataset, tokenized, skipped, findings, survey.lengths(), notes, config.max_length)
 
 
 def _text(config: RunConfig) -> tuple[PreTrainedTokenizerBase, Template]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsalign.data.checks import BINS, Finding, Lengths, as_json, check, lengths
+from dsalign.data.checks import BINS, Finding, Lengths, Survey, as_json
 from dsalign.data.tokenize import Group
 
 END, BOS = 2, 1
@@ -20,6 +21,14 @@ def pair(chosen, rejected, prompt=(5, 6), where="f:1"):
 
 
 GOOD = pair((7, 8, END), (9, 8, END))
+
+
+def check(groups, ends, bos):
+    return Survey(groups, ends, bos).findings()
+
+
+def lengths(groups):
+    return Survey(groups, ENDS, None).lengths()
 
 
 def found(*groups, bos=None):
@@ -94,6 +103,16 @@ def test_a_finding_as_json():
         "findings": [{"severity": "note", "rule": "r", "count": 1, "examples": ["f:1"], "advice": "a"}],
         "lengths": {"whole": {"p50": 1, "p95": 2, "largest": 3, "counts": [1]}},
     }
+
+
+def test_groups_are_not_kept():
+    """20,000 of 100 tokens, 8 bytes each and more, are 20 MB; what is kept of them is less than 4."""
+    groups = (pair(tuple(range(i, i + 50)), (END,), prompt=tuple(range(i, i + 49))) for i in range(20_000))
+    tracemalloc.start()
+    survey = Survey(groups, ENDS, None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert survey.lengths()["whole"].largest == 99 and peak < 4 * 2**20
 
 
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=6).map(tuple)
