@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from dsalign.data.records import Row
 from dsalign.data.store import Packed, pack
 from dsalign.data.tokenize import CHUNK, THREADS, Encoder, Tally, in_order, threads
 
+logger = logging.getLogger(__name__)
 MOST = 8  # processes: more are faster than rows can be read
 LEAST = 4 * CHUNK  # rows a process, which takes a second to start
 _encoder: Encoder  # of a process that was started here
@@ -28,6 +30,8 @@ def count(wanted: int | None, rows: float | None, tokenizer: PreTrainedTokenizer
     """How many processes to use. wanted: what the user asked for, None = as many as pay; rows: about how many there
     are, None = unknown. One for a tokenizer that comes with its own code, which another process would not find."""
     if not type(tokenizer).__module__.startswith("transformers."):
+        if wanted not in (None, 1):
+            logger.warning("dataset_num_proc: 1 instead of %d, as the tokenizer comes with its own code", wanted)
         return 1
     if wanted is not None:
         return wanted

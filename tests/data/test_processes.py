@@ -112,8 +112,9 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_how_many_processes(template, monkeypatch):
-    """As many as cores and rows allow, 8 at most; what was asked for; one for a class that is not transformers' own."""
+def test_how_many_processes(template, monkeypatch, caplog):
+    """As many as cores and rows allow, 8 at most; what was asked for; one for a class that is not transformers' own,
+    which is said where more were asked for."""
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: range(4))
     tokenizer = template.tokenizer
     found = [count(None, rows, tokenizer) for rows in (10, 4 * 1024, 8 * 1024, 10.0**6, None)]
@@ -122,4 +123,5 @@ def test_how_many_processes(template, monkeypatch):
     assert count(None, None, tokenizer) == 8
     assert count(3, 10, tokenizer) == 3
     own = type("Own", (type(tokenizer),), {"__module__": "transformers_modules.own"})
-    assert count(3, 10**6, own(tokenizer_object=tokenizer.backend_tokenizer)) == 1
+    assert [count(n, 10**6, own(tokenizer_object=tokenizer.backend_tokenizer)) for n in (None, 1, 3)] == [1, 1, 1]
+    assert caplog.messages == ["dataset_num_proc: 1 instead of 3, as the tokenizer comes with its own code"]
