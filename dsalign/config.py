@@ -90,7 +90,7 @@ class RunConfig(BaseModel):
         (), description="how many times an epoch takes the rows of each data set, > 0; 1 each"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a bad row, or leave it out and count it")
-    dataset_num_proc: int | None = Field(None, ge=1, description="processes that tokenise 10,000 or more rows; by default 1 to 8")
+    dataset_num_proc: int | None = Field(None, ge=1, description="processes that tokenise 10,000 rows or more [1 to 8]")
     streaming: bool = Field(False, description="read hub data sets without keeping them on disk, only their tokens")
     val_dataset: tuple[str, ...] = Field((), description="rows to evaluate on, named like dataset")
     split_dataset_ratio: float = Field(0.0, ge=0, lt=1, description="share of dataset to evaluate on, in [0, 1)")
