@@ -28,10 +28,13 @@ _encoder: Encoder  # of a process that was started here
 
 def count(wanted: int | None, rows: float | None, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many processes to use. wanted: what the user asked for, None = as many as pay; rows: about how many there
-    are, None = unknown. One for a tokenizer that comes with its own code, which another process would not find."""
+    are, None = unknown. One for a tokenizer that comes with its own code, which another process would not find, and
+    in a process that may not start others."""
     if not type(tokenizer).__module__.startswith("transformers."):
         if wanted not in (None, 1):
             logger.warning("dataset_num_proc: 1 instead of %d, as the tokenizer comes with its own code", wanted)
+        return 1
+    if multiprocessing.current_process().daemon:
         return 1
     if wanted is not None:
         return wanted

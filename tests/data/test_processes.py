@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -122,6 +124,8 @@ def test_how_many_processes(template, monkeypatch, caplog):
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: range(64))
     assert count(None, None, tokenizer) == 8
     assert count(3, 10, tokenizer) == 3
+    with mock.patch.object(multiprocessing.current_process(), "_config", {"daemon": True}):
+        assert count(3, 10**6, tokenizer) == 1
     own = type("Own", (type(tokenizer),), {"__module__": "transformers_modules.own"})
     assert [count(n, 10**6, own(tokenizer_object=tokenizer.backend_tokenizer)) for n in (None, 1, 3)] == [1, 1, 1]
     assert caplog.messages == ["dataset_num_proc: 1 instead of 3, as the tokenizer comes with its own code"]
