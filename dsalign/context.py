@@ -188,18 +188,13 @@ class RunContext:
         self.generator = torch.Generator().manual_seed(hash((self._seed, step)) % 2**63)
         return self
 
-    def logps(
-        self,
-        role: str,
-        groups: Sequence[Group],
-        batch_size: int | None = None,
-        beside: Sequence[Group] | None = None,
-    ) -> list[Tensor]:
+    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         if role == "reference" and self._reference is not None:
             return self._reference(self._models, groups, batch_size)
-        if beside is not None:
-            return self._models.beside(role, beside, groups)
         return self._models.each_group(role, groups, batch_size)
+
+    def logps_beside(self, role: str, own: Sequence[Group], groups: Sequence[Group]) -> list[Tensor]:
+        return self._models.beside(role, own, groups)
 
     def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         return self._models.each_group(role, groups, batch_size)

@@ -249,9 +249,6 @@ def _reference_cache(
     if config.algorithm.roles.get("reference") != "frozen" or config.algorithm.data == "prompts":
         return None
     own_model = config.tuner == "full" or config.ref_model is not None
-    asks = getattr(config.algorithm, "asks", None)
-    if asks is not None and not asks(loader.groups_of(0), config.max_length):
-        asks = None
     epochs = total_batches / loader.steps_per_epoch
     pays = epochs >= 1 and (own_model or epochs >= 2 or held_out is not None)
     if config.ref_cache == "off" or (config.ref_cache == "auto" and not pays):
@@ -260,6 +257,9 @@ def _reference_cache(
     batches = [(loader, total_batches)]
     if held_out is not None:
         batches.append((held_out, held_out.steps_per_epoch))
+    asks = getattr(config.algorithm, "asks", None)
+    if asks is not None and not asks(loader.groups_of(0), config.max_length):
+        asks = None
     if asks is None:
         sets = [one.groups for one, _ in batches]
     else:

@@ -134,16 +134,12 @@ class Context(Protocol):
     generator: torch.Generator  # seeded by (seed, step): the same stream on every rank
     state: dict[str, Any]  # JSON-able, equal on all ranks, checkpointed
 
-    def logps(
-        self,
-        role: str,
-        groups: Sequence[Group],
-        batch_size: int | None = None,
-        beside: Sequence[Group] | None = None,
-    ) -> list[Tensor]:
-        """One [tokens of the group's completions] float32 tensor a group, no gradient. batch_size: groups a forward.
-        beside: of a trained role, this rank's groups of the batch, all of them in one optimizer step, which have the
-        prompts of `groups` in the same order: those may then be computed once for both."""
+    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        """One [tokens of the group's completions] float32 tensor a group, no gradient. batch_size: groups a forward."""
+
+    def logps_beside(self, role: str, own: Sequence[Group], groups: Sequence[Group]) -> list[Tensor]:
+        """`logps` of groups by a trained role. own: this rank's groups of the batch, all of them in one optimizer step,
+        which have the same prompts in the same order: those may then be computed once for both."""
 
     def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         """One [tokens + completions of the group] float32 tensor a group, no gradient. batch_size: groups a forward."""

@@ -97,7 +97,7 @@ class KTO:
             ctx.warn(f"kto: {matches} of {n} mismatched completions answer an equal prompt; z0 is biased upwards")
         mine = [pairs[i] for i in batch.mine]
         both = ctx.logps("reference", [*own, *mine])  # one pass: their prompts are the same
-        policy, reference = ctx.logps("policy", mine, beside=own), both[len(own) :]
+        policy, reference = ctx.logps_beside("policy", own, mine), both[len(own) :]
         gap = sum(float((p.double() - r.double()).sum()) for p, r in zip(policy, reference, strict=True))
         z0 = max(0.0, ctx.total([gap])[0] / n)
         metrics = {"kl": (z0 * len(own), len(own))}

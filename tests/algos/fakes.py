@@ -99,16 +99,13 @@ class FakeContext:
         self.asked: list[tuple[str, list[Group]]] = []
         self.warnings: list[str] = []
 
-    def logps(
-        self,
-        role: str,
-        groups: Sequence[Group],
-        batch_size: int | None = None,
-        beside: Sequence[Group] | None = None,
-    ) -> list[Tensor]:
-        assert beside is None or [g.prompt for g in beside] == [g.prompt for g in groups]
+    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         self.asked.append((role, list(groups)))
         return [torch.tensor(np.concatenate(given(self.model, role, g))).to(torch.get_default_dtype()) for g in groups]
+
+    def logps_beside(self, role: str, own: Sequence[Group], groups: Sequence[Group]) -> list[Tensor]:
+        assert [g.prompt for g in own] == [g.prompt for g in groups]
+        return self.logps(role, groups)
 
     def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
         raise AssertionError("no algorithm trained on rows prepares values")

@@ -30,8 +30,11 @@ class PlainContext:
         self.models = {"policy": policy, "reference": reference}
         self.step, self.max_length, self.state = 0, 64, {}
 
-    def logps(self, role: str, groups: Any, beside: Any = None) -> list[torch.Tensor]:
+    def logps(self, role: str, groups: Any) -> list[torch.Tensor]:
         return [forward(self.models[role], [g], "policy").logps.detach() for g in groups]
+
+    def logps_beside(self, role: str, own: Any, groups: Any) -> list[torch.Tensor]:
+        return self.logps(role, groups)
 
     def total(self, numbers: Any) -> Any:
         return numbers
