@@ -16,7 +16,7 @@ from torch.nn import Dropout
 
 from dsalign import dist, engines, fused
 from dsalign.algos import Output, Sampling
-from dsalign.data.batch import behind, bins, chunks, joined, num_tokens, packed, rows
+from dsalign.data.batch import Inputs, behind, bins, chunks, joined, num_computed, packed, rows
 from dsalign.data.tokenize import Group
 from dsalign.logps import HeadLoss
 from dsalign.models.adapters import as_started
@@ -49,12 +49,12 @@ class Models:
     def forward(self, role: str, groups: Sequence[Group], *, entropy: bool = False) -> Output:
         """One forward pass of the role's model over these groups, with gradient unless torch says otherwise."""
         engine, started = self._engine(role)
-        inputs = (packed if engine.module.shares else rows)(groups, self.device)
+        inputs = self._inputs(role, engine, groups)
         with started:
             if role in VALUE_ROLES:
-                return Output(values=engine(inputs))
+                return Output.of(role, engine(inputs))
             logps, entropies = engine(inputs, entropy, self.temperature, begun=self._begun_of(role, groups))
-            return Output(logps=logps, entropy=entropies)
+            return Output.of(role, logps, entropies)
 
     def loss(
         self, role: str, groups: Sequence[Group], of: Callable[[slice, Output], Tensor], *, entropy: bool = False
@@ -62,14 +62,14 @@ class Models:
         """The sum of of(some neighbouring groups, what the role's model gives for them) over all groups, scalar with
         gradient: `forward` and the loss in one, which lets the head take the loss's gradient part by part."""
         engine, started = self._engine(role)
-        inputs = (packed if engine.module.shares else rows)(groups, self.device)
+        inputs = self._inputs(role, engine, groups)
         with started:
             if role in VALUE_ROLES:
                 values: Tensor = engine(inputs)
-                return of(slice(0, len(groups)), Output(values=values)) + 0.0 * values.sum()
+                return of(slice(0, len(groups)), Output.of(role, values)) + 0.0 * values.sum()
 
             def of_targets(part: slice, logps: Tensor, entropies: Tensor | None) -> Tensor:
-                return of(part, Output(logps=logps, entropy=entropies))
+                return of(part, Output.of(role, logps, entropies))
 
             sizes = [sum(g.lengths) for g in groups]
             begun = self._begun_of(role, groups)
@@ -116,14 +116,14 @@ class Models:
             parts = chunks(positions, batch_size or self.batch_size)
         else:
             module = self._engine(role)[0].module
-            sizes = [num_tokens([groups[i]], shared=module.shares) for i in positions]
+            sizes = [num_computed(groups[i], shared=module.shares) for i in positions]
             parts = bins(positions, sizes, self.max_tokens)
         count = dist.largest(len(parts), self.device)
         return [*parts, *[positions[:0]] * (count - len(parts))]
 
     def each_group(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
-        """No gradient, float32, on the CPU: a group's token log-probabilities, or its values. Collective: ranks with
-        fewer groups run empty passes, because a ZeRO-3 forward gathers parameters from all."""
+        """No gradient, float32, on the CPU: a group's token log-probabilities, its values, or its scores. Collective:
+        ranks with fewer groups run empty passes, because a ZeRO-3 forward gathers parameters from all."""
         engine, _ = self._engine(role)
         training = engine.module.training
         engine.module.eval()
@@ -132,14 +132,15 @@ class Models:
         with torch.no_grad():
             for positions in self.micro_batches(role, whole, range(len(whole)), batch_size):
                 out = self.forward(role, [whole[i] for i in positions])
-                flat = out.values if role in VALUE_ROLES else out.logps
-                assert flat is not None
                 inside = [member for i in positions for member in members[i]]
-                sizes = [_size(groups[i], valued=role in VALUE_ROLES) for i in inside]
-                for i, one in zip(inside, flat.float().cpu().split(sizes), strict=True):  # type: ignore[no-untyped-call]
+                sizes = [out.size(groups[i]) for i in inside]
+                for i, one in zip(inside, out.numbers.float().cpu().split(sizes), strict=True):  # type: ignore[no-untyped-call]
                     found[i] = one
         engine.module.train(training)
         return [one for one in found if one is not None]
+
+    def _inputs(self, role: str, engine: Any, groups: Sequence[Group]) -> Inputs:
+        return (packed if engine.module.shares else rows)(groups, self.device, ends=role == "reward")
 
     def _engine(self, role: str) -> tuple[Any, AbstractContextManager[None]]:
         if role in self.engines:
@@ -152,11 +153,6 @@ class Models:
         """Give back the memory of a role that is not asked again."""
         self.engines.pop(role, None)
         gc.collect()
-
-
-def _size(group: Group, *, valued: bool) -> int:
-    """Numbers that a model gives for a group: one a position, or one a completion token that counts."""
-    return sum(len(c) + 1 for c in group.completions) if valued else sum(group.lengths)
 
 
 class RunContext:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -50,6 +51,17 @@ class HeadLoss:
 
     sizes: Sequence[int]
     of: Callable[[slice, Tensor, Tensor | None], Tensor]
+
+    def of_fewer(self, copies: Tensor, sizes: Sequence[int]) -> HeadLoss:
+        """This loss as one of fewer targets, `sizes` of each group; copies: [sum(self.sizes)] int64, which of those
+        each target is."""
+        many, few = ([0, *accumulate(x)] for x in (self.sizes, sizes))
+
+        def of(part: slice, logps: Tensor, entropies: Tensor | None) -> Tensor:
+            which = copies[many[part.start] : many[part.stop]] - few[part.start]
+            return self.of(part, logps[which], None if entropies is None else entropies[which])
+
+        return HeadLoss(sizes, of)
 
 
 @dataclass(frozen=True)

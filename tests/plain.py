@@ -1,4 +1,4 @@
-"""Log-probabilities and values by a model's own forward, one unpadded sequence at a time: what others are held to."""
+"""Log-probabilities, values and scores by a model's own forward, one unpadded sequence at a time, to compare with."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def plain_values(model: Any, weight: Tensor, bias: Tensor, groups: Sequence[Grou
             parts.append(states.float() @ weight[0] + bias[0])
         found.append(torch.cat(parts))
     return found
+
+
+def plain_scores(model: Any, weight: Tensor, bias: Tensor, groups: Sequence[Group]) -> list[Tensor]:
+    """One [completions] tensor a group: the value at the last token."""
+    ends = [torch.tensor([len(c) + 1 for c in group.completions]).cumsum(0) - 1 for group in groups]
+    return [v[i] for v, i in zip(plain_values(model, weight, bias, groups), ends, strict=True)]

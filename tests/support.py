@@ -10,7 +10,7 @@ import socket
 import tempfile
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def tiny_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def random_groups(kind: str, n: int, seed: int = 0, longest: int = 9) -> list[Group]:
-    """n groups of random tokens with uneven lengths; `kind` as in `Algorithm.data`."""
+    """n groups of random tokens with uneven lengths; `kind` as in `Algorithm.data`. Every second pair begins alike."""
     draw = random.Random(seed)
     count = {"pairs": 2, "labels": 1, "demonstrations": 1, "prompts": 0}[kind]
 
@@ -113,13 +113,20 @@ def random_groups(kind: str, n: int, seed: int = 0, longest: int = 9) -> list[Gr
             index=i,
             where=f"rows.jsonl:{i + 1}",
             prompt=tokens(2),
-            completions=tuple((*tokens(0), 2) for _ in range(count)),
+            completions=(alike if i % 2 else tuple)((*tokens(0), 2) for _ in range(count)),
             prompt_text=f"prompt {i}",
             label=draw.random() < 0.6 if kind == "labels" else None,
             margin=draw.random() if kind == "pairs" else None,
         )
         for i in range(n)
     ]
+
+
+def alike(completions: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """With the tokens of the first one in all but what stands behind the shortest one's end."""
+    given = tuple(completions)
+    shared = min(map(len, given), default=1) - 1
+    return tuple((*given[0][:shared], *one[shared:]) for one in given)
 
 
 def learnable_groups(kind: str, n: int = 16) -> list[Group]:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dsalign.algos import Loss, Output, Prepared
 from dsalign.config import ConfigError
 from dsalign.data.batch import cut, rows
 from dsalign.data.formats import KINDS
+from dsalign.data.tokenize import Group
 from dsalign.models import load
 from dsalign.models.load import VALUE_ROLES
 from dsalign.models.names import resolve
@@ -126,26 +128,24 @@ def whole(name: str) -> tuple[Any, Prepared, torch.Tensor]:
     algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
     groups = random_groups(algorithm.data, NUM_GROUPS, seed=6)
     ((prepared, _),) = prepared_on(algorithm, groups, Drawn())
-    if trained_role(algorithm) not in VALUE_ROLES:
-        logps = output(Drawn(), groups).logps
-        assert logps is not None
-        return algorithm, prepared, logps.detach()
-    count = sum(len(c) + 1 for g in groups for c in g.completions)
-    return (
-        algorithm,
-        prepared,
-        torch.tensor(np.random.default_rng(0).standard_normal(count)).to(torch.get_default_dtype()),
-    )
+    role = trained_role(algorithm)
+    if role not in VALUE_ROLES:
+        return algorithm, prepared, output(Drawn(), groups).numbers.detach()
+    drawn = np.random.default_rng(0).standard_normal(sum(sizes(role, groups)))
+    return algorithm, prepared, torch.tensor(drawn).to(torch.get_default_dtype())
+
+
+def sizes(role: str, groups: Sequence[Group]) -> list[int]:
+    """Numbers of each group that a model of the role gives."""
+    return [Output.of(role, torch.empty(0)).size(group) for group in groups]
 
 
 def loss_of(algorithm: Any, prepared: Prepared, numbers: torch.Tensor, positions: list[int]) -> Loss:
     """The loss of the groups at these positions as one micro-batch, given the numbers of all groups."""
     role = trained_role(algorithm)
-    extra = 1 if role in VALUE_ROLES else 0
-    parts = numbers.split([sum(len(c) + extra for c in g.completions) for g in prepared.groups])
+    parts = numbers.split(sizes(role, prepared.groups))
     mine = torch.cat([*(parts[i] for i in positions), numbers[:0]])
-    out = Output(values=mine) if extra else Output(logps=mine, entropy=mine**2)
-    found: Loss = getattr(algorithm, f"{role}_loss")(out, cut(prepared, positions, CPU))
+    found: Loss = getattr(algorithm, f"{role}_loss")(Output.of(role, mine, mine**2), cut(prepared, positions, CPU))
     return found
 
 
@@ -210,21 +210,17 @@ def test_padding_does_not_reach_the_loss(name: str, tiny: Path) -> None:
     """A real forward of four groups, alone and in a batch that a long group makes twice as wide."""
     algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
     role = trained_role(algorithm)
-    extra = 1 if role in VALUE_ROLES else 0
     module = load.load_trained(role, resolve(str(tiny)), load.LoadOptions(device=CPU), None).eval()
     groups = random_groups(algorithm.data, 4)
     long = dataclasses.replace(groups[0], prompt=groups[0].prompt * 15)
     ((prepared, _),) = prepared_on(algorithm, groups, Drawn())
     found, widths = [], []
     for batch in (groups, [*groups, long]):
-        inputs = rows(batch, CPU)
+        inputs = rows(batch, CPU, ends=role == "reward")
         widths.append(inputs.ids.shape[1])
         with torch.no_grad():
-            if extra:
-                flat = module(inputs)
-            else:
-                flat, _ = module(inputs, False)
-        count = sum(len(c) + extra for g in groups for c in g.completions)
+            flat = module(inputs) if role in VALUE_ROLES else module(inputs, False)[0]
+        count = sum(sizes(role, groups))
         found.append(added([loss_of(algorithm, prepared, flat[:count], list(range(4)))]))
     assert widths[1] >= 2 * widths[0]
     for mine, theirs in zip(*found, strict=True):

@@ -102,7 +102,7 @@ def test_no_groups(name: str) -> None:
     batch = micro_batch([], DEVICE, {field: [] for field in names})
     for role in [role for role, how in algorithm.roles.items() if how == "train"]:
         leaf = torch.zeros(0, device=DEVICE, requires_grad=True)
-        out = Output(values=leaf) if role in ("value", "reward") else Output(logps=leaf)
+        out = Output.of(role, leaf)
         loss, _ = scaled_loss(algorithm, role, out, batch, {}, impl="triton")
         assert float(loss.detach()) == 0.0
 

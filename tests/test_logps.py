@@ -144,6 +144,24 @@ def test_whole_groups_by_hand() -> None:
     assert whole_groups([], 6) == [] and whole_groups([0], 6) == [slice(0, 1)]
 
 
+def test_a_loss_over_targets_that_stand_once() -> None:
+    """Three and two targets, of which the third is the first again, and the fifth the fourth: sizes of 2 and 1. Weights
+    1 2 4 of -1 -3 -1 give -11, and 8 16 of -5 -5 give -120; the slopes of what stands twice add up."""
+    worth, bounds = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), [0, 3, 5]
+
+    def of(part: slice, logps: torch.Tensor, entropies: torch.Tensor | None) -> torch.Tensor:
+        assert entropies is not None and torch.equal(entropies, -logps)
+        return (logps * worth[bounds[part.start] : bounds[part.stop]]).sum()
+
+    loss = HeadLoss([3, 2], of).of_fewer(torch.tensor([0, 1, 0, 2, 2]), (2, 1))
+    assert loss.sizes == (2, 1)
+    logps = torch.tensor([-1.0, -3.0, -5.0], requires_grad=True)
+    first, second = logps[:2], logps[2:]
+    assert [float(loss.of(slice(i, i + 1), x, -x)) for i, x in enumerate((first, second))] == [-11.0, -120.0]
+    loss.of(slice(0, 2), logps, -logps).backward()
+    assert logps.grad is not None and logps.grad.tolist() == [5.0, 2.0, 24.0]
+
+
 def test_no_target_touches_every_weight() -> None:
     """What a rank without rows runs: a loss of 0 with a gradient of 0."""
     states, linear, _, _ = case()

@@ -1,4 +1,4 @@
-"""What a completion is worth: functions of a user's file, values of a reward model, and their weighted sum."""
+"""What a completion is worth: functions of a user's file, scores of a reward model, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -69,23 +69,26 @@ def groups(*answers: tuple[tuple[int, ...], ...]) -> list[Any]:
 RAGGED = groups(((5, 6), (7,)), ((0, 0, 0), (2,)))
 
 
-def models(values: list[list[float]] | None = None) -> Any:
-    """Engines with or without a reward model that has these values of each group."""
+def models(scores: list[list[float]] | None = None) -> Any:
+    """Engines with or without a reward model that gives these scores to each group."""
     asked: list[Any] = []
+    given: list[Any] = []
 
     def each_group(role: str, some: Any, batch_size: int) -> list[torch.Tensor]:
+        given.append(some)
         asked.append((role, [g.index for g in some], batch_size))
-        return [torch.tensor((values or [])[g.index]) for g in some]
+        return [torch.tensor((scores or [])[g.index]) for g in some]
 
-    return SimpleNamespace(engines={} if values is None else {"reward": None}, each_group=each_group, asked=asked)
+    engines = {} if scores is None else {"reward": None}
+    return SimpleNamespace(engines=engines, each_group=each_group, asked=asked, given=given)
 
 
 def decode(ids: Any) -> str:
     return "".join("abcdefgh"[i] for i in ids)
 
 
-def of(*functions: str, weights: tuple[float, ...] = (), values: Any = None, reading: Any = None) -> Rewards:
-    return Rewards(models(values), functions, weights, decode, reading)
+def of(*functions: str, weights: tuple[float, ...] = (), scores: Any = None, reading: Any = None) -> Rewards:
+    return Rewards(models(scores), functions, weights, decode, reading)
 
 
 def numbers(found: list[torch.Tensor]) -> list[list[float]]:
@@ -116,7 +119,7 @@ def test_a_function_sees_prompts_and_further_columns(file: Path) -> None:
 def test_a_rank_without_rows_calls_nothing(file: Path) -> None:
     """`short` would be refused for any number but one."""
     assert of(f"{file}:short")([], 4) == []
-    assert of(f"{file}:length", values=[])([], 4) == []
+    assert of(f"{file}:length", scores=[])([], 4) == []
 
 
 @pytest.mark.parametrize("name", ["missing.py:f", "no_colon.py", "", ":f", "notes.txt:f", "folder:f"])
@@ -168,12 +171,11 @@ def test_an_error_of_the_function_is_its_own() -> None:
 
 # ---- reward models and sums ----------------------------------------------------------------------------------------
 
-# [tokens + completions] of each group: the score is the value at a completion's last token, here the one after it
-VALUES = [[9.0, 9.0, 1.5, 9.0, -2.0], [9.0, 9.0, 9.0, 0.25, 9.0, 4.0]]
+SCORES = [[1.5, -2.0], [0.25, 4.0]]
 
 
-def test_the_score_of_a_reward_model_is_its_last_value() -> None:
-    rewards = of(values=VALUES)
+def test_a_reward_model_scores_completions() -> None:
+    rewards = of(scores=SCORES)
     assert numbers(rewards(RAGGED, 7)) == [[1.5, -2.0], [0.25, 4.0]]
     assert numbers(rewards(RAGGED[1:], 1)) == [[0.25, 4.0]]
     assert rewards._models.asked == [("reward", [0, 1], 7), ("reward", [1], 1)]
@@ -182,18 +184,18 @@ def test_the_score_of_a_reward_model_is_its_last_value() -> None:
 def test_sources_are_added_with_their_weights(file: Path) -> None:
     """The model first, then the functions in their order: 2 * model + 0.5 * length - 1; without weights each is 1."""
     names = (f"{file}:length", f"{file}:one")
-    weighted = of(*names, weights=(2.0, 0.5, -1.0), values=VALUES)
+    weighted = of(*names, weights=(2.0, 0.5, -1.0), scores=SCORES)
     assert numbers(weighted(RAGGED, 4)) == [[3.0, -4.5], [1.0, 7.5]]
-    assert numbers(of(*names, values=VALUES)(RAGGED, 4)) == [[4.5, 0.0], [4.25, 6.0]]
+    assert numbers(of(*names, scores=SCORES)(RAGGED, 4)) == [[4.5, 0.0], [4.25, 6.0]]
     assert numbers(of(*names, weights=(0.0, 3.0))(RAGGED, 4)) == [[3.0, 3.0], [3.0, 3.0]]
 
 
 def test_a_reward_model_reads_in_its_own_way() -> None:
-    """Its reading has three and two tokens where the policy sampled two and one: the last values are the 3rd + 1, and
-    the 2nd + 1 after that; functions still see what was sampled."""
+    """It is asked about its reading, three and two tokens where the policy sampled two and one."""
     read = groups(((5, 6, 7), (1, 2)))
-    rewards = of(values=[[9.0, 9.0, 9.0, 1.0, 9.0, 9.0, 2.0]], reading=lambda some: read)
+    rewards = of(scores=[[1.0, 2.0]], reading=lambda some: read)
     assert numbers(rewards(RAGGED[:1], 4)) == [[1.0, 2.0]]
+    assert rewards._models.given == [read]
 
 
 def test_reading_renders_the_conversation_again() -> None:
@@ -215,7 +217,7 @@ def test_reading_renders_the_conversation_again() -> None:
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0)])
 def test_weights_are_one_for_each_source(weights: tuple[float, ...], file: Path) -> None:
     with pytest.raises(ValueError) as caught:
-        of(f"{file}:one", weights=weights, values=VALUES)
+        of(f"{file}:one", weights=weights, scores=SCORES)
     assert str(caught.value) == f"reward_weights: expected one for each of 2 rewards, got {len(weights)}"
 
 

@@ -116,12 +116,32 @@ class Output:
     """What a model gives for a micro-batch.
 
     logps: [N] float32, log-probability of each completion token, nats. entropy: [N] float32, nats, no gradient.
-    values: [N + S] float32, one a position from the last prompt token to the last completion token.
+    values: of the role "value", [N + S] float32, one a position from the last prompt token to the last completion
+    token. scores: of the role "reward", [S] float32, the value at the last token of each completion.
     """
 
     logps: Tensor | None = None
     entropy: Tensor | None = None
     values: Tensor | None = None
+    scores: Tensor | None = None
+
+    @classmethod
+    def of(cls, role: str, numbers: Tensor, entropy: Tensor | None = None) -> Output:
+        """What the model of a role gives, from its numbers."""
+        if role == "reward":
+            return cls(scores=numbers)
+        return cls(values=numbers) if role == "value" else cls(logps=numbers, entropy=entropy)
+
+    @property
+    def numbers(self) -> Tensor:
+        """Log-probabilities, values or scores: what there is."""
+        return next(x for x in (self.logps, self.values, self.scores) if x is not None)
+
+    def size(self, group: Group) -> int:
+        """How many of the numbers are a group's."""
+        if self.logps is not None:
+            return sum(group.lengths)
+        return sum(len(c) + 1 for c in group.completions) if self.values is not None else len(group.completions)
 
 
 class Context(Protocol):

@@ -13,8 +13,6 @@ from dsalign.algos import Loss, MicroBatch, Output
 from dsalign.algos._maths import check_range, logsigmoid, pair, plain, reward_metrics
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dsalign.data.tokenize import Group
 
 
@@ -51,16 +49,11 @@ class RM:
 
     def reward_loss(self, out: Output, batch: MicroBatch) -> Loss:
         """-log sigmoid(s_c - s_r - margin) + center (s_c + s_r)^2, summed over pairs."""
-        chosen, rejected = pair(scores(out, batch))
+        assert out.scores is not None
+        chosen, rejected = pair(out.scores)
         margin = torch.tensor([g.margin or 0.0 for g in batch.groups], device=chosen.device)
         loss = -logsigmoid(chosen - rejected - margin) + self.center_rewards_coefficient * (chosen + rejected) ** 2
         return Loss(terms={"pairs": loss.sum()}, metrics=reward_metrics(chosen, rejected))
 
     def stop(self, metrics: Mapping[str, float]) -> bool:
         return False
-
-
-def scores(out: Output, batch: MicroBatch) -> Tensor:
-    """[S] float32: the value at the last token of each completion; a completion has length + 1 values."""
-    assert out.values is not None
-    return out.values[torch.cumsum(batch.lengths + 1, 0) - 1]

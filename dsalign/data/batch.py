@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +16,17 @@ from dsalign.data.tokenize import Group
 
 @dataclass(frozen=True)
 class Span:
-    """A group in a packed row: its prompt, then its completions one after another. Numbers of tokens."""
+    """A group in a packed row: its stem, which is the prompt and what all completions begin with, then the rest of each
+    completion, one after another. Numbers of tokens."""
 
-    prompt: int
-    completions: tuple[int, ...]
+    stem: int
+    branches: tuple[int, ...]
 
     def positions(self) -> Iterator[int]:
-        """The position id of each token: those of every completion go on from the prompt's."""
-        yield from range(self.prompt)
-        for length in self.completions:
-            yield from range(self.prompt, self.prompt + length)
+        """The position id of each token: those of every branch go on from the stem's."""
+        yield from range(self.stem)
+        for length in self.branches:
+            yield from range(self.stem, self.stem + length)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,10 @@ class Inputs:
 
     ids: [B, T] int64. predict: [N] int64, flat positions whose hidden state predicts each completion token that counts.
     targets: [N] int64. states: [M] int64, flat positions from the last prompt token to the last completion token of
-    each completion. positions: [1, T] int64 and spans: of a packed row; without them a row is one completion.
+    each completion, or the latter alone. Of a packed row (without spans a row is one completion): positions [1, T]
+    int64; copies: where completions of a group begin alike, int64, which of the N that are computed is each token that
+    counts of all completions; sizes: how many of the N are each group's; read: int64, the positions whose last hidden
+    state is looked at, each once.
     """
 
     ids: Tensor
@@ -42,31 +47,56 @@ class Inputs:
     states: Tensor
     positions: Tensor | None = None
     spans: tuple[Span, ...] = ()
+    copies: Tensor | None = None
+    sizes: tuple[int, ...] = ()
+    read: Tensor | None = None
 
 
-def packed(groups: Sequence[Group], device: torch.device) -> Inputs:
-    """The groups as one row without padding, in which every prompt stands once; with none, one token of which nothing
-    is predicted, so that a rank without work still takes part in the collectives of a forward and a backward pass."""
+def packed(groups: Sequence[Group], device: torch.device, *, ends: bool = False) -> Inputs:
+    """The groups as one row without padding, in which every prompt stands once, and what all its completions begin with
+    as well; with none, one token of which nothing is predicted, so that a rank without work still takes part in the
+    collectives of a forward and a backward pass. ends: `states` are the last token of each completion alone."""
     ids: list[int] = []
-    predict: list[int] = []
     states: list[int] = []
-    targets: list[int] = []
+    asked: dict[tuple[int, int], int] = {}  # (position, the token it predicts) -> which of the N
+    copies: list[int] = []
+    sizes: list[int] = []
     spans: list[Span] = []
     for group in groups:
-        last = len(ids) + len(group.prompt) - 1
+        before, known = len(ids) + len(group.prompt) - 1, len(asked)
+        shared = num_shared(group)
         ids += group.prompt
+        ids += group.completions[0][:shared] if shared else ()
+        stem = range(before, len(ids))
         for completion, mask in zip(group.completions, _masks(group), strict=True):
-            path = [last, *range(len(ids), len(ids) + len(completion))]
-            ids += completion
-            states += path
-            predict += compress(path[:-1], mask)
-            targets += compress(completion, mask)
-        spans.append(Span(len(group.prompt), tuple(map(len, group.completions))))
+            path = [*stem, *range(len(ids), len(ids) + len(completion) - shared)]
+            ids += completion[shared:]
+            states += path[-1:] if ends else path
+            copies += (asked.setdefault(at, len(asked)) for at in compress(zip(path, completion, strict=False), mask))
+        sizes.append(len(asked) - known)
+        spans.append(Span(len(group.prompt) + shared, tuple(len(c) - shared for c in group.completions)))
     if not ids:
         ids, spans = [0], [Span(1, ())]
     positions = [p for span in spans for p in span.positions()]
-    row, where = (torch.tensor([x], device=device) for x in (ids, positions))
-    return Inputs(row, *_index(device, predict, targets, states), where, tuple(spans))
+    return Inputs(
+        ids=_index([ids], device),
+        predict=_index([position for position, _ in asked], device),
+        targets=_index([token for _, token in asked], device),
+        states=_index(states, device),
+        positions=_index([positions], device),
+        spans=tuple(spans),
+        copies=_index(copies, device) if len(asked) < len(copies) else None,
+        sizes=tuple(sizes),
+        read=_index(list(dict.fromkeys(states)), device),
+    )
+
+
+def num_shared(group: Group) -> int:
+    """With how many tokens all completions of a group begin, where it has several."""
+    if len(group.completions) < 2:
+        return 0
+    one, other = min(group.completions), max(group.completions)  # what these share lies between them in all others
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def behind(groups: Sequence[Group], device: torch.device) -> Inputs:
@@ -83,9 +113,15 @@ def behind(groups: Sequence[Group], device: torch.device) -> Inputs:
             predict += compress([i, *range(first, first + len(completion) - 1)], mask)
             targets += compress(completion, mask)
         spans.append(Span(len(group.prompt), tuple(map(len, group.completions))))
-    positions = [p for span in spans for p in islice(span.positions(), span.prompt, None)]
-    row, where = (torch.tensor([x], device=device) for x in (ids, positions))
-    return Inputs(row, *_index(device, predict, targets, []), where, tuple(spans))
+    positions = [p for span in spans for p in islice(span.positions(), span.stem, None)]
+    return Inputs(
+        ids=_index([ids], device),
+        predict=_index(predict, device),
+        targets=_index(targets, device),
+        states=_index([], device),
+        positions=_index([positions], device),
+        spans=tuple(spans),
+    )
 
 
 def joined(groups: Sequence[Group], most: int = 2) -> tuple[list[Group], list[list[int]]]:
@@ -113,9 +149,10 @@ def _joined(parts: Sequence[Group]) -> Group:
     return replace(parts[0], completions=completions, masks=None if masks is None else tuple(masks))
 
 
-def rows(groups: Sequence[Group], device: torch.device) -> Inputs:
+def rows(groups: Sequence[Group], device: torch.device, *, ends: bool = False) -> Inputs:
     """The groups as one completion a row, right padded with 0 (under a causal mask no real token sees the padding, so
-    there is no mask): for models whose layers look at a row in other ways than causal attention does."""
+    there is no mask): for models whose layers look at a row in other ways than causal attention does. ends: `states`
+    are the last token of each completion alone."""
     sequences = [(g.prompt, c, m) for g in groups for c, m in zip(g.completions, _masks(g), strict=True)]
     width = max((len(p) + len(c) for p, c, _ in sequences), default=1)
     ids = torch.zeros(max(1, len(sequences)), width, dtype=torch.int64)
@@ -125,15 +162,15 @@ def rows(groups: Sequence[Group], device: torch.device) -> Inputs:
     for i, (prompt, completion, mask) in enumerate(sequences):
         ids[i, : len(prompt) + len(completion)] = torch.tensor([*prompt, *completion])
         first = i * width + len(prompt) - 1
-        predict += compress(range(first, first + len(completion)), mask)
-        states += range(first, first + len(completion) + 1)
+        path = range(first, first + len(completion) + 1)
+        predict += compress(path[:-1], mask)
+        states += path[-1:] if ends else path
         targets += compress(completion, mask)
-    return Inputs(ids.to(device), *_index(device, predict, targets, states))
+    return Inputs(ids.to(device), _index(predict, device), _index(targets, device), _index(states, device))
 
 
-def _index(device: torch.device, *lists: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    predict, targets, states = (torch.tensor(x, dtype=torch.int64, device=device) for x in lists)
-    return predict, targets, states
+def _index(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def _masks(group: Group) -> Sequence[Sequence[bool]]:
@@ -184,9 +221,12 @@ def bins(positions: Sequence[int], sizes: Sequence[int], most: int) -> list[list
     return sorted(sorted(one) for one in found)
 
 
-def num_tokens(groups: Sequence[Group], *, shared: bool = True) -> int:
-    """Real input tokens, each prompt once, or with `shared` off once a completion."""
-    return sum(
-        len(g.prompt) * (1 if shared else max(1, len(g.completions))) + sum(len(c) for c in g.completions)
-        for g in groups
-    )
+def num_tokens(groups: Sequence[Group]) -> int:
+    """Real input tokens, each prompt once."""
+    return sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
+
+
+def num_computed(group: Group, *, shared: bool = True) -> int:
+    """How many tokens of a group a forward pass computes in a packed row, or with `shared` off in single rows."""
+    again = max(0, len(group.completions) - 1)
+    return num_tokens([group]) + again * (-num_shared(group) if shared else len(group.prompt))

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from dsalign.algos import Batch
-from dsalign.data.batch import num_tokens
+from dsalign.data.batch import num_computed
 from dsalign.data.tokenize import Group
 
 
@@ -52,7 +52,7 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """The batch of the step-th prepared batch of the run, counted from 0."""
         groups = self.groups_of(step)
-        mine = deal([num_tokens([g]) for g in groups], self.world_size)[self.rank]
+        mine = deal([num_computed(g) for g in groups], self.world_size)[self.rank]
         return Batch(groups=groups, mine=mine, seen=self.seen(step))
 
     def groups_of(self, step: int) -> list[Group]:

@@ -1,4 +1,4 @@
-"""Attention over packed rows in which a prompt is computed once: a token sees its prompt, and its own completion."""
+"""Attention over packed rows in which what completions begin with is computed once: a token sees that, and its own."""
 
 from __future__ import annotations
 
@@ -29,18 +29,24 @@ OTHER_MATHEMATICS = ("s_aux", "position_bias", "sinks")  # what a layer may ask 
 class SharedPrefix:
     """Which token of one packed row sees which: the mask of all layers of a forward pass, built once.
 
-    spans: the groups of the row in order. before: that of a row with the same prompts, computed with `keep`; this row
-    then has completions alone, which see the prompts of that one. unsupported: what a layer asked for that is not
-    computed here, or "".
+    spans: the groups of the row in order. read: the positions whose last hidden state is looked at, None = all. before:
+    that of a row with the same prompts, computed with `keep`; this row then has completions alone, which see the
+    prompts of that one. unsupported: what a layer asked for that is not computed here, or "".
     """
 
     def __init__(
-        self, spans: Sequence[Span], device: torch.device, *, keep: bool = False, before: SharedPrefix | None = None
+        self,
+        spans: Sequence[Span],
+        device: torch.device,
+        *,
+        read: Tensor | None = None,
+        keep: bool = False,
+        before: SharedPrefix | None = None,
     ) -> None:
-        self.spans, self.unsupported, self._before = spans, "", before
+        self.spans, self.read, self.unsupported, self._before = spans, read, "", before
         self._kept: dict[nn.Module, tuple[Tensor, Tensor]] | None = {} if keep else None
-        self.lengths = [span.prompt + sum(span.completions) for span in spans]
-        branches = [[0] * s.prompt + [i for i, n in enumerate(s.completions, 1) for _ in range(n)] for s in spans]
+        self.lengths = [span.stem + sum(span.branches) for span in spans]
+        branches = [[0] * s.stem + [i for i, n in enumerate(s.branches, 1) for _ in range(n)] for s in spans]
         groups = [[i] * n for i, n in enumerate(self.lengths)]
         flat = [x for part in branches for x in part], [x for part in groups for x in part]
         self.branch, self.group = (torch.tensor(x, device=device) for x in flat)
@@ -48,11 +54,10 @@ class SharedPrefix:
         self._dense: dict[int | None, list[Tensor | None]] = {}
         self._blocks: dict[int | None, BlockMask] = {}
 
-    @property
-    def last(self) -> list[int]:
-        """Where in the row each group's prompt ends."""
+    def last(self, spans: Sequence[Span]) -> list[int]:
+        """Where in this row the prompts of those spans end, which are of a row behind it."""
         starts = accumulate(self.lengths[:-1], initial=0)
-        return [start + span.prompt - 1 for start, span in zip(starts, self.spans, strict=True)]
+        return [start + span.stem - 1 for start, span in zip(starts, spans, strict=True)]
 
     def allowed(self, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
         """mask_mod(batch, head, i, j) of FlexAttention: whether token i sees token j. window: tokens back, itself
@@ -73,8 +78,8 @@ class SharedPrefix:
             found: list[Tensor | None] = []
             for span, length in zip(self.spans, self.lengths, strict=True):
                 i = torch.arange(start, start + length, device=self.branch.device)
-                causal = len(span.completions) < 2 and (window is None or length <= window) and self._before is None
-                asking = i if self._before is None else i[span.prompt :]
+                causal = len(span.branches) < 2 and (window is None or length <= window) and self._before is None
+                asking = i if self._before is None else i[span.stem :]
                 found.append(None if causal else mask_mod(None, None, asking[:, None], i[None, :]))
                 start += length
             self._dense[window] = found
@@ -89,17 +94,17 @@ class SharedPrefix:
         if self._before is None:
             yield from zip(*(_split(x, self.lengths) for x in (query, key, value)), strict=True)
             return
-        counts = [sum(span.completions) for span in self.spans]
-        parts = (_split(x, counts) for x in (query, key, value))
-        for (q, k, v), (prompt_k, prompt_v) in zip(zip(*parts, strict=True), self._before.prompts(layer), strict=True):
+        counts = [sum(span.branches) for span in self.spans]
+        parts = zip(*(_split(x, counts) for x in (query, key, value)), strict=True)
+        for (q, k, v), (prompt_k, prompt_v) in zip(parts, self._before.prompts(layer, self.spans), strict=True):
             yield q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
 
-    def prompts(self, layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys and values of each group's prompt that were kept in a layer."""
+    def prompts(self, layer: nn.Module, spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys and values kept in a layer, of the prompts of those spans, which are of a row behind this one."""
         assert self._kept is not None, "this row was computed without `keep`"
         whole = (_split(x, self.lengths) for x in self._kept[layer])
-        for span, k, v in zip(self.spans, *whole, strict=True):
-            yield k[:, :, : span.prompt], v[:, :, : span.prompt]
+        for span, k, v in zip(spans, *whole, strict=True):
+            yield k[:, :, : span.stem], v[:, :, : span.stem]
 
     def forget(self) -> None:
         """Give back the kept keys and values."""

@@ -39,7 +39,7 @@ class Backbone(nn.Module):
         """[B T, D] the last hidden state of every position. prefix: of a packed row, where it is not the plain one."""
         decoder, more = unwrap(self.model).get_decoder(), dict[str, Any]()
         if prefix is None and inputs.spans:
-            prefix = SharedPrefix(inputs.spans, inputs.ids.device)
+            prefix = SharedPrefix(inputs.spans, inputs.ids.device, read=inputs.read)
         if prefix is not None:
             # A mask of four dimensions is taken as it is, so that none of size T x T is made; nothing reads it.
             mask = torch.zeros(1, 1, 1, 1, device=inputs.ids.device)
@@ -82,15 +82,19 @@ class CausalModel(Backbone):
         weights = OneGradient(model.get_input_embeddings(), head) if begun is None else begun.weights
         with weights():
             states = (self.states(inputs) if begun is None else begun.states)[inputs.predict]
-            if loss is None:
-                return self.head.token_logps(states, head, inputs.targets, **how)
-            return self.head.token_loss(states, head, inputs.targets, loss, **how)
+            if loss is not None:
+                fewer = loss if inputs.copies is None else loss.of_fewer(inputs.copies, inputs.sizes)
+                return self.head.token_loss(states, head, inputs.targets, fewer, **how)
+            logps, entropies = self.head.token_logps(states, head, inputs.targets, **how)
+            if inputs.copies is None:
+                return logps, entropies
+            return logps[inputs.copies], None if entropies is None else entropies[inputs.copies]
 
     def begin(self, inputs: Inputs) -> Begun:
         """A pass over a packed row as far as the head, that keeps the keys and values of its prompts."""
         model = unwrap(self.model)
         weights = OneGradient(model.get_input_embeddings(), model.get_output_embeddings())
-        prefix = SharedPrefix(inputs.spans, inputs.ids.device, keep=True)
+        prefix = SharedPrefix(inputs.spans, inputs.ids.device, read=inputs.read, keep=True)
         with weights():
             return Begun(self.states(inputs, prefix), prefix, weights)
 
@@ -99,7 +103,8 @@ class CausalModel(Backbone):
         """Log-probabilities [N] float32 without gradient of completions (`dsalign.data.batch.behind`) whose prompts are
         those of a pass that was begun."""
         prefix = SharedPrefix(inputs.spans, inputs.ids.device, before=begun.prefix)
-        states = torch.cat([begun.states[begun.prefix.last], self.states(inputs, prefix)])[inputs.predict]
+        prompts = begun.states[begun.prefix.last(inputs.spans)]
+        states = torch.cat([prompts, self.states(inputs, prefix)])[inputs.predict]
         head = unwrap(self.model).get_output_embeddings()
         return self.head.token_logps(states, head, inputs.targets, entropy=False, temperature=temperature)[0]
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from dsalign.models import adapters, attention
 from dsalign.models.heads import CausalModel, ValueModel, unwrap
+from dsalign.models.layers import read_alone
 from dsalign.models.names import Source
 from dsalign.models.recompute import recompute_cheap
 from dsalign.models.trimming import trim_in_backward
@@ -149,6 +150,8 @@ def _wrap(
         trim_in_backward(decoder)
         if not options.gradient_checkpointing:
             recompute_cheap(decoder)
+    if shares:
+        read_alone(unwrap(model).get_decoder())
     if role not in VALUE_ROLES:
         return CausalModel(model, shares, options.head_bytes)
     wrapped = ValueModel(model, options.seed, shares)

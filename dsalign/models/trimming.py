@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dsalign.models.layers import layers_of
+
 # In a backward, of the layers that are still to come: gradients grow as activations go, so the last stand closest. More
 # would save little, and every page that is given back is zeroed again in the next step.
 LEFT = (2 / 15, 1 / 3, 3 / 5)
@@ -21,8 +23,8 @@ def trim_in_backward(decoder: nn.Module) -> None:
     beside the head's. Nothing happens under another allocator.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    if trim is None or not lists:
+    layers = layers_of(decoder)
+    if trim is None or not layers:
         return
 
     def give_back(_: Tensor) -> None:
@@ -38,7 +40,6 @@ def trim_in_backward(decoder: nn.Module) -> None:
             states.register_hook(give_back)  # type: ignore[no-untyped-call]
 
     decoder.register_forward_hook(at_the_end)
-    layers = max(lists, key=len)
     for i in sorted({int(len(layers) * share) for share in LEFT}):
         layers[i].register_forward_hook(watch)
 

@@ -45,8 +45,7 @@ class Rewards:
         sources: list[list[Tensor]] = []
         if self._has_model:
             read = self._reading(groups) if self._reading else groups
-            values = self._models.each_group("reward", read, batch_size)
-            sources.append([_last_values(v, g) for v, g in zip(values, read, strict=True)])
+            sources.append(self._models.each_group("reward", read, batch_size))
         for name, function in self._functions:
             sources.append(self._call(name, function, groups))
         parts = zip(*sources, strict=True)
@@ -61,9 +60,3 @@ class Rewards:
         rewards = call(name, function, [g.prompt_text for g, _ in each], texts, columns)
         sizes = [len(g.completions) for g in groups]
         return list(torch.split(torch.tensor(rewards, dtype=torch.float32), sizes))
-
-
-def _last_values(values: Tensor, group: Group) -> Tensor:
-    """[completions] the value at the last token of each completion, of the group's [tokens + completions]."""
-    ends = torch.tensor([len(c) + 1 for c in group.completions]).cumsum(0) - 1
-    return values[ends]

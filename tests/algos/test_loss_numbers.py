@@ -55,15 +55,14 @@ def test_rm() -> None:
     Slopes of the first: -sigmoid(-1) + 0.6 = 0.331058579 and 0.868941421; of the second -0.617574476 and 1.017574476.
     """
     groups = [PAIR, replace(PAIR, index=1, margin=0.5)]
-    values = torch.tensor([5.0, 5.0, 2.0, 5.0, 1.0, 5.0, 5.0, 0.0, 5.0, 1.0], requires_grad=True)
+    scores = torch.tensor([2.0, 1.0, 0.0, 1.0], requires_grad=True)
     algorithm, micro = algos.load("rm")(center_rewards_coefficient=0.1), micro_batch(groups, CPU)
-    loss = divided(algorithm, "reward", Output(values=values), micro)
+    loss = divided(algorithm, "reward", Output(scores=scores), micro)
     loss.backward()
     assert float(loss.detach()) == close(3.014674964 / 2)
     slopes = [0.331058579, 0.868941421, -0.617574476, 1.017574476]
-    assert values.grad[[2, 4, 7, 9]].tolist() == close([x / 2 for x in slopes])
-    assert values.grad[[0, 1, 3, 5, 6, 8]].tolist() == [0.0] * 6
-    metrics = metrics_of(algorithm.reward_loss(Output(values=values), micro).metrics)
+    assert scores.grad is not None and scores.grad.tolist() == close([x / 2 for x in slopes])
+    metrics = metrics_of(algorithm.reward_loss(Output(scores=scores), micro).metrics)
     assert metrics == {
         "rewards/chosen": (2.0, 2.0),
         "rewards/rejected": (2.0, 2.0),
@@ -249,7 +248,7 @@ def test_a_rank_without_rows_has_loss_0_and_a_zero_gradient(name: str) -> None:
     (role,) = (role for role, how in algorithm.roles.items() if how == "train")
     weight = torch.ones(3, requires_grad=True)
     nothing = weight[torch.zeros(0, dtype=torch.int64)]
-    out = Output(values=nothing) if role == "reward" else Output(logps=nothing, entropy=nothing.detach())
+    out = Output.of(role, nothing, nothing.detach())
     loss = getattr(algorithm, f"{role}_loss")(out, micro)
     assert [float(term.detach()) for term in loss.terms.values()] == [0.0] * len(loss.terms)
     (sum(loss.terms.values()) + 0.0 * nothing.sum()).backward()
@@ -266,7 +265,7 @@ def test_an_empty_rank_reports_the_names_of_the_others() -> None:
         for prepared, _ in prepared_on(algorithm, groups, lambda role, prompt, ids: np.full(len(ids), -1.0), world=3):
             micro = cut(prepared, range(len(prepared.groups)), CPU)
             n, s = len(micro.segment), len(micro.lengths)
-            out = Output(logps=torch.zeros(n), entropy=torch.zeros(n), values=torch.zeros(n + s))
+            out = Output(logps=torch.zeros(n), entropy=torch.zeros(n), scores=torch.zeros(s))
             (role,) = (role for role, how in algorithm.roles.items() if how == "train")
             names.append([*prepared.metrics, *getattr(algorithm, f"{role}_loss")(out, micro).metrics])
         assert names[0] == names[1] == names[2]

@@ -76,21 +76,20 @@ def test_sft() -> None:
 @pytest.mark.parametrize("center", [0.0, 0.1])
 @pytest.mark.parametrize("margins", [(None,) * 4, (0.0, 0.5, -1.25, None)])
 def test_rm(center: float, margins: tuple[float | None, ...]) -> None:
-    """The score is the last of a completion's length + 1 values; all other values have a gradient of 0."""
+    """A score a completion."""
     groups = [replace(g, margin=m) for g, m in zip(PAIRS, margins, strict=True)]
     rng = np.random.default_rng(0)
-    values = [tuple(rng.integers(-512, 512, len(c) + 1) / 256 for c in g.completions) for g in groups]
+    scores = [rng.integers(-512, 512, 2) / 256 for _ in groups]
 
     def loss(at: Any) -> float:
-        scores = np.array([[c[-1], r[-1]] for c, r in at])
-        return oracle.rm(scores, np.array([m or 0.0 for m in margins]), center=center)
+        return oracle.rm(np.array(at), np.array([m or 0.0 for m in margins]), center=center)
 
-    want, want_gradient = loss(values), flat(oracle.gradient(loss, values))
+    want, want_gradient = loss(scores), np.concatenate(oracle.gradient(loss, scores))
     for dtype, value_limit, limit in LIMITS:
         with precision(dtype):
-            leaf = torch.tensor(flat(values)).to(dtype).requires_grad_()
+            leaf = torch.tensor(np.concatenate(scores)).to(dtype).requires_grad_()
             algorithm = algos.load("rm")(center_rewards_coefficient=center)
-            found = divided(algorithm, "reward", Output(values=leaf), micro_batch(groups, CPU))
+            found = divided(algorithm, "reward", Output(scores=leaf), micro_batch(groups, CPU))
             found.backward()
         assert apart(found.detach().numpy(), np.array(want)) <= value_limit
         assert apart(leaf.grad.double().numpy(), want_gradient) <= limit

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from plain import plain_logps, plain_values
+from plain import plain_logps, plain_scores
 from run_cases import Run, export_into_a_file, exported
 from safetensors.torch import load_file
 from support import RankPool, random_groups, tiny_folder
@@ -46,7 +46,7 @@ CASES = [(stage, "untied") for stage in (0, 2, 3)] + [(stage, "tied") for stage 
 def test_export_says_what_the_engine_said(
     algo: str, tuner: str, stage: int, ends: str, bases: dict[str, Path], two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    """After two AdamW steps on two ranks: log-probabilities, or values by hand from value_head.safetensors, to 1e-5."""
+    """After two AdamW steps on two ranks: log-probabilities, or scores by hand from value_head.safetensors, to 1e-5."""
     groups = GROUPS[algo]
     said = two_ranks.run(exported, Run(algo, bases[ends], stage, tuner), tmp_path, groups)
     model = open_folder(tmp_path, tuner)
@@ -57,7 +57,7 @@ def test_export_says_what_the_engine_said(
             "v_head.summary.bias": (1,),
         }
         assert head["v_head.summary.bias"].abs() > 0  # trained
-        want = plain_values(model, head["v_head.summary.weight"], head["v_head.summary.bias"], groups)
+        want = plain_scores(model, head["v_head.summary.weight"], head["v_head.summary.bias"], groups)
     else:
         assert not (tmp_path / "value_head.safetensors").exists()
         want = plain_logps(model, groups)
@@ -72,26 +72,25 @@ def test_an_exported_reward_model_is_read_again(tuner: str, tiny: Path, two_rank
     """`load_frozen` of the folder as a reward model: backbone, adapter and value head, ZeRO-3 to plain."""
     said = two_ranks.run(exported, Run("rm", tiny, 3, tuner), tmp_path, GROUPS["rm"])
     model = load.load_frozen("reward", resolve(str(tmp_path)), OPTIONS).eval()
-    for group, values in zip(GROUPS["rm"], said, strict=True):
+    nothing = torch.empty(0, dtype=torch.int64)
+    for group, scores in zip(GROUPS["rm"], said, strict=True):
         rows = [torch.tensor([[*group.prompt, *c]]) for c in group.completions]
-        states = [torch.arange(len(group.prompt) - 1, row.shape[1]) for row in rows]
-        nothing = torch.empty(0, dtype=torch.int64)
-        found = torch.cat([model(Inputs(row, nothing, nothing, at)) for row, at in zip(rows, states, strict=True)])
-        torch.testing.assert_close(found, torch.from_numpy(values), atol=1e-5, rtol=0)
+        found = torch.cat([model(Inputs(row, nothing, nothing, torch.tensor([row.shape[1] - 1]))) for row in rows])
+        torch.testing.assert_close(found, torch.from_numpy(scores), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("stage", "tuner"), [(0, "full"), (3, "full"), (2, "lora")])
 def test_export_in_bfloat16(stage: int, tuner: str, tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
-    """Weights stay bfloat16, a value head is float32; the values agree as well as bfloat16 does."""
+    """Weights stay bfloat16, a value head is float32; the scores agree as well as bfloat16 does."""
     said = two_ranks.run(exported, Run("rm", tiny, stage, tuner, torch.bfloat16), tmp_path, GROUPS["rm"])
     name = "model.safetensors" if tuner == "full" else "adapter_model.safetensors"
     assert {t.dtype for t in load_file(tmp_path / name).values()} == {torch.bfloat16}
     head = load_file(tmp_path / "value_head.safetensors")
     assert {t.dtype for t in head.values()} == {torch.float32}
-    values = plain_values(
+    scores = plain_scores(
         open_folder(tmp_path, tuner), head["v_head.summary.weight"], head["v_head.summary.bias"], GROUPS["rm"]
     )
-    for a, b in zip(said, values, strict=True):
+    for a, b in zip(said, scores, strict=True):
         torch.testing.assert_close(torch.from_numpy(a), b, atol=0.05, rtol=0)
 
 

@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 from support import random_groups
 
 from dsalign.algos import Prepared
-from dsalign.data.batch import Span, behind, bins, chunks, cut, joined, micro_batch, num_tokens, packed, rows
+from dsalign.data.batch import (
+    Span,
+    behind,
+    bins,
+    chunks,
+    cut,
+    joined,
+    micro_batch,
+    num_computed,
+    num_shared,
+    num_tokens,
+    packed,
+    rows,
+)
 from dsalign.data.tokenize import Group
 
 CPU = torch.device("cpu")
@@ -114,6 +127,58 @@ def test_a_packed_row_of_nothing_is_one_token() -> None:
     assert found.ids.dtype == found.predict.dtype == torch.int64
 
 
+def test_what_completions_begin_with_stands_once_in_a_packed_row() -> None:
+    """5 6 | 7 8 | 2 and 9, then 4 | 3 2: stems of three, of a prompt of two and the 7, and of one. The state of the 6
+    predicts the 7 of both completions, that of the 7 both 8 and 9; all tokens are one of five predictions, in which the
+    second completion's 7 is the first's. Behind the stem both go on at position 3."""
+    pair = dataclasses.replace(PAIR, completions=((7, 8, 2), (7, 9)))
+    found = packed([pair, LONE], CPU)
+    assert found.ids.tolist() == [[5, 6, 7, 8, 2, 9, 4, 3, 2]]
+    assert found.positions is not None and found.copies is not None and found.read is not None
+    assert found.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert found.spans == (Span(3, (2, 1)), Span(1, (2,)))
+    assert (found.predict.tolist(), found.targets.tolist()) == ([1, 2, 3, 2, 6, 7], [7, 8, 2, 9, 3, 2])
+    assert (found.copies.tolist(), found.sizes) == ([0, 1, 2, 0, 3, 4, 5], (4, 2))
+    assert found.states.tolist() == [1, 2, 3, 4, 1, 2, 5, 6, 7, 8]
+    assert found.read.tolist() == [1, 2, 3, 4, 5, 6, 7, 8], "all but the 5"
+    ends = packed([pair, LONE], CPU, ends=True)
+    assert ends.states.tolist() == [4, 5, 8] and ends.read is not None and ends.read.tolist() == [4, 5, 8]
+    assert rows([pair, LONE], CPU, ends=True).states.tolist() == [4, 8, 12]
+
+
+def test_completions_that_begin_alike_may_count_differently() -> None:
+    """7 counts in the second completion alone, 8 in both; and of equal completions, or where one is the beginning of
+    the other, nothing but the ends differ."""
+    pair = dataclasses.replace(
+        PAIR, completions=((7, 8, 2), (7, 8, 9)), masks=((False, True, True), (True, True, True))
+    )
+    found = packed([pair], CPU)
+    assert found.copies is not None
+    assert (found.predict.tolist(), found.targets.tolist()) == ([2, 3, 1, 3], [8, 2, 7, 9])
+    assert (found.copies.tolist(), found.sizes) == ([0, 1, 2, 0, 3], (4,))
+    for completions, stem, branches in [(((7, 2), (7, 2)), 4, (0, 0)), (((7,), (7, 2)), 3, (0, 1))]:
+        pair = dataclasses.replace(PAIR, completions=completions)
+        found = packed([pair], CPU, ends=True)
+        assert found.spans == (Span(stem, branches),)
+        assert found.states.tolist() == [stem - 1, stem - 1 + branches[1]]
+
+
+@given(st.lists(st.lists(st.integers(4, 5), min_size=1, max_size=5).map(tuple), max_size=4).map(tuple))
+def test_a_row_has_what_is_computed_once(completions: tuple[tuple[int, ...], ...]) -> None:
+    """Every token of every completion is predicted, and the size that rows are cut by is the row's own."""
+    group = dataclasses.replace(PAIR, completions=completions)
+    found = packed([group], CPU)
+    assert num_computed(group) == found.ids.numel() == sum([found.spans[0].stem, *found.spans[0].branches])
+    if completions:
+        assert num_computed(group, shared=False) == sum(2 + len(c) for c in completions)
+    copies = torch.arange(len(found.targets)) if found.copies is None else found.copies
+    assert found.targets[copies].tolist() == [token for c in completions for token in c]
+    shared = num_shared(group)
+    assert len({c[:shared] for c in completions}) <= 1
+    if len(completions) > 1:
+        assert len({c[: shared + 1] for c in completions}) > 1 or min(map(len, completions)) == shared
+
+
 @pytest.mark.parametrize("layout", [rows, packed])
 def test_only_tokens_that_count_are_predicted(layout: Any) -> None:
     """Of 7 8 2 the 8 is somebody else's turn: it is read, not predicted; lengths and segments count two."""
@@ -150,10 +215,20 @@ def test_bins_hold_everything_once_and_no_more_than_they_may(sizes: list[int], m
 
 
 def test_num_tokens_counts_each_prompt_once() -> None:
-    """2 + 3 + 1, and 1 + 2."""
+    """2 + 3 + 1, and 1 + 2; what completions have in common counts in each."""
     assert num_tokens([PAIR, LONE]) == 9
-    assert num_tokens([PAIR, LONE], shared=False) == 11, "the prompt of two once more"
     assert num_tokens([]) == 0
+    assert num_tokens([dataclasses.replace(PAIR, completions=((7, 8, 2), (7,)))]) == 6
+
+
+def test_what_a_forward_pass_computes_by_hand() -> None:
+    """Of the pair 2 + 3 + 1, or with the prompt of two once more; of 7 8 2 and 7 9 behind it the 7 once."""
+    assert (num_computed(PAIR), num_computed(PAIR, shared=False)) == (6, 8)
+    assert (num_computed(LONE), num_computed(LONE, shared=False)) == (3, 3)
+    alike = dataclasses.replace(PAIR, completions=((7, 8, 2), (7, 9)))
+    assert (num_computed(alike), num_computed(alike, shared=False)) == (6, 9)
+    prompt = dataclasses.replace(PAIR, completions=())
+    assert (num_computed(prompt), num_computed(prompt, shared=False)) == (2, 2)
 
 
 def test_equal_prompts_are_joined() -> None:

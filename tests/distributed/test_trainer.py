@@ -48,11 +48,8 @@ class PlainContext:
 
 def forward(module: Any, groups: Any, role: str) -> Output:
     """A plain forward over these groups, one row a completion."""
-    inputs = rows(groups, torch.device("cpu"))
-    if role == "reward":
-        return Output(values=module(inputs))
-    logps, entropy = module(inputs, True)
-    return Output(logps=logps, entropy=entropy)
+    inputs = rows(groups, torch.device("cpu"), ends=role == "reward")
+    return Output.of(role, module(inputs)) if role == "reward" else Output.of(role, *module(inputs, True))
 
 
 class Plain:

@@ -26,11 +26,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from dsalign.data.batch import Inputs, Span, behind, packed, rows
+from dsalign.data.batch import Inputs, Span, behind, num_shared, packed, rows
 from dsalign.data.tokenize import Group
 from dsalign.models import attention, load
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.heads import CausalModel, ValueModel
+from dsalign.models.layers import read_alone
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -70,23 +71,24 @@ def build(config: PreTrainedConfig, shares: bool = True) -> CausalModel:
         torch.manual_seed(0)
         attention_of = {"attn_implementation": load._attention_of(config)}  # as a run loads it
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **attention_of).eval()
-    return CausalModel(model, attention.share(model) if shares else False)
+    shares = shares and attention.share(model)
+    if shares:
+        read_alone(model.get_decoder())
+    return CausalModel(model, shares)
 
 
 def groups(seed: int = 0) -> list[Group]:
-    """Prompts of 2 to 9 tokens with 1, 2 and 3 completions of 1 to 10, and one prompt without any."""
+    """Prompts of 2 to 9 tokens with 2, 1 and 3 completions of 1 to 10, with 2 that begin with the same three, and one
+    prompt without any."""
     draw = random.Random(seed)
-    found = random_groups("prompts", 4, seed)
-    counts = (2, 1, 3, 0)
-    return [
-        dataclasses.replace(
-            g,
-            completions=tuple(
-                (*(draw.randrange(4, VOCABULARY) for _ in range(draw.randint(0, 9))), 2) for _ in range(count)
-            ),
-        )
-        for g, count in zip(found, counts, strict=True)
-    ]
+    found = random_groups("prompts", 5, seed)
+
+    def completion(*first: int) -> tuple[int, ...]:
+        return (*first, *(draw.randrange(4, VOCABULARY) for _ in range(draw.randint(0, 9 - len(first)))), 2)
+
+    begin = [(), (), (), (5, 6, 7), ()]
+    many = zip(found, (2, 1, 3, 2, 0), begin, strict=True)
+    return [dataclasses.replace(g, completions=tuple(completion(*b) for _ in range(n))) for g, n, b in many]
 
 
 def gradients(wrapped: CausalModel, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -100,14 +102,14 @@ def gradients(wrapped: CausalModel, inputs: Inputs) -> tuple[torch.Tensor, dict[
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_packed_row_is_every_sequence_alone(name: str) -> None:
-    """Log-probabilities and gradients of four groups in one row, against the untouched model one sequence at a time,
+    """Log-probabilities and gradients of five groups in one row, against the untouched model one sequence at a time,
     and against padded rows; the window of 6 cuts what most tokens see."""
     wrapped = build(CONFIGS[name])
     assert wrapped.shares
     ours, mine = gradients(wrapped, packed(groups(), CPU))
     assert wrapped.unsupported == ""
     untouched = build(CONFIGS[name], shares=False)
-    torch.testing.assert_close(ours, torch.cat(plain_logps(untouched.model, groups()[:3])), atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(ours, torch.cat(plain_logps(untouched.model, groups()[:4])), atol=5e-6, rtol=1e-5)
     theirs, want = gradients(untouched, rows(groups(), CPU))
     torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
     assert mine.keys() == want.keys()
@@ -121,8 +123,9 @@ def test_completions_behind_prompts_of_another_row(name: str) -> None:
     """Other completions of prompts that a row with gradient computed: their log-probabilities are those of whole
     sequences by the untouched model, and the values and gradients of the row, whose head comes afterwards, as ever."""
     wrapped, untouched = build(CONFIGS[name]), build(CONFIGS[name], shares=False)
-    own, given = groups()[:3], groups(1)
-    turned = (given[1], given[2], given[0])  # other numbers of completions
+    own, given = groups()[:4], groups(1)
+    turned = (given[1], given[2], given[0], given[1])  # other numbers of completions
+    assert num_shared(own[3]) >= 3, "behind a prompt, not behind what its own completions begin with"
     others = [dataclasses.replace(a, completions=b.completions) for a, b in zip(own, turned, strict=True)]
     want_values, want = gradients(wrapped, packed(own, CPU))
     wrapped.zero_grad()
@@ -179,7 +182,10 @@ def test_values_are_those_of_padded_rows() -> None:
     wrapped = build(CONFIGS["llama"])
     ours, theirs = ValueModel(wrapped.model, seed=0, shares=True), ValueModel(build(CONFIGS["llama"], False).model, 0)
     with torch.no_grad():
-        torch.testing.assert_close(ours(packed(groups(), CPU)), theirs(rows(groups(), CPU)), atol=5e-6, rtol=1e-5)
+        for ends in (False, True):
+            mine, want = ours(packed(groups(), CPU, ends=ends)), theirs(rows(groups(), CPU, ends=ends))
+            assert len(mine) == sum(1 if ends else len(c) + 1 for g in groups() for c in g.completions)
+            torch.testing.assert_close(mine, want, atol=5e-6, rtol=1e-5)
 
 
 def test_who_sees_whom_by_hand() -> None:
