@@ -15,6 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
+from dsalign.row_adam import RowAdam, keep_sparse, numbers
+
 logger = logging.getLogger(__name__)
 OURS = {
     "train_batch_size": "--batch_size, --gradient_accumulation_steps and the number of ranks",
@@ -119,6 +121,9 @@ def trained(module: nn.Module, options: EngineOptions) -> Any:
     engine, *_ = deepspeed.initialize(model=module, optimizer=_optimizer(module, options, settings), config=settings)
     if options.world_size == 1 and isinstance(engine.optimizer, torch.optim.Optimizer):
         engine.enable_backward_allreduce = False  # copies every gradient into buckets and back, for nobody
+        if options.optimizer == "adamw":
+            keep_sparse(getattr(module, "lookups", ()))
+            engine.row_adam = RowAdam(engine.optimizer)
     return engine
 
 
@@ -161,14 +166,27 @@ def step(engine: Any, max_grad_norm: float) -> float:
     norm is taken and clipped here, and a NaN is not stepped. Elsewhere DeepSpeed skips such a step by itself.
     """
     if isinstance(engine.optimizer, torch.optim.Optimizer):
-        parameters = [p for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        norm = _clip(engine.module, max_grad_norm or math.inf)
         if math.isfinite(norm):
+            if hasattr(engine, "row_adam"):
+                engine.row_adam.step()
             engine.step()
         return norm
     engine.step()
     norm = engine.get_global_grad_norm()
     return math.nan if norm is None else float(norm)
+
+
+@torch.no_grad()
+def _clip(module: nn.Module, most: float) -> float:
+    """The global norm of the gradients, which are then scaled to a norm of `most` where theirs is larger."""
+    gradients = [numbers(p) for p in module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    scale = most / (norm + 1e-6)
+    if scale < 1:
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return norm
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +25,7 @@ from dsalign.metrics import Sums
 from dsalign.models import attention, heads, load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import resolve
+from dsalign.row_adam import RowAdam
 from dsalign.trainer import Plan, Progress, Trainer
 
 CPU = torch.device("cpu")
@@ -364,3 +365,17 @@ def self_checked(folder: Path, fault: str) -> Any:
         except ValueError as error:
             return str(error)
     return {role: m.shares for role, m in modules.items()}, lines
+
+
+def stepped_by_rows(run: Run, able: bool) -> tuple[int, dict[str, Any]]:
+    """(how often an embedding was stepped by its rows, weights) in three steps whose gradients are clipped; able: else
+    as if no embedding were looked up alone."""
+    with ExitStack() as stack:
+        step = mock.patch.object(RowAdam, "_step", autospec=True, side_effect=RowAdam._step)
+        stepped = stack.enter_context(step)
+        if not able:
+            stack.enter_context(mock.patch.object(engines, "keep_sparse"))
+        trainer = build(run)
+        trainer.plan = replace(trainer.plan, max_grad_norm=0.1)
+        fit(trainer, lambda metrics: None, 3)
+        return stepped.call_count, weights(trainer)

@@ -35,6 +35,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.model, self.shares, self.unsupported = model, shares, ""
 
+    @property
+    def lookups(self) -> list[nn.Embedding]:
+        """The embeddings whose weights nothing else computes with."""
+        embedding = unwrap(self.model).get_input_embeddings()
+        return [embedding] if isinstance(embedding, nn.Embedding) else []
+
     def states(self, inputs: Inputs, prefix: SharedPrefix | None = None) -> Tensor:
         """[B T, D] the last hidden state of every position. prefix: of a packed row, where it is not the plain one."""
         decoder, more = unwrap(self.model).get_decoder(), dict[str, Any]()
@@ -65,6 +71,11 @@ class CausalModel(Backbone):
     def __init__(self, model: PreTrainedModel | PeftModel, shares: bool = False, head_bytes: int | None = None) -> None:
         super().__init__(model, shares)
         self.head = Head(LogitTransform.of(unwrap(model).config.get_text_config()), head_bytes)
+
+    @property
+    def lookups(self) -> list[nn.Embedding]:
+        head = unwrap(self.model).get_output_embeddings()
+        return [x for x in super().lookups if x.weight is not getattr(head, "weight", None)]
 
     def forward(
         self,

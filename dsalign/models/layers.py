@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dsalign.models.attention import SharedPrefix
@@ -26,8 +25,9 @@ def read_alone(decoder: nn.Module) -> None:
         return
     vars(mlp).update(_whole=mlp.forward, forward=MethodType(_forward, mlp))
     for part in layers[-1].children():
-        vars(part)["_behind"] = mlp  # not by a closure: a copy of the layer has a copy of its own
-        part.register_forward_pre_hook(_note, with_kwargs=True)
+        if part is not mlp:
+            vars(part)["_behind"] = mlp  # not by a closure: a copy of the layer has a copy of its own
+            part.register_forward_pre_hook(_note, with_kwargs=True)
     layers[-1].register_forward_pre_hook(_forget)
     layers[-1].register_forward_hook(_forget)
 
@@ -50,5 +50,5 @@ def _forward(self: nn.Module, x: Tensor) -> Any:
         return whole(x)
     found = whole(x[:, read])
     states, *others = found if isinstance(found, tuple) else (found,)
-    filled = torch.zeros_like(x).index_copy(1, read, states)
+    filled = states.new_zeros(x.shape).index_copy(1, read, states)  # under autocast not in the dtype of x
     return (filled, *others) if others else filled

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from mmap import PAGESIZE
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +17,8 @@ LEFT = (2 / 15, 1 / 3, 3 / 5)
 
 
 def trim_in_backward(decoder: nn.Module) -> None:
-    """Freed memory goes back at the end of a forward with gradient, and in its backward where LEFT of the layers are to
-    come.
+    """Freed memory goes back at the end of a forward with gradient, in its backward where LEFT of the layers are to
+    come, and within a forward that would need more than the backward before it.
 
     glibc keeps activations of a few MiB on its heap when they are freed, between gradients that stay, and gives them
     back only from the heap's end: without this a process holds both at once, and the gradients of the step before
@@ -26,8 +28,11 @@ def trim_in_backward(decoder: nn.Module) -> None:
     layers = layers_of(decoder)
     if trim is None or not layers:
         return
+    most: int | None = None  # bytes resident in a backward, once there was one
 
     def give_back(_: Tensor) -> None:
+        nonlocal most
+        most = max(most or 0, _resident())
         trim(0)
 
     def at_the_end(module: nn.Module, args: Any, output: Any) -> None:
@@ -39,9 +44,20 @@ def trim_in_backward(decoder: nn.Module) -> None:
         if states.requires_grad:
             states.register_hook(give_back)  # type: ignore[no-untyped-call]
 
+    def no_more(module: nn.Module, args: Any, output: Any) -> None:
+        if most is not None and _states(output).requires_grad and _resident() > most:
+            trim(0)
+
     decoder.register_forward_hook(at_the_end)
+    for layer in layers:
+        layer.register_forward_hook(no_more)
     for i in sorted({int(len(layers) * share) for share in LEFT}):
         layers[i].register_forward_hook(watch)
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
 
 
 def _states(output: Any) -> Tensor:

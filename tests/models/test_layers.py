@@ -105,6 +105,19 @@ def test_other_mlps() -> None:
     assert behind(x, shared_prefix=None)[0].tolist() == behind(x)[0].tolist() == [[[2.0], [6.0], [10.0]]]
 
 
+def test_under_autocast() -> None:
+    """The norm before the MLP is in float32, what the MLP gives in bfloat16."""
+    model = small()
+    wrapped = CausalModel(model, True)
+    found = []
+    for change in (False, True):
+        if change:
+            read_alone(model.get_decoder())
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(wrapped(packed(GROUPS, CPU))[0])
+    torch.testing.assert_close(found[0], found[1], atol=0.05, rtol=0)
+
+
 def test_a_copy_computes_with_weights_of_its_own() -> None:
     """And what is read of it is its own affair."""
     model = small()
