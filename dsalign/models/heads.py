@@ -85,8 +85,9 @@ class CausalModel(Backbone):
         loss: HeadLoss | None = None,
         begun: Begun | None = None,
     ) -> tuple[Tensor, Tensor | None] | Tensor:
-        """Log-probabilities [N] float32 of the inputs' targets, and entropies [N] or None; or of these the loss, a
-        scalar. Only the positions that predict them reach the head. begun: a pass over these inputs to go on with."""
+        """Log-probabilities [C] float32 of all completion tokens that count, and entropies [C] or None; or of these the
+        loss, a scalar. Only what predicts them reaches the head, once where completions share it. begun: a pass over
+        these inputs to go on with."""
         model = unwrap(self.model)
         head = model.get_output_embeddings()
         how: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
