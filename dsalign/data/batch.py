@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsalign.algos import MicroBatch, Prepared
+from dsalign.data.templates import length_shared
 from dsalign.data.tokenize import Group
 
 
@@ -95,8 +96,7 @@ def num_shared(group: Group) -> int:
     """With how many tokens all completions of a group begin, where it has several."""
     if len(group.completions) < 2:
         return 0
-    one, other = min(group.completions), max(group.completions)  # what these share lies between them in all others
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return length_shared(min(group.completions), max(group.completions))  # all others lie between these
 
 
 def behind(groups: Sequence[Group], device: torch.device) -> Inputs:

@@ -74,7 +74,7 @@ class Template:
         ids = self.text_ids.branching(list(zip(openings, wholes, strict=True)))
         for (_, answers), text, (opening, fulls) in zip(items, openings, ids, strict=True):
             whole = [
-                full if answer else [*opening, self._first_end(full[_shared(opening, full) :])]
+                full if answer else [*opening, self._first_end(full[length_shared(opening, full) :])]
                 for answer, full in zip(answers, fulls, strict=True)
             ]
             found.append(self._split(text, opening, whole))
@@ -102,7 +102,7 @@ class Template:
             for part in cut:
                 for rendered in part:
                     self._check_prefix(rendered, text)
-                spans.append((_shared(next(ids), whole), _shared(next(ids), whole)))
+                spans.append((length_shared(next(ids), whole), length_shared(next(ids), whole)))
             found.append(self._masked(cut[0][0], whole, spans))
         return found
 
@@ -135,7 +135,7 @@ class Template:
         )
 
     def _split(self, prompt_text: str, opening: list[int], whole: Sequence[list[int]]) -> Encoded:
-        cut = min((_shared(opening, ids) for ids in whole), default=len(opening))
+        cut = min((length_shared(opening, ids) for ids in whole), default=len(opening))
         if cut == 0:
             raise ValueError(self._no_prompt(prompt_text))
         if not self.end_ids.isdisjoint(opening[cut:]):
@@ -296,7 +296,7 @@ def _assistants(messages: Turns) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def length_shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest beginning that a and b share."""
     if list(b[: len(a)]) == list(a):
         return len(a)
