@@ -15,10 +15,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from dsalign import __version__, lazy
+from dsalign import __version__
+from dsalign.config import lazy
 
 with lazy.put_off("torch"):  # algorithm files name torch at their top, but only their methods use it
-    from dsalign import config, flags, launcher
+    from dsalign import launcher
+    from dsalign.config import flags, help, parse
 
 PACKAGE = Path(__file__).parent
 
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. argv: the words behind the program's name, by default sys.argv's."""
     try:
         return _main(sys.argv[1:] if argv is None else argv)
-    except config.ConfigError as error:
+    except parse.ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank finds the same; one says it
             _say(f"error: {len(error.problems)} problem(s)", *error.problems)
         return 2
@@ -51,12 +53,12 @@ def _main(argv: Sequence[str]) -> int:
     env = dict(os.environ)
     env["MASTER_PORT"] = env.get("MASTER_PORT") or str(launcher.free_port())
     with lazy.put_off("torch"):
-        command = flags.split(argv, config.ALIASES)
+        command = flags.split(argv, parse.ALIASES)
         if command.asks("version"):
             print(f"dsalign {__version__}")
             return 0
         if command.asks("help"):
-            print(config.help_text(command))
+            print(help.help_text(command))
             return 0
         parsed, launch = _configure(argv, env)
     if parsed.print_config:
@@ -73,25 +75,25 @@ def _main(argv: Sequence[str]) -> int:
     on_cpu = not importlib.import_module("torch").accelerator.is_available()
     with lazy.without("triton") if on_cpu else nullcontext():  # 70 MiB, which torch and deepspeed import if they can
         logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
-        run = importlib.import_module("dsalign.run")
+        run = importlib.import_module("dsalign.verbs.train")
         logging.disable(logging.NOTSET)
         run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
     return 0
 
 
-def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[config.Parsed, launcher.Launch | None]:
+def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[parse.Parsed, launcher.Launch | None]:
     """The configuration, and the processes to start with it if not this one."""
-    parsed = config.parse(argv, world_size=launcher.ranks(env, 0))
+    parsed = parse.parse(argv, world_size=launcher.ranks(env, 0))
     if "RANK" in env:
         return parsed, None
     devices = launcher.visible_devices(env)  # only now, as asking the driver may take seconds
-    parsed = config.parse(argv, world_size=launcher.ranks(env, devices))
+    parsed = parse.parse(argv, world_size=launcher.ranks(env, devices))
     launch = launcher.plan(env, devices, parsed, sys.argv[0])
     if launch is None:
         return parsed, None
     if launch.note:
         _say(launch.note)
-    return config.parse(launch.arguments, world_size=launch.ranks), launch
+    return parse.parse(launch.arguments, world_size=launch.ranks), launch
 
 
 def _say(first: str, *more: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsalign.config import Parsed
+from dsalign.config.parse import Parsed
 
 CLI = Path(__file__).with_name("cli.py")
 

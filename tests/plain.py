@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsalign.data.tokenize import Group
+from dsalign.contract.groups import Group
 
 
 @torch.no_grad()

@@ -14,19 +14,26 @@ import numpy as np
 import torch
 from support import random_groups, tiny_tokenizer
 
-from dsalign import algos, dist, engines, selfcheck
-from dsalign.checkpoint import portable
-from dsalign.checkpoint.store import Store
-from dsalign.context import Models, RunContext
-from dsalign.data.loader import Loader
-from dsalign.data.tokenize import Group
-from dsalign.evaluate import evaluate
-from dsalign.metrics import Sums
+from dsalign import algos
+from dsalign.checkpoint import export as portable
+from dsalign.checkpoint.checkpoints import Store
+from dsalign.checkpoint.progress import Progress
+from dsalign.contract.groups import Group
+from dsalign.cpu.row_adam import RowAdam
+from dsalign.data.batches.loader import Loader
+from dsalign.engines import dist
+from dsalign.engines import engine as engines
+from dsalign.engines import self_check as selfcheck
+from dsalign.engines.roles import Models
+from dsalign.loop.context import RunContext
+from dsalign.loop.evaluate import evaluate
+from dsalign.loop.metrics import Sums
+from dsalign.loop.plan import Plan
+from dsalign.loop.trainer import Trainer
 from dsalign.models import attention, heads, load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import resolve
-from dsalign.row_adam import RowAdam
-from dsalign.trainer import Plan, Progress, Trainer
+from dsalign.models.tokenizer import LoadOptions
 
 CPU = torch.device("cpu")
 BY_GROUP, WHOLE_LOGITS = attention._by_group, heads.CausalModel.whole_logits
@@ -71,7 +78,7 @@ def engine_options(stage: int, **changes: Any) -> engines.EngineOptions:
 def build(run: Run) -> Trainer:
     """A trainer with a cosine schedule over `STEPS` steps."""
     algorithm = algos.load(run.algo)(**SETTINGS.get(run.algo, {}))
-    options = load.LoadOptions(device=CPU, dtype=str(run.dtype).removeprefix("torch."))
+    options = LoadOptions(device=CPU, dtype=str(run.dtype).removeprefix("torch."))
     lora = LoraOptions(rank=4, alpha=8, dropout=run.dropout, targets=("ALL",)) if run.tuner == "lora" else None
     source, found = resolve(str(run.folder)), dict[str, Any]()
     for role, how in algorithm.roles.items():
@@ -345,7 +352,7 @@ def self_checked(folder: Path, fault: str) -> Any:
     """({role: whether it packs}, the warnings) of the start-up check of a policy and a critic at ZeRO 3, or the message
     it ends with. fault: "leak" lets groups see each other, "sinks" is a layer that asks for more than attention,
     "scale" a model whose logits are not what its head gives."""
-    options, source = load.LoadOptions(device=CPU), resolve(str(folder))
+    options, source = LoadOptions(device=CPU), resolve(str(folder))
     modules = {role: load.load_trained(role, source, options, None) for role in ("policy", "value")}
     models = Models({role: engines.trained(m, engine_options(3)) for role, m in modules.items()}, CPU, 2)
     lines: list[str] = []

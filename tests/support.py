@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsalign import algos
-from dsalign.data.records import Row
-from dsalign.data.rows import iter_rows
-from dsalign.data.tokenize import Group
+from dsalign.contract.groups import Group
+from dsalign.data.rows.iterate import iter_rows
+from dsalign.data.rows.records import Row
 
 ALGORITHMS = {  # settings that make a loss depend on the whole batch, where the defaults do not
     "sft": {},
@@ -231,9 +231,10 @@ def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
     }
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp())
     torch.set_num_threads(1)
-    from dsalign import dist, report  # noqa: PLC0415  DeepSpeed is imported in the ranks only
+    from dsalign.engines import dist  # noqa: PLC0415  DeepSpeed is imported in the ranks only
+    from dsalign.report.run_log import quiet  # noqa: PLC0415
 
-    report.quiet(rank)
+    quiet(rank)
     dist.init(rank, timeout_s=120)
     while True:
         try:

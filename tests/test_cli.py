@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dsalign import __version__, cli, launcher
-from dsalign.config import RunConfig
+from dsalign.config.schema import RunConfig
 from dsalign.launcher import Process
 
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
@@ -58,9 +58,9 @@ def replace_train(monkeypatch: pytest.MonkeyPatch, then: Callable[[], Any]) -> l
         calls.append((config, process, command))
         then()
 
-    fake = types.ModuleType("dsalign.run")
+    fake = types.ModuleType("dsalign.verbs.train")
     fake.train = train  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "dsalign.run", fake)
+    monkeypatch.setitem(sys.modules, "dsalign.verbs.train", fake)
     return calls
 
 

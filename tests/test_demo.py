@@ -15,8 +15,8 @@ import torch
 from support import read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dsalign.config import parse
-from dsalign.data.templates import load_template
+from dsalign.config.parse import parse
+from dsalign.data.tokens.templates import load_template
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsalign import launcher
-from dsalign.config import Parsed, parse
+from dsalign.config.parse import Parsed, parse
 from dsalign.launcher import Launch, Process
 
 BASE = ("rlhf", "--rlhf_type", "dpo", "--model", "m", "--dataset", "two words", "rows")

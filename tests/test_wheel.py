@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dsalign import __version__, assets, ds_files
+from dsalign import __version__, assets
+from dsalign.config import ds_files
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "dsalign", "kernels", "ds_configs")
@@ -73,7 +74,7 @@ def test_runs_in_another_folder(installed: Path, tmp_path: Path) -> None:
     )
     assert "dataset: ['demo:pairs']" in shown
     code = (
-        "import dsalign_kernels; from dsalign import assets, ds_files; "
+        "import dsalign_kernels; from dsalign import assets; from dsalign.config import ds_files; "
         "print(ds_files.find('zero2'), dsalign_kernels.__file__, assets.find('demo:pairs'))"
     )
     where = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).split()

@@ -9,22 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Fused, Loss, Metric, MicroBatch, Output
-from dsalign.algos._maths import (
-    check_choice,
-    check_range,
-    chosen_nll,
-    entropy_metric,
-    logp_metrics,
-    pair,
-    pair_units,
-    plain,
-    reward_metrics,
-    smoothed,
-)
+from dsalign.contract.algorithm import check_choice, check_range, plain
+from dsalign.contract.groups import Fused, Loss, Metric, MicroBatch, Output
+from dsalign.contract.maths import chosen_nll, entropy_metric, logp_metrics, pair, pair_units, reward_metrics, smoothed
 
 if TYPE_CHECKING:
-    from dsalign.data.tokenize import Group
+    from dsalign.contract.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)

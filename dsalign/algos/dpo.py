@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Batch, Context, Fused, Loss, Metric, MicroBatch, Output, Prepared
-from dsalign.algos._maths import (
-    check_choice,
-    check_range,
+from dsalign.contract.algorithm import Context, check_choice, check_range, with_reference
+from dsalign.contract.groups import Batch, Fused, Loss, Metric, MicroBatch, Output, Prepared
+from dsalign.contract.maths import (
     chosen_nll,
     entropy_metric,
     logp_metrics,
@@ -21,153 +20,13 @@ from dsalign.algos._maths import (
     pair,
     pair_units,
     reward_metrics,
-    smoothed,
-    with_reference,
 )
+from dsalign.contract.preference_losses import DIVERGENCES, LOSSES, REVERSE_KL_ONLY, SMOOTHED, SORTED, Ratios, partners
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsalign.data.tokenize import Group
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """What a pair's loss may use; every tensor is [n], one a pair, float32, nats.
-
-    chosen, rejected: Delta = logp_policy - logp_reference, or its f-divergence transform. mean_chosen, mean_rejected:
-    Delta a token. policy: logp_policy(chosen) - logp_policy(rejected). partners: constants, sorted over the batch.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    mean_chosen: Tensor
-    mean_rejected: Tensor
-    policy: Tensor
-    partners: Mapping[str, Tensor]
-
-
-def sigmoid(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2305.18290, eq. 7; with label smoothing conservative DPO."""
-    return smoothed(a.beta * (r.chosen - r.rejected), a.label_smoothing)
-
-
-def hinge(r: Ratios, a: DPO) -> Tensor:
-    """SLiC, arXiv:2305.10425: relu(1 - z)."""
-    return torch.relu(1 - a.beta * (r.chosen - r.rejected))
-
-
-def ipo(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2310.12036, eq. 17, on Delta a token: (Delta_c / |c| - Delta_r / |r| - 1 / (2 beta))^2."""
-    return (r.mean_chosen - r.mean_rejected - 1 / (2 * a.beta)) ** 2
-
-
-def exo_pair(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2402.00856, eq. 16: KL of the model's preference from the smoothed label."""
-    z, eps = a.beta * (r.chosen - r.rejected), a.label_smoothing
-    return torch.sigmoid(z) * (logsigmoid(z) - math.log1p(-eps)) + torch.sigmoid(-z) * (logsigmoid(-z) - math.log(eps))
-
-
-def nca_pair(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2402.05369: -ls(R_c) - ls(-R_c) / 2 - ls(-R_r) / 2."""
-    chosen, rejected = a.beta * r.chosen, a.beta * r.rejected
-    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
-
-
-def robust(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2403.00409: unbiased under labels flipped with probability eps < 1/2."""
-    z, eps = a.beta * (r.chosen - r.rejected), a.label_smoothing
-    return (-(1 - eps) * logsigmoid(z) + eps * logsigmoid(-z)) / (1 - 2 * eps)
-
-
-def bco_pair(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2404.04656 without the running mean: -ls(R_c) - ls(-R_r)."""
-    return -logsigmoid(a.beta * r.chosen) - logsigmoid(-a.beta * r.rejected)
-
-
-def sppo_hard(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2405.00675: (Delta_c - 1 / (2 beta))^2 + (Delta_r + 1 / (2 beta))^2."""
-    return (r.chosen - 0.5 / a.beta) ** 2 + (r.rejected + 0.5 / a.beta) ** 2
-
-
-def apo_zero(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2408.06266: 1 - sigmoid(R_c) + sigmoid(R_r)."""
-    return torch.sigmoid(-a.beta * r.chosen) + torch.sigmoid(a.beta * r.rejected)
-
-
-def apo_down(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2408.06266: sigmoid(R_c) + 1 - sigmoid(z)."""
-    return torch.sigmoid(a.beta * r.chosen) + torch.sigmoid(-a.beta * (r.chosen - r.rejected))
-
-
-def sigmoid_norm(r: Ratios, a: DPO) -> Tensor:
-    """DPO on Delta a token: -ls(beta (Delta_c / |c| - Delta_r / |r|)), as in arXiv:2411.15124."""
-    return -logsigmoid(a.beta * (r.mean_chosen - r.mean_rejected))
-
-
-def discopop(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2406.08414: (1 - s)(-ls(z)) + exp(-z + ls(z / tau)), s = sigmoid(z / tau)."""
-    z = a.beta * (r.chosen - r.rejected)
-    # e^-z sigmoid(z / tau) as one exponential: for z << 0 the product of its factors would be inf * 0
-    return -torch.sigmoid(-z / a.discopop_tau) * logsigmoid(z) + torch.exp(-z + logsigmoid(z / a.discopop_tau))
-
-
-def aot(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2406.05882, paired: the k-th largest policy log-ratio against the k-th largest reference log-ratio."""
-    return smoothed(a.beta * (r.policy - r.partners["aot"]), a.label_smoothing)
-
-
-def aot_unpaired(r: Ratios, a: DPO) -> Tensor:
-    """arXiv:2406.05882, unpaired: the k-th Delta_c against the k-th Delta_r.
-
-    Each side is taken against the other as a constant, so the sum has the full gradient and twice the value.
-    """
-    loss = smoothed(a.beta * (r.chosen - r.partners["rejected"]), a.label_smoothing)
-    loss = loss + smoothed(a.beta * (r.partners["chosen"] - r.rejected), a.label_smoothing)
-    return loss - 0.5 * loss.detach()
-
-
-def sft(r: Ratios, a: DPO) -> Tensor:
-    """NLL(chosen) has a unit of its own and is added in `policy_loss`; nothing a pair."""
-    return torch.zeros_like(r.chosen)
-
-
-LOSSES: Mapping[str, Callable[[Ratios, DPO], Tensor]] = {
-    f.__name__: f
-    for f in (
-        sigmoid,
-        hinge,
-        ipo,
-        exo_pair,
-        nca_pair,
-        robust,
-        bco_pair,
-        sppo_hard,
-        apo_zero,
-        apo_down,
-        sigmoid_norm,
-        discopop,
-        aot,
-        aot_unpaired,
-        sft,
-    )
-}
-SMOOTHED = frozenset({"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"})
-SORTED = frozenset({"aot", "aot_unpaired"})
-REVERSE_KL_ONLY = SORTED | {"apo_zero", "apo_down", "sft", "ipo", "sigmoid_norm"}
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
-
-
-def partners(sorted_of: Tensor, of: Tensor, order: Tensor) -> Tensor:
-    """[n] the k-th smallest of `sorted_of` for each element that is the k-th smallest of `of`; ties by `order`, [n]."""
-
-    def ranked(x: Tensor) -> Tensor:
-        by_order = torch.argsort(order, stable=True)
-        return by_order[torch.argsort(x[by_order], stable=True)]
-
-    result = torch.empty_like(sorted_of)
-    result[ranked(of)] = sorted_of[ranked(sorted_of)]
-    return result
+    from dsalign.contract.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,9 +153,12 @@ class DPO:
             *pair(delta / batch.lengths),
             policy=pair(policy)[0] - pair(policy)[1],
             partners={name: batch.fields[name] for name in ("aot", "chosen", "rejected") if name in batch.fields},
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            tau=self.discopop_tau,
         )
         loss_weights = dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
-        loss = torch.stack([weight * LOSSES[name](ratios, self).sum() for name, weight in loss_weights.items()]).sum()
+        loss = torch.stack([weight * LOSSES[name](ratios).sum() for name, weight in loss_weights.items()]).sum()
         nll = chosen_nll(batch, out.logps)
         chosen, rejected = pair(self.beta * delta)
         metrics: dict[str, Metric] = {

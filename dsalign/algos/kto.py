@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Batch, Context, Fused, Loss, Metric, MicroBatch, Output, Prepared
-from dsalign.algos._maths import check_choice, check_range, entropy_metric, mean, with_reference
+from dsalign.contract.algorithm import Context, check_choice, check_range, with_reference
+from dsalign.contract.groups import Batch, Fused, Loss, Metric, MicroBatch, Output, Prepared
+from dsalign.contract.maths import entropy_metric, mean
 
 if TYPE_CHECKING:
-    from dsalign.data.tokenize import Group
+    from dsalign.contract.groups import Group
 
 
 def mismatch_shift(prompts: Sequence[str]) -> tuple[int, int]:

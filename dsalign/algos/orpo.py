@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Fused, Loss, Metric, MicroBatch, Output
-from dsalign.algos._maths import (
-    check_range,
+from dsalign.contract.algorithm import check_range, plain
+from dsalign.contract.groups import Fused, Loss, Metric, MicroBatch, Output
+from dsalign.contract.maths import (
     chosen_nll,
     entropy_metric,
     log1mexp,
@@ -20,12 +20,11 @@ from dsalign.algos._maths import (
     mean,
     pair,
     pair_units,
-    plain,
     reward_metrics,
 )
 
 if TYPE_CHECKING:
-    from dsalign.data.tokenize import Group
+    from dsalign.contract.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,32 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from dsalign.algos import Batch, Context, Fused, Loss, Metric, MicroBatch, Output, Prepared, Sampling
-from dsalign.algos._maths import check_choice, check_range, mean
+from dsalign.contract.algorithm import Context, check_choice, check_range
+from dsalign.contract.groups import Batch, Fused, Loss, Metric, MicroBatch, Output, Prepared, Sampling
+from dsalign.contract.maths import mean
+from dsalign.contract.rollouts import logp_gap, token_kl, token_values, whiten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsalign.data.tokenize import Group
-
-
-def token_kl(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """k1 = logp - ref, or k3 = e^(ref - logp) - 1 - (ref - logp) >= 0 (Schulman 2020), of each token, nats."""
-    gap = logps - reference
-    return gap if estimator == "k1" else torch.expm1(-gap) + gap
-
-
-def whiten(ctx: Context, tokens: Sequence[Tensor], *, shift_mean: bool) -> list[Tensor]:
-    """(x - mu) / sqrt(var + 1e-8) over the tokens of all ranks, var with n - 1; with shift_mean off mu is added back.
-    Unchanged where there are fewer than two tokens."""
-    flat = torch.cat([*tokens, torch.empty(0)]).double()
-    n, total = ctx.total([float(len(flat)), float(flat.sum())])
-    if n < 2:
-        return list(tokens)
-    mu = total / n
-    (squares,) = ctx.total([float(((flat - mu) ** 2).sum())])
-    scale = 1 / math.sqrt(squares / (n - 1) + 1e-8)
-    return [((x.double() - mu) * scale + (0.0 if shift_mean else mu)).to(x.dtype) for x in tokens]
+    from dsalign.contract.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +120,12 @@ class PPO:
             "returns": returns,
             "advantages": whiten(ctx, advantages, shift_mean=True),
         }
-        metrics = {**self._objective(ctx, groups, old, kl, scores), "rollout/logp_gap": _gap(sampler, old)}
+        metrics = {**self._objective(ctx, groups, old, kl, scores), "rollout/logp_gap": logp_gap(sampler, old)}
         metrics["episode"] = ((batch.seen + len(batch.groups)) * self.num_generations, 1)  # completions so far
         return Prepared(groups, fields, {}, metrics, self._samples(ctx, groups, scores))
 
     def _check_sampler(self, ctx: Context, sampler: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-        total, count = ctx.total([float(x) for x in _gap(sampler, old)])
+        total, count = ctx.total([float(x) for x in logp_gap(sampler, old)])
         gap = total / max(count, 1)
         if not gap <= self.rollout_logp_limit:  # NaN too
             raise ValueError(
@@ -232,17 +215,3 @@ class PPO:
 
     def stop(self, metrics: Mapping[str, float]) -> bool:
         return False
-
-
-def token_values(values: Tensor, group: Group) -> Tensor:
-    """[tokens + completions] values of a group -> [tokens]: V(s_t) of each token, without the value after the last."""
-    parts = torch.split(values, [len(c) + 1 for c in group.completions])
-    return torch.cat([v[:-1] for v in parts])
-
-
-def _gap(sampler: Sequence[Tensor], old: Sequence[Tensor]) -> Metric:
-    """(sum, count) of |sampler - trainer| over tokens, nats."""
-    return (
-        float(sum((s.double() - o.double()).abs().sum() for s, o in zip(sampler, old, strict=True))),
-        sum(len(o) for o in old),
-    )

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.algos import Loss, MicroBatch, Output
-from dsalign.algos._maths import check_range, logsigmoid, pair, plain, reward_metrics
+from dsalign.contract.algorithm import check_range, plain
+from dsalign.contract.groups import Loss, MicroBatch, Output
+from dsalign.contract.maths import logsigmoid, pair, reward_metrics
 
 if TYPE_CHECKING:
-    from dsalign.data.tokenize import Group
+    from dsalign.contract.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dsalign.algos import Loss, MicroBatch, Output
-from dsalign.algos._maths import entropy_metric, mean, plain
+from dsalign.contract.algorithm import plain
+from dsalign.contract.groups import Loss, MicroBatch, Output
+from dsalign.contract.maths import entropy_metric, mean
 
 if TYPE_CHECKING:
-    from dsalign.data.tokenize import Group
+    from dsalign.contract.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Rows in, token groups out: readers -> rows -> templates -> tokenize -> batches."""
+"""From files to the tensors of a forward pass."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsalign.data.tokenize import Group
+from dsalign.contract.groups import Group
 
 EXAMPLES = 3  # rows that a finding names
 ONE_SIDED = 0.65  # share of pairs in which one side is the longer, beyond which length gives the answer away

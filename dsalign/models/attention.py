@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from dsalign.data.batch import Span
+from dsalign.data.batches.packing import Span
 
 logger = logging.getLogger(__name__)
 PREFIX = "dsalign_"  # before the name of the attention that a row without spans goes to

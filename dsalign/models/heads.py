@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsalign.data.batch import Inputs
-from dsalign.logps import Head, HeadLoss, LogitTransform
+from dsalign.cpu.tied_gradient import OneGradient
+from dsalign.data.batches.packing import Inputs
 from dsalign.models.attention import SharedPrefix
-from dsalign.models.tying import OneGradient
+from dsalign.models.logps import Head, HeadLoss, LogitTransform
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"

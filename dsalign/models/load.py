@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from dsalign.cpu.give_memory_back import trim_in_backward
+from dsalign.cpu.recompute import recompute_cheap
 from dsalign.models import adapters, attention
 from dsalign.models.heads import CausalModel, ValueModel, unwrap
-from dsalign.models.layers import read_alone
+from dsalign.models.last_layer import layers_of, read_alone
 from dsalign.models.names import Source
-from dsalign.models.recompute import recompute_cheap
-from dsalign.models.trimming import trim_in_backward
+from dsalign.models.tokenizer import LoadOptions, named
 
 logger = logging.getLogger(__name__)
 VALUE_ROLES = frozenset({"reward", "value"})  # the other roles give log-probabilities
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How weights are read. dtype and attn_impl: "auto" or a name; dropout off sets every dropout of the model to 0.
-    head_bytes: memory for logits, None = the device's default."""
-
-    device: torch.device
-    dtype: str = "auto"
-    attn_impl: str = "auto"
-    trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
-    dropout: bool = False
-    head_bytes: int | None = None
-    seed: int = 42
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -55,52 +30,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_tokenizer(source: Source, options: LoadOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights, or of the adapter's folder where that has one."""
-    where = source.weights
-    if source.adapter is not None and (source.adapter / "tokenizer_config.json").exists():
-        where = str(source.adapter)
-    with _named(source):
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
-
-
-@contextmanager
-def _named(source: Source) -> Iterator[None]:
-    """What cannot be opened is the user's to mend: say which model it was."""
-    try:
-        yield
-    except (OSError, ImportError) as error:
-        raise ValueError(f"model: {source.weights} could not be opened: {error}") from error
-
-
-def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a turn: the tokenizer's EOS and generation_config.eos_token_id."""
-    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    try:
-        extra = GenerationConfig.from_pretrained(source.weights).eos_token_id
-    except OSError:  # many base models have no generation_config.json
-        extra = None
-    found += extra if isinstance(extra, list) else [] if extra is None else [extra]
-    return tuple(dict.fromkeys(found))
-
-
-def vocab_size(source: Source, options: LoadOptions) -> int | None:
-    """How many token ids the model of a source has embeddings for, None where its configuration does not say."""
-    with _named(source):
-        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
-    found: int | None = getattr(config.get_text_config(), "vocab_size", None)
-    return found
-
-
 def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
     """The causal language model of a source, without its adapter."""
-    with _named(source):
+    with named(source):
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     if not options.dropout:
         _without_dropout(config)
     if options.trust_remote_code and hasattr(config, "auto_map"):
         logger.warning("running the Python code that comes with %s (--trust_remote_code)", source.weights)
-    with _named(source):
+    with named(source):
         model = AutoModelForCausalLM.from_pretrained(
             source.weights,
             config=config,
@@ -147,7 +85,7 @@ def _wrap(
 ) -> CausalModel | ValueModel:
     if trained and options.device.type == "cpu":
         decoder = unwrap(model).get_decoder()
-        trim_in_backward(decoder)
+        trim_in_backward(decoder, layers_of(decoder))
         if not options.gradient_checkpointing:
             recompute_cheap(decoder)
     if shares:
@@ -172,7 +110,7 @@ def _load_classifier_head(wrapped: ValueModel, source: Source, options: LoadOpti
     config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return False
-    with _named(source):
+    with named(source):
         classifier = AutoModelForSequenceClassification.from_pretrained(source.weights, dtype=torch.float32)
     score = getattr(classifier, "score", None)
     if not isinstance(score, torch.nn.Linear) or score.out_features != 1:

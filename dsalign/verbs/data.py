@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsalign import config, flags
-from dsalign.config import RunConfig
+from dsalign.config import flags
+from dsalign.config import parse as config
+from dsalign.config.schema import RunConfig
 
 USAGE = """usage: dsalign data check|show --algo NAME [options of a run] [--json] [--n N] [--ids]
 
@@ -65,7 +66,7 @@ def run(request: Request | None) -> int:
         print(USAGE)
         return 0
     # Not at the top of the file: transformers takes longer to import than a typo may.
-    doctor: Any = importlib.import_module("dsalign.verbs.doctor")
+    doctor: Any = importlib.import_module("dsalign.verbs.data_report")
     if request.verb == "show":
         doctor.show(request.config, count=request.n, as_json=request.as_json, ids=request.ids)
         return 0

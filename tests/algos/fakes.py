@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsalign import fused
-from dsalign.algos import Batch, MicroBatch, Output, Prepared
-from dsalign.data.batch import cut
-from dsalign.data.tokenize import Group
+from dsalign.contract.groups import Batch, Group, MicroBatch, Output, Prepared
+from dsalign.data.batches.packing import cut
+from dsalign.loop import loss as fused
 
 Array = NDArray[np.float64]
 Ids = tuple[int, ...]

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import random_groups
 
-from dsalign.algos import Prepared
-from dsalign.algos.dpo import DPO, partners
-from dsalign.data.batch import cut
-from dsalign.data.tokenize import Group
+from dsalign.algos.dpo import DPO
+from dsalign.contract.groups import Group, Prepared
+from dsalign.contract.preference_losses import partners
+from dsalign.data.batches.packing import cut
 
 AOT = DPO(beta=0.5, loss_type=("aot", "aot_unpaired"), rpo_alpha=0.0)
 
@@ -46,9 +46,6 @@ def three_pairs(order: list[int]) -> tuple[list[Group], Any]:
 
 def by_index(found: list[tuple[Prepared, Any]], name: str) -> dict[int, float]:
     return {g.index: float(x) for p, _ in found for g, x in zip(p.groups, p.fields[name], strict=True)}
-
-
-# ---- aot -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [2, 1, 0]])
@@ -120,9 +117,6 @@ def test_only_sorting_losses_ask_for_a_policy_pass() -> None:
         assert set(prepared.fields) == {"reference"} | ({"aot", "chosen", "rejected"} if "policy" in roles else set())
         lengths = [len(x) for x in prepared.fields["reference"]]
         assert lengths == [sum(map(len, g.completions)) for g in groups]
-
-
-# ---- what the loss does to log-ratios ------------------------------------------------------------------------------
 
 
 def one_loss(algorithm: DPO, chosen: tuple[list[float], list[float]], rejected: tuple[list[float], list[float]]) -> Any:

@@ -12,16 +12,13 @@ from hypothesis import strategies as st
 from support import random_groups
 
 from dsalign.algos.kto import KTO, mismatch_shift
-from dsalign.data.tokenize import Group
+from dsalign.contract.groups import Group
 
 MODEL = Drawn(gap_low=-0.25, gap_high=0.5)  # the policy is above the reference: z0 > 0
 
 
 def labelled(index: int, prompt: Ids, completion: Ids, text: str, label: bool = True) -> Group:
     return Group(index=index, where="", prompt=prompt, completions=(completion,), prompt_text=text, label=label)
-
-
-# ---- the mismatched pairs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,9 +69,6 @@ def test_a_mismatched_completion_is_cut_to_fit() -> None:
     assert list(prepared.groups) == groups
 
 
-# ---- z0 ------------------------------------------------------------------------------------------------------------
-
-
 def test_z0_is_the_same_on_every_rank_and_for_every_number_of_ranks() -> None:
     """Seven rows on 1, 2 and 3 ranks, so ragged: mean Delta of the mismatched pairs over all seven."""
     groups = random_groups("labels", 7, seed=4)
@@ -119,9 +113,6 @@ def test_kto_needs_two_examples_and_apo_zero_unpaired_one() -> None:
 
 def test_units_are_examples_of_both_classes() -> None:
     assert KTO().units(random_groups("labels", 5)) == {"examples": 5}
-
-
-# ---- notes ---------------------------------------------------------------------------------------------------------
 
 
 def rows(desirable: int, undesirable: int) -> list[Group]:

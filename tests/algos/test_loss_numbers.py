@@ -13,9 +13,8 @@ from fakes import CPU, divided, metrics_of, output, prepared_on, table
 from support import ALGORITHMS, from_rows, random_groups
 
 from dsalign import algos
-from dsalign.algos import Output
-from dsalign.data.batch import cut, micro_batch
-from dsalign.data.tokenize import Group
+from dsalign.contract.groups import Group, Output
+from dsalign.data.batches.packing import cut, micro_batch
 
 PROMPT, CHOSEN, REJECTED = (7,), (10, 11), (12,)
 PAIR = Group(index=0, where="rows.jsonl:1", prompt=PROMPT, completions=(CHOSEN, REJECTED), prompt_text="a")

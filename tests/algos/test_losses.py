@@ -14,10 +14,11 @@ from fakes import CPU, Array, Drawn, Model, divided, flat, given, loss_and_gradi
 from support import random_groups
 
 from dsalign import algos
-from dsalign.algos import Output, dpo
-from dsalign.algos._maths import log1mexp
-from dsalign.data.batch import micro_batch
-from dsalign.data.tokenize import Group
+from dsalign.algos import dpo
+from dsalign.contract.groups import Group, Output
+from dsalign.contract.maths import log1mexp
+from dsalign.contract.preference_losses import LOSSES, REVERSE_KL_ONLY, SMOOTHED
+from dsalign.data.batches.packing import micro_batch
 
 MODEL = Drawn()
 FAR = Drawn(gap_low=-20.0, gap_high=20.0)  # rewards in the tails of the logistic function
@@ -63,9 +64,6 @@ def test_log1mexp_from_certain_to_impossible(dtype: torch.dtype) -> None:
     exact = x.detach().double().numpy()  # what float32 makes of them
     assert found.tolist() == [pytest.approx(oracle.log1mexp(float(one)), rel=limit) for one in exact]
     assert x.grad.tolist() == [pytest.approx(-1 / np.expm1(-one), rel=limit) for one in exact]
-
-
-# ---- one model -----------------------------------------------------------------------------------------------------
 
 
 def test_sft() -> None:
@@ -157,8 +155,6 @@ def test_simpo(beta: float, simpo_gamma: float, cpo_alpha: float, label_smoothin
     check(algos.load("simpo")(**options), PAIRS, MODEL, lambda p: oracle.simpo(p, **options), policy)
 
 
-# ---- KTO -----------------------------------------------------------------------------------------------------------
-
 RISING = Drawn(gap_low=-0.25, gap_high=0.5)  # the policy likes most completions more than the reference does: z0 > 0
 FALLING = Drawn(gap_low=-0.5, gap_high=0.25)  # z0 = 0
 
@@ -183,9 +179,6 @@ def test_kto(loss_type: str, weights: tuple[float, float], labels: str, model: D
     check(algos.load("kto")(**options), groups, model, loss, policy)
     _, _, prepared = loss_and_gradient(algos.load("kto")(**options), groups, model, torch.float64)
     assert prepared.shared == ({} if loss_type == "apo_zero_unpaired" else {"z0": pytest.approx(z0, rel=1e-14)})
-
-
-# ---- DPO -----------------------------------------------------------------------------------------------------------
 
 
 def check_dpo(model: Model, *loss_type: str, **options: Any) -> None:
@@ -213,43 +206,43 @@ def check_dpo(model: Model, *loss_type: str, **options: Any) -> None:
 
 
 def test_the_two_implementations_know_the_same_losses() -> None:
-    assert set(dpo.LOSSES) == set(oracle.DPO_LOSS_TYPES)
-    assert dpo.SMOOTHED == oracle.USES_SMOOTHING
-    assert dpo.REVERSE_KL_ONLY == oracle.REFUSES_DIVERGENCE
+    assert set(LOSSES) == set(oracle.DPO_LOSS_TYPES)
+    assert SMOOTHED == oracle.USES_SMOOTHING
+    assert REVERSE_KL_ONLY == oracle.REFUSES_DIVERGENCE
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
-@pytest.mark.parametrize("loss_type", dpo.LOSSES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_dpo(loss_type: str, beta: float) -> None:
     check_dpo(MODEL, loss_type, beta=beta)
 
 
-@pytest.mark.parametrize("loss_type", dpo.LOSSES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_dpo_in_the_tails(loss_type: str) -> None:
     """Rewards of up to 30 either way."""
     check_dpo(FAR, loss_type)
 
 
 @pytest.mark.parametrize("rpo_alpha", [0.0, 1.0])
-@pytest.mark.parametrize("loss_type", [t for t in dpo.LOSSES if t != "sft"])
+@pytest.mark.parametrize("loss_type", [t for t in LOSSES if t != "sft"])
 def test_dpo_with_and_without_the_nll_of_the_chosen(loss_type: str, rpo_alpha: float) -> None:
     check_dpo(MODEL, loss_type, rpo_alpha=rpo_alpha)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.1, 0.3])
-@pytest.mark.parametrize("loss_type", sorted(dpo.SMOOTHED))
+@pytest.mark.parametrize("loss_type", sorted(SMOOTHED))
 def test_dpo_with_label_smoothing(loss_type: str, label_smoothing: float) -> None:
     check_dpo(MODEL, loss_type, label_smoothing=label_smoothing)
 
 
 @pytest.mark.parametrize("ld_alpha", [0.0, 0.25])
-@pytest.mark.parametrize("loss_type", dpo.LOSSES)
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_dpo_with_tokens_beyond_the_shorter_length_weighed(loss_type: str, ld_alpha: float) -> None:
     check_dpo(MODEL, loss_type, ld_alpha=ld_alpha)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "js", "alpha 0.5", "alpha 1", "alpha 2"])
-@pytest.mark.parametrize("loss_type", [t for t in dpo.LOSSES if t not in dpo.REVERSE_KL_ONLY])
+@pytest.mark.parametrize("loss_type", [t for t in LOSSES if t not in REVERSE_KL_ONLY])
 def test_dpo_with_an_f_divergence(loss_type: str, kind: str) -> None:
     name, _, coefficient = kind.partition(" ")
     options = {"f_divergence_type": name, "f_alpha_divergence_coef": float(coefficient or 1.0)}

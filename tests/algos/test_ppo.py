@@ -15,10 +15,10 @@ from fakes import CPU, Array, FakeContext, Ranks, flat, metrics_of, precision
 from support import random_groups
 from torch import Tensor
 
-from dsalign.algos import Batch, Loss, MicroBatch, Output, Prepared, Sampling
-from dsalign.algos.ppo import PPO, token_kl, whiten
-from dsalign.data.batch import cut, micro_batch
-from dsalign.data.tokenize import Group
+from dsalign.algos.ppo import PPO
+from dsalign.contract.groups import Batch, Group, Loss, MicroBatch, Output, Prepared, Sampling
+from dsalign.contract.rollouts import token_kl, whiten
+from dsalign.data.batches.packing import cut, micro_batch
 
 END, SECOND_END = 2, 7  # two tokens end a completion; 0 is the id of padding
 LIMITS = ((torch.float32, 1e-6), (torch.float64, 1e-12))
@@ -141,9 +141,6 @@ def apart(found: Array, want: Array) -> float:
     return gap / size if size else gap
 
 
-# ---- the parts -----------------------------------------------------------------------------------------------------
-
-
 def test_kl_of_a_token() -> None:
     """k1 is 0.5 - 1; k3 is e^0.5 - 1 - 0.5. Equal log-probabilities have 0, and k3 is never below it."""
     logps, reference = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-0.5, -1.0, -9.0])
@@ -179,8 +176,6 @@ def test_whitening_leaves_one_token_alone_and_makes_equal_ones_zero() -> None:
     assert [x.tolist() for x in whiten(ctx, [torch.tensor([5.0, 5.0])], shift_mean=True)] == [[0.0, 0.0]]
     assert [x.tolist() for x in whiten(ctx, [torch.tensor([5.0, 5.0])], shift_mean=False)] == [[5.0, 5.0]]
 
-
-# ---- prepare -------------------------------------------------------------------------------------------------------
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -315,9 +310,6 @@ def test_what_prepare_asks_for() -> None:
     assert ppo.units(prepared.groups) == {"tokens": sum(len(c) for answers in RAGGED for c in answers)}
 
 
-# ---- sampler and trainer -------------------------------------------------------------------------------------------
-
-
 def shifted(*gaps: float) -> Plays:
     """The first completions with these gaps between sampler and trainer, the others without."""
     plays = {i: list(PLAYS[i]) for i in PLAYS}
@@ -363,9 +355,6 @@ def test_a_small_gap_is_warned_about_and_logged() -> None:
     assert ctx.warnings == []
 
 
-# ---- samples -------------------------------------------------------------------------------------------------------
-
-
 def test_samples_are_the_first_completions_with_their_scores() -> None:
     """At most four prompts of a rank, and the score is the one after the penalty."""
     ((prepared, _),) = prepared_on(algorithm(missing_eos_penalty=1.0))
@@ -393,9 +382,6 @@ def test_samples_are_shown_that_many_times_in_a_run(times: int, total: int, step
     ppo = algorithm(num_sample_generations=times)
     shown = [step for step in range(total) if prepared_on(ppo, step=step, total_batches=total)[0][0].samples]
     assert shown == steps
-
-
-# ---- the losses ----------------------------------------------------------------------------------------------------
 
 
 def loss_of(ppo: PPO, role: str, out: Output, micro: MicroBatch) -> Loss:
@@ -538,9 +524,6 @@ def test_fields_of_the_last_completion_stay_with_it() -> None:
     micro = micro_batch([group], CPU, fields)
     out = Output(values=torch.tensor([0.0, 0.0, 99.0, 3.0, 99.0]))
     assert float(algorithm(vf_coef=1.0).value_loss(out, micro).terms["tokens"]) == 0.5 * (3 - 1) ** 2
-
-
-# ---- its options ---------------------------------------------------------------------------------------------------
 
 
 def test_what_it_tells_the_trainer() -> None:

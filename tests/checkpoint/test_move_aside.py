@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsalign.checkpoint.store import move_aside
+from dsalign.checkpoint.checkpoints import move_aside
 
 
 def earlier_run(folder: Path) -> Path:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsalign.contract.groups import Group
 from dsalign.data.checks import BINS, Finding, Lengths, Survey, as_json
-from dsalign.data.tokenize import Group
 
 END, BOS = 2, 1
 ENDS = frozenset({END})

@@ -12,15 +12,21 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from support import ALGORITHMS, learnable_groups, random_groups
 
-from dsalign import algos, dist, engines
-from dsalign.algos import Batch, Loss, MicroBatch, Output, Prepared
-from dsalign.checkpoint.portable import whole_state
-from dsalign.context import Models, RunContext
-from dsalign.data.loader import Loader
+from dsalign import algos
+from dsalign.checkpoint.export import whole_state
+from dsalign.checkpoint.progress import Progress
+from dsalign.contract.groups import Batch, Loss, MicroBatch, Output, Prepared
+from dsalign.data.batches.loader import Loader
+from dsalign.engines import dist
+from dsalign.engines import engine as engines
+from dsalign.engines.roles import Models
+from dsalign.loop.context import RunContext
+from dsalign.loop.plan import Plan
+from dsalign.loop.trainer import Trainer
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import resolve
-from dsalign.trainer import Plan, Progress, Trainer
+from dsalign.models.tokenizer import LoadOptions
 
 STAGES: dict[str, dict[str, Any]] = {
     **{str(stage): {"stage": stage} for stage in (0, 1, 2)},
@@ -104,7 +110,7 @@ def build(
     found_class = ActorCritic if name == "actor_critic" else algos.load(name)
     algorithm = found_class(**(ALGORITHMS.get(name, {}) if settings is None else settings))
     device = torch.device("cpu")
-    options = load.LoadOptions(device=device, gradient_checkpointing=checkpointing, head_bytes=head_bytes)
+    options = LoadOptions(device=device, gradient_checkpointing=checkpointing, head_bytes=head_bytes)
     world = dist.world_size()
     engine_options = engines.EngineOptions(
         ds_config={"zero_optimization": STAGES[stage]},

@@ -10,16 +10,19 @@ import torch
 from cases import LORA, STAGES, Recording
 from support import VOCABULARY
 
-from dsalign import dist, engines
-from dsalign.algos import Sampling
 from dsalign.algos.ppo import PPO
-from dsalign.checkpoint.portable import export
-from dsalign.context import Models, RunContext
-from dsalign.data.loader import Loader
-from dsalign.data.tokenize import Group
+from dsalign.checkpoint.export import export
+from dsalign.checkpoint.progress import Progress
+from dsalign.contract.groups import Group, Sampling
+from dsalign.data.batches.loader import Loader
+from dsalign.engines import dist
+from dsalign.engines import engine as engines
+from dsalign.engines.roles import Models
+from dsalign.loop.context import RunContext
+from dsalign.loop.plan import Plan
 from dsalign.models import load
 from dsalign.models.names import resolve
-from dsalign.trainer import Plan, Progress
+from dsalign.models.tokenizer import LoadOptions
 
 BELOW = 25  # tokens below this id are rewarded
 ENDS = frozenset({2})
@@ -57,7 +60,7 @@ def build(
 ) -> Recording:
     """A PPO trainer of 8 prompts a step; with `recorded` SGD and recorded completions, else AdamW and real rollouts."""
     device, world = torch.device("cpu"), dist.world_size()
-    options = load.LoadOptions(device=device)
+    options = LoadOptions(device=device)
     engine_options = engines.EngineOptions(
         ds_config={"zero_optimization": STAGES[stage]},
         dtype=torch.float32,

@@ -14,11 +14,12 @@ import torch
 from support import ALGORITHMS, VOCABULARY, RankPool, from_rows, random_groups, stages_and_tuners, tiny_folder
 
 from dsalign import algos
-from dsalign.algos import Batch, Output
-from dsalign.data.batch import micro_batch, rows
-from dsalign.data.loader import Loader
+from dsalign.contract.groups import Batch, Output
+from dsalign.data.batches.loader import Loader
+from dsalign.data.batches.packing import micro_batch, rows
 from dsalign.models import load
 from dsalign.models.names import resolve
+from dsalign.models.tokenizer import LoadOptions
 
 STAGES = ("0", "1", "2", "3")
 
@@ -61,7 +62,7 @@ class Plain:
     ) -> None:
         self.algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
         self.role = next(r for r, how in self.algorithm.roles.items() if how == "train")
-        options = load.LoadOptions(device=torch.device("cpu"))
+        options = LoadOptions(device=torch.device("cpu"))
         lora = cases.LORA if tuner == "lora" else None
         self.module = load.load_trained(self.role, resolve(str(folder)), options, lora).to(dtype)
         reference = copy.deepcopy(self.module) if "reference" in self.algorithm.roles else None

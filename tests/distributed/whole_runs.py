@@ -6,9 +6,10 @@ from unittest import mock
 
 import torch
 
-from dsalign import dist, run
-from dsalign.config import parse
+from dsalign.config.parse import parse
+from dsalign.engines import dist
 from dsalign.launcher import Process
+from dsalign.verbs import train as run
 
 
 def train(words: list[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from support import random_groups
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dsalign.data.batch import rows
+from dsalign.data.batches.packing import rows
 from dsalign.models import adapters
 from dsalign.models.adapters import LoraOptions, as_started
 from dsalign.models.heads import CausalModel

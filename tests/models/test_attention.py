@@ -26,12 +26,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from dsalign.data.batch import Inputs, Span, behind, num_shared, packed, rows
-from dsalign.data.tokenize import Group
+from dsalign.contract.groups import Group
+from dsalign.data.batches.packing import Inputs, Span, behind, num_shared, packed, rows
 from dsalign.models import attention, load
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.heads import CausalModel, ValueModel
-from dsalign.models.layers import read_alone
+from dsalign.models.last_layer import read_alone
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -12,8 +12,8 @@ from support import VOCABULARY, random_groups
 from test_attention import SIZES, build
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from dsalign.data.batch import packed, rows
-from dsalign.data.tokenize import Group
+from dsalign.contract.groups import Group
+from dsalign.data.batches.packing import packed, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention is the GPU's path")
 WIDE = {**SIZES, "hidden_size": 128, "head_dim": 32, "max_position_embeddings": 4096}

@@ -21,9 +21,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from dsalign.data.batch import rows
-from dsalign.logps import Head, LogitTransform
+from dsalign.data.batches.packing import rows
 from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueHead, ValueModel
+from dsalign.models.logps import Head, LogitTransform
 
 CPU = torch.device("cpu")
 SIZES = {

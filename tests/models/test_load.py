@@ -22,12 +22,12 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from dsalign.data.batch import Inputs
+from dsalign.data.batches.packing import Inputs
 from dsalign.models import load
 from dsalign.models.adapters import LoraOptions
 from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueModel
-from dsalign.models.load import LoadOptions
 from dsalign.models.names import Source, resolve
+from dsalign.models.tokenizer import LoadOptions, end_token_ids, load_tokenizer
 
 CPU = torch.device("cpu")
 LORA = LoraOptions(rank=2, alpha=4, dropout=0.0, targets=("DEFAULT",))
@@ -86,15 +86,15 @@ def test_attention_and_checkpointing_reach_the_model(tiny: Path) -> None:
 def test_end_tokens(tiny: Path, tmp_path: Path) -> None:
     """The tokenizer's first, then those of generation_config.json, one or several; without the file the tokenizer's."""
     tokenizer = tiny_tokenizer()
-    assert load.end_token_ids(Source(str(tiny)), tokenizer) == (2,)
+    assert end_token_ids(Source(str(tiny)), tokenizer) == (2,)
     for eos, want in (([5, 2, 6], (2, 5, 6)), (7, (2, 7)), (None, (2,))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-        assert load.end_token_ids(Source(str(tmp_path)), tokenizer) == want
+        assert end_token_ids(Source(str(tmp_path)), tokenizer) == want
     tokenizer.eos_token = None
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5]}))
-    assert load.end_token_ids(Source(str(tmp_path)), tokenizer) == (5,)
+    assert end_token_ids(Source(str(tmp_path)), tokenizer) == (5,)
     (tmp_path / "generation_config.json").unlink()
-    assert load.end_token_ids(Source(str(tmp_path)), tokenizer) == ()
+    assert end_token_ids(Source(str(tmp_path)), tokenizer) == ()
 
 
 def adapter_folder(tiny: Path, folder: Path) -> Path:
@@ -110,11 +110,11 @@ def adapter_folder(tiny: Path, folder: Path) -> Path:
 def test_the_tokenizer_of_an_adapter_is_preferred(tiny: Path, tmp_path: Path) -> None:
     """It may have a chat template of its own; an adapter folder without a tokenizer has the base's."""
     source = resolve(str(adapter_folder(tiny, tmp_path)))
-    assert load.load_tokenizer(source, options()).chat_template is None
+    assert load_tokenizer(source, options()).chat_template is None
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(tmp_path)
-    assert load.load_tokenizer(source, options()).chat_template == "{{ messages }}"
+    assert load_tokenizer(source, options()).chat_template == "{{ messages }}"
 
 
 def test_a_trained_role(tiny: Path, tmp_path: Path) -> None:
@@ -227,9 +227,6 @@ def test_code_runs_where_it_is_trusted_and_that_is_said(
     assert f"running the Python code that comes with {folder} (--trust_remote_code)" in [
         r.message for r in caplog.records
     ]
-
-
-# ---- reward models with a score layer ------------------------------------------------------------------------------
 
 
 def classifier_folder(folder: Path, labels: int = 1, seed: int = 0, **changes: Any) -> Path:

@@ -13,8 +13,9 @@ import pytest
 from support import tiny_folder
 
 from dsalign import cli
-from dsalign.config import parse
-from dsalign.verbs import data, doctor
+from dsalign.config.parse import parse
+from dsalign.verbs import data
+from dsalign.verbs import data_report as doctor
 
 PAIRS = [
     {"prompt": "What is one and one?", "chosen": "two", "rejected": "three"},

@@ -12,7 +12,7 @@ from support import CHARACTERS, tiny_folder
 from transformers import AutoTokenizer
 
 from dsalign import cli
-from dsalign.data import text_files
+from dsalign.data.rows import text_files
 
 GOOD = {"prompt": "Say it.", "chosen": "yes", "rejected": "no way"}
 LABEL = {"prompt": "Say it.", "completion": "yes", "label": True}
@@ -113,8 +113,6 @@ def test_identical_pairs_and_duplicates_are_said(check: Check) -> None:
     assert "warning: 1 identical pairs (rows.jsonl:2)" in said and "warning: 1 duplicates (rows.jsonl:3)" in said
 
 
-# --- rows kept, dropped and truncated -----------------------------------------------------------------------------
-
 LONG = line(prompt="long " * 20)
 
 
@@ -143,9 +141,6 @@ def test_answers_cut_to_the_same_tokens_and_without_an_end(check: Check) -> None
     code, said = check("dpo", line() * 2 + alike, "--max_length", "80", "--truncation_strategy", "right")
     assert code == 0 and "3 kept, 1 truncated" in said
     assert "warning: 1 without end token (rows.jsonl:3)" in said and "warning: 1 identical pairs (rows.jsonl:3)" in said
-
-
-# --- tokenizers ---------------------------------------------------------------------------------------------------
 
 
 def variant(model: Path, folder: Path, **changes: Any) -> Path:

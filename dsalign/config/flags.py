@@ -1,0 +1,183 @@
+"""Text from the command line and from YAML files, with its place; what it means is decided in config.py."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+VERBS = ("train", "rlhf", "sft")
+SWITCHES = ("print_config", "help", "version")
+REQUESTS = ("config", "local_rank", *SWITCHES)  # flags that are no option of a run
+Raw = tuple[str, ...] | list[str | None] | dict[str, str | None] | str | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """One option as somebody wrote it."""
+
+    name: str  # canonical, with underscores
+    spelled: str  # "--batch-size" or "batch_size"
+    raw: Raw  # a tuple of words after a flag; what YAML holds otherwise, with every scalar as its text
+    file: str = ""  # "run.yaml:3", empty for a flag
+    tokens: tuple[str, ...] = ()  # of a flag, as they stood in argv
+
+    @property
+    def where(self) -> str:
+        """How a message names it."""
+        return f"{self.file}: {self.spelled}" if self.file else self.spelled
+
+    @property
+    def origin(self) -> str:
+        """How --print_config names it."""
+        return self.file or f"flag {self.spelled}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """argv, cut at its flags."""
+
+    words: tuple[str, ...]  # before the first flag
+    flags: tuple[Given, ...]
+
+    def asks(self, name: str) -> bool:
+        """Whether the flag `name` is there and not switched off."""
+        return any(flag.name == name and flag.raw != ("false",) for flag in self.flags)
+
+    def values(self, name: str) -> tuple[str, ...]:
+        """The words after every flag `name`, in order."""
+        return tuple(word for flag in self.flags if flag.name == name for word in _words(flag))
+
+    def mistakes(self) -> list[str]:
+        """A line for each request with a value that it does not take."""
+        wrong = (
+            flag for flag in self.flags if flag.name in SWITCHES and _words(flag) not in ((), ("true",), ("false",))
+        )
+        return [
+            f"{flag.spelled}: expected true, false or no value, got {' '.join(_words(flag))!r}; "
+            "write a file as --config FILE"
+            for flag in wrong
+        ]
+
+    def without(self, names: Collection[str]) -> list[str]:
+        """argv less the flags `names`."""
+        kept = (flag.tokens for flag in self.flags if flag.name not in names)
+        return [*self.words, *(token for tokens in kept for token in tokens)]
+
+
+def _words(flag: Given) -> tuple[str, ...]:
+    return flag.raw if isinstance(flag.raw, tuple) else ()
+
+
+def _name(spelled: str, aliases: Mapping[str, str]) -> str:
+    name = spelled.lstrip("-").replace("-", "_")
+    return aliases.get(name, name)
+
+
+def split(argv: Sequence[str], aliases: Mapping[str, str]) -> Command:
+    """argv as words and flags: `--name=value`, `--name value ...`, `--name`; dashes in a name are underscores.
+
+    argparse does not serve: it stops at the first mistake, and takes the value in `--gamma -1e-3` for a flag.
+    """
+    words: list[str] = []
+    groups: list[list[str]] = []
+    for token in argv:
+        if token == "-h" or (token.startswith("--") and len(token) > 2):
+            groups.append([token])
+        else:
+            (groups[-1] if groups else words).append(token)
+    flags: list[Given] = []
+    for first, *rest in groups:
+        spelled, equals, value = first.partition("=")
+        values = (value, *rest) if equals else tuple(rest)
+        name = "help" if spelled == "-h" else _name(spelled, aliases)
+        tokens = (first, *rest)
+        if name == "local_rank":  # the deepspeed launcher puts it first, so the verb may come behind it
+            words += values[1:]
+            values, tokens = values[:1], tokens[: 1 if equals else 2]
+        flags.append(Given(name, spelled, values, tokens=tokens))
+    return Command(tuple(words), tuple(flags))
+
+
+def read_yaml(file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[str]]:
+    """The options in `file`, and the problems of the file itself, a line each.
+
+    Raises nothing: a file that cannot be read is one of the problems.
+    """
+    try:
+        return parse_yaml(Path(file).expanduser().read_text(encoding="utf-8"), file, aliases)
+    except OSError as error:
+        return [], [f"--config: expected a YAML file that can be read, got {file!r} ({error.strerror}); check the path"]
+    except UnicodeDecodeError as error:
+        return [], [f"{file}: expected UTF-8 text, got a byte that is none at {error.start}; save it as UTF-8"]
+
+
+def parse_yaml(text: str, file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[str]]:
+    """The options in `text`, and its problems, a line each; `file` is how they name it.
+
+    Scalars stay text (null is None), so that `1e-4`, a string in YAML 1.1, means here what it means after a flag.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error)
+        return [], [f"{file}{line}: expected YAML, got a syntax error ({reason}); correct this line or the one above"]
+    if root is None:
+        return [], []
+    if not isinstance(root, yaml.MappingNode):
+        return [], [f"{file}:1: expected lines of `name: value`, got something else; see --print_config for the form"]
+    given, problems = [], []
+    for key, value in root.value:
+        place = f"{file}:{key.start_mark.line + 1}"
+        raw, problem = _raw(value)
+        if not isinstance(key, yaml.ScalarNode):
+            problems.append(f"{place}: expected the name of an option, got a {key.id}; write `name: value`")
+        elif problem:
+            problems.append(f"{place}: {key.value}: {problem}")
+        else:
+            given.append(Given(_name(key.value, aliases), key.value, raw, place))
+    return given, problems
+
+
+def _raw(node: yaml.Node) -> tuple[Raw, str | None]:
+    """A node's text, or what is wrong with it."""
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node), None
+    parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+    if not all(isinstance(part, yaml.ScalarNode) for part in parts):
+        return None, "expected a value, a list of values or `theirs: ours`, got deeper nesting; flatten it"
+    if isinstance(node, yaml.SequenceNode):
+        return [_scalar(part) for part in parts], None
+    keys = [key.value for key, _ in node.value]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        return None, f"expected each key once, got {', '.join(twice)} again; keep one of them"
+    return {key.value: _scalar(value) for key, value in node.value}, None
+
+
+def _scalar(node: yaml.ScalarNode) -> str | None:
+    return None if node.tag == "tag:yaml.org,2002:null" else str(node.value)
+
+
+def twice(layer: Sequence[Given]) -> list[str]:
+    """A line for each option that one file, or the command line, sets more than once."""
+    problems = []
+    seen: dict[str, Given] = {}
+    for one in layer:
+        if one.name in seen and one.name not in REQUESTS:
+            other = seen[one.name]
+            how = f"{other.spelled} and {one.spelled}" if other.spelled != one.spelled else f"{one.spelled} twice"
+            at = f" (first at {other.file})" if other.file else ""
+            problems.append(f"{one.where}: expected {one.name} once, got {how}{at}; keep one of them")
+        seen[one.name] = one
+    return problems
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """ "; did you mean X?" for the name most like `name`, or nothing where none is."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

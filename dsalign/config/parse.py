@@ -1,0 +1,232 @@
+"""The configuration of a run: defaults < YAML < flags, with every problem at once and before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsalign import algos, assets
+from dsalign.config import flags, options, rules
+from dsalign.config.flags import Given
+from dsalign.config.options import REQUIRED, Option
+from dsalign.config.schema import GLOBAL_BATCH, RESOLVED, RUN_OPTIONS, RunConfig, one_line
+
+ALIASES = {  # what the documented scripts and other trainers write -> the name here
+    "rlhf_type": "algo",
+    "model_type": "model",
+    "model_id_or_path": "model",
+    "sft_type": "tuner",
+    "ref_model_id_or_path": "ref_model",
+    "reward_model_id_or_path": "reward_model",
+    "per_device_train_batch_size": "batch_size",
+    "resume_from_checkpoint": "resume",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run.
+
+    problems: a line each: where, what was expected, what came, what to do.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A configuration, and where each of its values comes from."""
+
+    config: RunConfig
+    origins: Mapping[str, str]  # option -> "default", "dpo default", "run.yaml:3" or "flag --beta"
+    command: flags.Command
+
+    @property
+    def print_config(self) -> bool:
+        """Whether the user only wants to see it."""
+        return self.command.asks("print_config")
+
+    def describe(self) -> str:
+        """The configuration as YAML, each value with its origin as a comment."""
+        lines = [(f"{name}: {one_line(value)}", self.origins[name]) for name, value in self.config.options().items()]
+        width = min(48, max(len(line) for line, _ in lines))
+        return "\n".join(f"{line:<{width}}  # {origin}" for line, origin in lines)
+
+
+def parse(argv: Sequence[str], *, world_size: int) -> Parsed:
+    """The configuration that `argv` (without the program's name) and its --config files describe.
+
+    world_size: ranks that will run, for the default of gradient_accumulation_steps.
+    Raises ConfigError with every problem found. Imports no algorithm's torch.
+    """
+    command = flags.split(argv, ALIASES)
+    given, problems = _merge(command)
+    name, guessed = _algorithm_name(command, given)
+    problems += guessed
+    own = options.of_algorithm(algos.load(name)) if name else {}
+    known = RUN_OPTIONS | own
+    if name and "dataset" not in given:
+        given = _of_demo_rows(name, known) | given
+    problems += [_unknown(one, name, known) for one in given.values() if one.name not in known and _is_wrong(one, name)]
+    values, unreadable = _read(given, known)
+    algorithm = None
+    if name and all(field in values for field in own):
+        try:
+            algorithm = algos.load(name)(**{field: values[field] for field in own})
+        except ValueError as error:
+            unreadable.append(_placed(str(error), name, given))
+    origins = {one: given[one].origin if one in given else f"{name} default" for one in own}
+    origins |= {one: given[one].origin if one in given else "default" for one in RUN_OPTIONS}
+    if name:
+        values["algo"] = name
+        _resolve(values, origins, name, world_size)
+    where = {one.name: one.where for one in given.values() if one.name in known}
+    draft = rules.Draft(values, where, algorithm, _frozen_roles(), world_size)
+    problems += unreadable + rules.broken(draft)
+    if problems:
+        raise ConfigError(problems)
+    config = RunConfig(algorithm=algorithm, **{one: values[one] for one in RUN_OPTIONS})
+    return Parsed(config, origins, command)
+
+
+def _merge(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
+    """What was given for each option, flags over later files over earlier ones; and the problems of the layers."""
+    problems = command.mistakes()
+    if len(command.words) > 1 or not set(command.words) <= set(flags.VERBS):
+        wrong = " ".join(command.words)
+        advice = flags.nearest(wrong, flags.VERBS) or "; write options as --name value, files as --config FILE"
+        problems.append(f"command: expected one of {', '.join(flags.VERBS)}, got {wrong!r}{advice}")
+    if command.asks("config") and not command.values("config"):
+        problems.append("--config: expected a YAML file, got none; write --config FILE.yaml")
+    layers = []
+    for file in command.values("config"):
+        layer, wrong_lines = flags.read_yaml(file, ALIASES)
+        problems += wrong_lines
+        layers.append(layer)
+    layers.append([one for one in command.flags if one.name not in flags.REQUESTS])
+    given: dict[str, Given] = {}
+    for layer in layers:
+        problems += flags.twice(layer)
+        for one in layer:
+            if one.raw is None and one.name in RESOLVED:
+                given.pop(one.name, None)  # null asks for the default
+            else:
+                given[one.name] = one
+    return given, problems
+
+
+def _of_demo_rows(algo: str, known: Mapping[str, Option]) -> dict[str, Given]:
+    """The options that the algorithm's demo rows bring along."""
+    rows = assets.of_kind(algos.load(algo).data)
+    brought = assets.OPTIONS.get(rows, {})
+    return {name: Given(name, name, (value,), file=rows) for name, value in brought.items() if name in known}
+
+
+def _algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[str, list[str]]:
+    """The algorithm's name, empty where it is unknown, and what is wrong with it.
+
+    An algorithm may give away a value of its options: cpo with loss_type simpo is simpo.
+    """
+    verb = "".join(command.words[:1])
+    asked = given.get("algo") or (Given("algo", "algo", ("sft",), "verb sft") if verb == "sft" else None)
+    choices = f"expected one of {', '.join(algos.names())}"
+    if asked is None:
+        return "", [f"algo: {choices}, got none; give --algo NAME"]
+    words = asked.raw if isinstance(asked.raw, (tuple, list)) else (asked.raw,)
+    name = str(words[0]) if len(words) == 1 else " ".join(map(str, words))
+    if name not in algos.names():
+        return "", [f"{asked.where}: {choices}, got {name!r}{flags.nearest(name, algos.names()) or '; choose one'}"]
+    if verb == "sft" and name != "sft":
+        return name, [f"{asked.where}: expected sft after the verb sft, got {name!r}; use the verb rlhf or train"]
+    given["algo"] = asked
+    for field, others in getattr(algos.load(name), "aliases", {}).items():
+        raw = given[field].raw if field in given else None
+        value = raw[0] if isinstance(raw, (tuple, list)) and len(raw) == 1 else raw
+        if isinstance(value, str) and value in others:
+            given["algo"] = dataclasses.replace(given.pop(field), name="algo")
+            return others[value], []
+    return name, []
+
+
+def _is_wrong(one: Given, algo: str) -> bool:
+    """Without an algorithm, an option of any of them may be right."""
+    return bool(algo) or not _algorithms_with(one.name)
+
+
+def _algorithms_with(name: str) -> list[str]:
+    return [algo for algo, own in _all_own().items() if name in own]
+
+
+def _all_own() -> dict[str, dict[str, Option]]:
+    """Algorithm -> its options."""
+    return {name: options.of_algorithm(algos.load(name)) for name in algos.names()}
+
+
+def _unknown(one: Given, algo: str, known: Mapping[str, Option]) -> str:
+    """The line for an option that there is not."""
+    if having := _algorithms_with(one.name):
+        return (
+            f"{one.where}: expected an option of {algo}, got one of {', '.join(having)}; {algo} has none of it, "
+            f"remove it or change --algo"
+        )
+    possible = [] if algo else [name for own in _all_own().values() for name in own]
+    names = [*known, *possible, *ALIASES, *(() if one.file else flags.REQUESTS)]
+    guess = flags.nearest(one.name, names) or "; see --help for all"
+    return f"{one.where}: expected a known option, got {one.name!r}{guess}"
+
+
+def _read(given: Mapping[str, Given], known: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
+    """The typed value of each option that can be read or has a default, and a line for each other."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, option in known.items():
+        if name == "algo":
+            continue
+        if name not in given:
+            if option.default is not REQUIRED:  # `_resolve` has the others
+                values[name] = option.default
+            continue
+        try:
+            values[name] = option.read(given[name].raw)
+        except ValueError as error:
+            problems.append(f"{given[name].where}: {error}")
+    return values, problems
+
+
+def _placed(message: str, algo: str, given: Mapping[str, Given]) -> str:
+    """An algorithm's message about a value, behind the place of that value."""
+    name, colon, rest = message.partition(": ")
+    return f"{given[name].where}: {rest}" if colon and name in given else f"{algo}: {message}"
+
+
+def _frozen_roles() -> dict[str, frozenset[str]]:
+    """Algorithm -> its frozen roles by default."""
+    made = {name: algos.load(name)() for name in algos.names()}
+    return {name: frozenset(r for r, how in algo.roles.items() if how == "frozen") for name, algo in made.items()}
+
+
+def _resolve(values: dict[str, Any], origins: dict[str, str], algo: str, world_size: int) -> None:
+    """Fills in, in place, what depends on other options; leaves out what depends on an unreadable one."""
+
+    def fill(name: str, value: Any, origin: str) -> None:
+        if origins[name] == "default":
+            values[name], origins[name] = value, origin
+
+    cls = algos.load(algo)
+    fill("dataset", (assets.of_kind(cls.data),), f"{algo} default")
+    fill("lora_dropout", cls.dropout, f"{algo} default")
+    fill("output_dir", f"output/{algo}", "default")
+    if "tuner" in values:
+        fill("learning_rate", cls.learning_rates[values["tuner"]], f"{algo} default")
+    if "batch_size" in values:
+        accumulation = math.ceil(GLOBAL_BATCH / (values["batch_size"] * world_size))
+        fill("gradient_accumulation_steps", accumulation, "default")
+    for name in ("ref_model", "reward_model"):
+        if values.get(f"{name}_type"):
+            fill(name, values[f"{name}_type"], origins[f"{name}_type"])
+    if "reward" in _frozen_roles()[algo] and not values.get("reward_model"):
+        fill("reward_funcs", (assets.REWARD,), f"{algo} default")

@@ -1,0 +1,1 @@
+"""What an algorithm may see; imports nothing else of dsalign."""

@@ -1,0 +1,1 @@
+"""Savers of memory and time that only CPUs need."""

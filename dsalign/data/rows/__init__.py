@@ -1,0 +1,1 @@
+"""Sources to rows: files, formats and columns."""

@@ -1,0 +1,173 @@
+"""From sources to records: files, folders, globs, demo rows and hub data sets."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from dsalign import assets
+from dsalign.data.rows import hub, text_files
+from dsalign.data.rows.records import Record, RowError, shorten
+from dsalign.data.rows.text_files import Item
+
+FORMATS: Mapping[str, Callable[[Path, str], Iterator[Item]]] = {
+    ".jsonl": text_files.json_lines,
+    ".json": text_files.json_array,
+    ".csv": text_files.csv_rows,
+}
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def read_source(source: str, seed: int, streaming: bool = False) -> Iterator[Item]:
+    """The records of one source in stored order, and in its place the RowError of each that cannot be read.
+
+    source: a file, a folder, a glob, demo rows, a short name or a hub name; with "#n" behind it a sample of n records
+    without replacement, fixed by `seed`, in stored order. A record is held no longer than until the next.
+    streaming: a hub data set is not kept on disk.
+    Raises ValueError (RowError where a row is to blame, and what follows it cannot be read) naming the file and line.
+    """
+    name, count = _sample(source)
+    if count is None:
+        yield from _records(name, streaming)
+        return
+    if streaming and _local(name) is None:
+        raise ValueError(
+            f"data set {source!r}: cannot sample rows of a stream; leave out #{count} or --streaming, or stop a run "
+            "early with --max_steps"
+        )
+    total = sum(1 for _ in _records(name))
+    if not 0 < count <= total:
+        raise ValueError(
+            f"data set {source!r}: cannot sample {count} rows of {total}; "
+            f"write #n with n from 1 to {total}, or no # for all rows"
+        )
+    chosen = set(random.Random(seed).sample(range(total), count))
+    yield from (record for index, record in enumerate(_records(name)) if index in chosen)
+
+
+def version(source: str) -> tuple[str, int | None]:
+    """(what changes with the records of a source, about how many there are where that is known without reading them).
+
+    Raises ValueError where there is no such source.
+    """
+    name, count = _sample(source)
+    files = _local(name)
+    if files is None:
+        digest, rows = hub.version(name)
+    else:
+        hashed, counts = hashlib.blake2b(digest_size=16), []
+        for path, shown in files:
+            with path.open("rb") as file:
+                hashed.update(f"{shown} {hashlib.file_digest(file, 'blake2b').hexdigest()}".encode())
+            counts.append(_num_rows(path))
+        digest, rows = hashed.hexdigest(), None if None in counts else sum(filter(None, counts))
+    return f"{source} {digest}", rows if count is None else count
+
+
+def _sample(source: str) -> tuple[str, int | None]:
+    """(name, n) of name#n, where no file or folder is called so; else (source, None)."""
+    name, mark, count = source.rpartition("#")
+    if not mark or not count.isdecimal() or Path(source).expanduser().exists():
+        return source, None
+    return name, int(count)
+
+
+def _records(name: str, streaming: bool = False) -> Iterator[Item]:
+    files = _local(name)
+    if files is None:
+        yield from hub.records(name, streaming)
+        return
+    for path, shown in files:
+        yield from _file(path, shown)
+
+
+def _local(name: str) -> list[tuple[Path, str]] | None:
+    """(file, how a message calls it) of each file of a source; None = it is a hub data set.
+
+    Raises ValueError where a local name has no data files.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(entry.name for entry in path.iterdir() if _is_data(entry))
+        if not files:
+            raise ValueError(
+                f"data folder {name!r}: expected files that end in {', '.join(SUFFIXES)}, "
+                f"got {shorten(sorted(entry.name for entry in path.iterdir()))}; point at the folder that holds them"
+            )
+        return [(path / file, os.path.join(name, file)) for file in files]
+    if path.is_file():
+        return [(path, name)]
+    if name.startswith(assets.PREFIX):
+        return [(assets.find(name), name)]
+    if any(mark in name for mark in "*?["):
+        files = sorted(file for file in glob.glob(str(path), recursive=True) if _is_data(Path(file)))
+        if not files:
+            raise ValueError(
+                f"data set {name!r}: expected a pattern that matches files that end in {', '.join(SUFFIXES)}, "
+                "got none; check it, and put it into quotes"
+            )
+        return [(Path(file), file) for file in files]
+    if _suffix(path) in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "check the path"
+        raise ValueError(f"data set {name!r}: expected a file or a folder, got nothing at this path; {hint}")
+    return None
+
+
+def _suffix(path: Path) -> str:
+    """.jsonl of rows.jsonl and rows.jsonl.gz; Parquet packs itself."""
+    packed = path.suffix in text_files.PACKED and Path(path.stem).suffix in FORMATS
+    return Path(path.stem).suffix if packed else path.suffix
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and _suffix(path) in SUFFIXES and not path.name.startswith((".", "_"))
+
+
+def _num_rows(path: Path) -> int | None:
+    """About how many rows a file has, None where that cannot be told without parsing it."""
+    suffix = path.suffix
+    if suffix == ".parquet":
+        import pyarrow.parquet  # noqa: PLC0415  # 40 MiB, for few kinds of files
+
+        with suppress(pyarrow.lib.ArrowException):  # whoever reads it will say so
+            return int(pyarrow.parquet.read_metadata(path).num_rows)
+    if suffix not in (".jsonl", ".csv"):
+        return None
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _file(path: Path, name: str) -> Iterator[Item]:
+    suffix = _suffix(path)
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"data file {name!r}: expected a name that ends in {', '.join(SUFFIXES)}, or of text with .gz or .zst "
+            f"behind it, got {path.suffix!r}; convert or rename the file"
+        )
+    empty = True
+    for record in FORMATS.get(suffix, _parquet)(path, name):
+        empty = False
+        yield record
+    if empty:
+        raise RowError(f"{name}: expected at least one row, got an empty file; remove it or write it again")
+
+
+def _parquet(path: Path, name: str) -> Iterator[Item]:
+    import pyarrow.parquet  # noqa: PLC0415  # 40 MiB, for few kinds of files
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from (Record(f"{name}:row {number}", row) for number, row in enumerate(rows, 1))
+    except pyarrow.lib.ArrowException as error:
+        raise ValueError(
+            f"data file {name!r}: expected Parquet, got an error: {shorten(str(error))}; write the file again"
+        ) from error

@@ -1,0 +1,228 @@
+"""Own readers of JSON lines, JSON and CSV, so that every message names file and line; also as .gz and .zst.
+
+A row that cannot be read is handed on as the error it is, where what follows can still be read.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
+
+from dsalign.data.rows.records import SHOWN, Record, RowError, shorten
+
+MAX_ROW_BYTES = 50_000_000  # of a line; longer ones are other files' contents by mistake
+PACKED = (".gz", ".zst")
+Item = Record | RowError
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked where its name says that they are packed."""
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if path.suffix == ".zst":
+        import pyarrow  # noqa: PLC0415  # 40 MiB, for few kinds of files
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
+
+
+def _lines(path: Path, name: str) -> Iterator[str | RowError]:
+    """Lines with their line ends, without the byte order mark; for one that cannot be read, why."""
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, 1):
+                yield _line(raw, f"{name}:{number}", "utf-8-sig" if number == 1 else "utf-8")
+    except (OSError, EOFError, zlib.error) as error:
+        if path.suffix not in PACKED:
+            raise
+        raise RowError(f"{name}: expected a whole {path.suffix} file, got an error: {error}; pack it again") from error
+
+
+def _line(raw: bytes, where: str, encoding: str) -> str | RowError:
+    if len(raw) > MAX_ROW_BYTES:
+        return RowError(
+            f"{where}: expected a line of at most {MAX_ROW_BYTES} bytes, got {len(raw)}, beginning with "
+            f"{shorten(raw[:SHOWN])}; one row a line"
+        )
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        return RowError(
+            f"{where}: expected UTF-8, got byte 0x{raw[error.start]:02x} at position {error.start + 1} "
+            f"of {shorten(raw)}; save the file as UTF-8"
+        )
+
+
+def _whole_lines(path: Path, name: str) -> Iterator[str]:
+    """Lines of a file that must be read as a whole. Raises RowError at the first that cannot be read."""
+    for line in _lines(path, name):
+        if isinstance(line, RowError):
+            raise line
+        yield line
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"expected each key once, got {max(names, key=names.count)!r} twice; remove one")
+    return values
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"expected a JSON number, got {word}, which JSON does not have; write null or leave the key out")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _decode(text: str, start: int, name: str, line: int, fix: str) -> tuple[Any, int]:
+    """The JSON value at `start`, which is on `line`, and the position of the next character that is not blank."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        column = error.pos - text.rfind("\n", 0, error.pos)
+        near = text[max(error.pos - 20, 0) : error.pos + 20]
+        raise RowError(
+            f"{name}:{line + text.count(chr(10), start, error.pos)}: expected JSON, got {shorten(near)} "
+            f"({error.msg} at character {column}); {fix}"
+        ) from error
+    except ValueError as error:
+        raise RowError(f"{name}:{line}: {error}") from error
+    return value, _blank(text, end)
+
+
+def _blank(text: str, start: int) -> int:
+    return _SPACE.match(text, start).end()  # type: ignore[union-attr]  # the pattern matches everywhere
+
+
+def json_lines(path: Path, name: str) -> Iterator[Item]:
+    """One object a line, blank lines aside; an array under this name is read as one."""
+    seen = False
+    for number, line in enumerate(_lines(path, name), 1):
+        if isinstance(line, RowError):
+            yield line
+            continue
+        start = _blank(line, 0)
+        if start == len(line):
+            continue
+        if not seen and line[start] == "[":
+            yield from json_array(path, name)
+            return
+        seen = True
+        try:
+            yield _object(line, start, f"{name}:{number}", name, number)
+        except RowError as error:
+            yield error
+
+
+def _object(line: str, start: int, where: str, name: str, number: int) -> Record:
+    fix = "each line must be one complete JSON object"
+    cut = "" if line.endswith("\n") else ", and this last line looks cut off"
+    text = line.rstrip("\r\n")  # an error at the end of the line is one of this line
+    value, end = _decode(text, start, name, number, fix + cut)
+    if end != len(text):
+        raise RowError(f"{where}: expected one JSON object on a line, got more: {shorten(text[end:])}; {fix}")
+    return Record(where, _row(where, value))
+
+
+def json_array(path: Path, name: str) -> Iterator[Item]:
+    """An array of rows, an object that holds one list of rows, or JSON lines under another name."""
+    text = "".join(_whole_lines(path, name))
+    start = _blank(text, 0)
+    if start == len(text):
+        return
+    if text[start] == "{":
+        first, end = _decode(text, start, name, 1, "write an array of rows, or one row a line")
+        if end != len(text):
+            yield from json_lines(path, name)
+            return
+        start = _only_list(text, start, first, name)
+    elif text[start] != "[":
+        raise RowError(f"{name}:1: expected an array of rows, got {shorten(text[start:])}; write [{{...}}, {{...}}]")
+    line, counted = 1, 0
+    position = _blank(text, start + 1)
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{name}:{line}"
+        value, position = _decode(text, position, name, line, "the array must be complete: [row, row, ...]")
+        yield _record(where, value)
+        if text[position : position + 1] == ",":
+            position = _blank(text, position + 1)
+        elif text[position : position + 1] != "]":
+            got = shorten(text[position : position + 20]) if position < len(text) else "the end of the file"
+            raise RowError(f"{where}: expected ',' or ']' after this row, got {got}; the array must be complete")
+    rest = text[position + 1 :].strip()
+    if rest and not text.lstrip().startswith("{"):
+        raise RowError(f"{name}: expected nothing after the array, got {shorten(rest)}; keep one array a file")
+
+
+def _only_list(text: str, start: int, value: Mapping[str, Any], name: str) -> int:
+    """Where the one list of the object at `start` begins."""
+    lists = [key for key, item in value.items() if isinstance(item, list)]
+    if len(lists) != 1:
+        raise RowError(
+            f"{name}:1: expected an array of rows or an object with one list, got an object whose lists are {lists}; "
+            "write an array, or one row a line in a .jsonl file"
+        )
+    position = _blank(text, start + 1)
+    while True:
+        key, position = _decode(text, position, name, 1, "")
+        position = _blank(text, position + 1)
+        if key == lists[0]:
+            return position
+        _, position = _decode(text, position, name, 1, "")
+        position = _blank(text, position + 1)
+
+
+def _record(where: str, value: object) -> Item:
+    try:
+        return Record(where, _row(where, value))
+    except RowError as error:
+        return error
+
+
+def _row(where: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(
+            f"{where}: expected a row as a JSON object, got {type(value).__name__} {shorten(value)}; "
+            'write {"column": value, ...}'
+        )
+    return value
+
+
+def csv_rows(path: Path, name: str) -> Iterator[Item]:
+    """Rows under a header; every value is text."""
+    reader = csv.reader(_whole_lines(path, name), strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{name}:{reader.line_num + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise RowError(
+                f"{where}: expected CSV, got an error: {error}; quote text that holds quotes, or use .jsonl"
+            ) from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            if len(set(header)) != len(header):
+                raise RowError(f"{where}: expected each column name once, got {shorten(header)}; rename one")
+        elif len(cells) != len(header):
+            yield RowError(
+                f"{where}: expected {len(header)} cells ({', '.join(header)}), got {len(cells)}: {shorten(cells)}; "
+                "quote cells that hold commas or line ends"
+            )
+        else:
+            yield Record(where, dict(zip(header, cells, strict=True)), text_only=True)

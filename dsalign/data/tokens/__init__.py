@@ -1,0 +1,1 @@
+"""Rows to groups of token ids."""

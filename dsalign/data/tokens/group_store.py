@@ -1,0 +1,194 @@
+"""Token groups on disk: written once as they are made, mapped by every rank, never all in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import shutil
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from dsalign.contract.groups import Group
+from dsalign.data.rows.iterate import Skipped
+from dsalign.data.tokens.encoder import Tally
+
+IDS, KNOWN, INDEX, MANIFEST = "ids.bin", "known.bin", "index.bin", "manifest.json"
+FORMAT = 2  # of the files
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What happened to the rows on their way into a store."""
+
+    num_rows: int
+    dropped: Mapping[str, int]
+    truncated: int
+    skipped: Skipped
+
+
+class LazyGroups(Sequence[Group], ABC):
+    """Groups of which one is made whenever it is asked for."""
+
+    @abstractmethod
+    def _at(self, index: int) -> Group:
+        """The group at an index in [0, len)."""
+
+    @overload
+    def __getitem__(self, at: int) -> Group: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Group]: ...
+    def __getitem__(self, at: int | slice) -> Group | list[Group]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"group {at} of {len(self)}")
+        return self._at(at % len(self))
+
+
+class GroupStore(LazyGroups):
+    """The groups of a folder that `write` made: token ids and text are read when a group is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError where the folder is not what was written: a file is missing, cut off or changed."""
+        self.folder = folder
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            files = {name: _digest(folder / name) for name in (IDS, KNOWN, INDEX)}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: its files cannot be read: {error}") from error
+        if manifest.get("format") != FORMAT or manifest["files"] != files:
+            raise ValueError(f"{folder}: its files are not those that were written")
+        skipped = Skipped(*manifest["skipped"])
+        self.counts = Counts(manifest["num_rows"], manifest["dropped"], manifest["truncated"], skipped)
+        self._index = np.memmap(folder / INDEX, dtype=np.int64, mode="r").reshape(-1, 2)
+        self._ids, self._known = (_map(folder / name) for name in (IDS, KNOWN))
+
+    def __len__(self) -> int:
+        return len(self._index) - 1
+
+    def _at(self, index: int) -> Group:
+        (start, first), (stop, last) = self._index[index : index + 2].tolist()
+        return _restored(array("i", self._ids[start * 4 : stop * 4]), json.loads(self._known[first:last]), index)
+
+
+class Part(Sequence[Group]):
+    """The groups at some positions of others, looked up when they are asked for."""
+
+    def __init__(self, groups: Sequence[Group], positions: Sequence[int]) -> None:
+        self._groups, self._positions = groups, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, at: int) -> Group: ...
+    @overload
+    def __getitem__(self, at: slice) -> Part: ...
+    def __getitem__(self, at: int | slice) -> Group | Part:
+        if isinstance(at, slice):
+            return Part(self._groups, self._positions[at])
+        return self._groups[self._positions[at]]
+
+
+class Packed(NamedTuple):
+    """Some groups as they stand in a store's files. sizes: of each the number of its ids and the bytes of the rest."""
+
+    sizes: bytes  # int64
+    ids: bytes  # int32
+    known: bytes
+
+
+def pack(groups: Iterable[Group]) -> Packed:
+    """Of further columns, what JSON does not have becomes its text."""
+    sizes, ids, known = array("q"), array("i"), list[bytes]()
+    for group in groups:
+        before = len(ids)
+        for part in (group.prompt, *group.completions):
+            ids.extend(part)
+        known.append(json.dumps(_kept(group), ensure_ascii=False, default=str).encode())
+        sizes.extend((len(ids) - before, len(known[-1])))
+    return Packed(sizes.tobytes(), ids.tobytes(), b"".join(known))
+
+
+def write(parts: Iterable[Packed], tally: Tally, skipped: Skipped, folder: Path) -> GroupStore:
+    """The store of some groups, numbered from 0 as they come; tally and skipped are read after the last was taken.
+
+    The folder appears when it is whole: until then it has another name.
+    """
+    staging = folder.with_name(f".staging-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)  # what a run that was stopped left
+    staging.mkdir(parents=True)
+    start = np.zeros((1, 2), dtype=np.int64)  # in ids and in bytes
+    with (staging / IDS).open("wb") as a, (staging / KNOWN).open("wb") as b, (staging / INDEX).open("wb") as c:
+        c.write(start.tobytes())
+        for part in parts:
+            ends = start + np.frombuffer(part.sizes, dtype=np.int64).reshape(-1, 2).cumsum(0)
+            for file, content in ((a, part.ids), (b, part.known), (c, ends.tobytes())):
+                file.write(content)
+            start = ends[-1:] if len(ends) else start
+    manifest = {
+        "format": FORMAT,
+        "num_rows": tally.num_rows,
+        "dropped": dict(tally.dropped),
+        "truncated": tally.truncated,
+        "skipped": [skipped.count, skipped.first],
+        "files": {name: _digest(staging / name) for name in (IDS, KNOWN, INDEX)},
+    }
+    (staging / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    return GroupStore(folder)
+
+
+def _kept(group: Group) -> dict[str, Any]:
+    """What is not token ids, as JSON: short, because it is read with every group."""
+    found: dict[str, Any] = {"n": [len(group.prompt), *map(len, group.completions)]}
+    found |= {"w": group.where, "t": group.prompt_text, "l": group.label, "m": group.margin}
+    found |= {"c": group.columns, "u": group.turns, "k": group.masks and [list(map(int, m)) for m in group.masks]}
+    found["o"] = group.tools
+    return {name: value for name, value in found.items() if value not in (None, {}, ())}
+
+
+def _restored(ids: array[int], known: Mapping[str, Any], index: int) -> Group:
+    ends = np.cumsum(known["n"]).tolist()
+    prompt, *completions = (tuple(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+    masks = known.get("k")
+    return Group(
+        index,
+        known["w"],
+        prompt,
+        tuple(completions),
+        known.get("t", ""),
+        known.get("l"),
+        known.get("m"),
+        known.get("c", {}),
+        tuple(known.get("u", ())),
+        masks and tuple(tuple(map(bool, mask)) for mask in masks),
+        tuple(known.get("o", ())),
+    )
+
+
+def _digest(path: Path) -> list[Any]:
+    """[size, checksum] of a file."""
+    hashed, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            hashed.update(block)
+            size += len(block)
+    return [size, hashed.hexdigest()]
+
+
+def _map(path: Path) -> Any:
+    """The bytes of a file, mapped; an empty one cannot be."""
+    if not path.stat().st_size:
+        return b""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,0 +1,112 @@
+"""Text to token ids: conversations that begin alike are tokenised once up to where they part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dsalign.data.tokens.words import Ids, Words, reads_words
+
+
+class TextIds:
+    """Token ids of rendered text, with one BOS where the tokenizer puts one in front of plain text.
+
+    probe: a rendered prompt: the special tokens that it has are those at which others are cut. vocab_size: the model's,
+    None = the tokenizer's; ValueError is raised for text that has an id beyond it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probe: str, vocab_size: int | None = None) -> None:
+        self.tokenizer, self._probe = tokenizer, probe
+        self._vocab_size = vocab_size if vocab_size is not None and len(tokenizer) > vocab_size else None
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:  # here, as threads that tokenise must find it settled
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._read = Words(self._by_library) if reads_words(tokenizer) else self._by_library
+
+    def of(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text."""
+        bos = self.tokenizer.bos_token_id
+        found = self._plain(texts)
+        return [ids if ids[:1] == [bos] else [bos, *ids] for ids in found] if self._adds_bos else found
+
+    def branching(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[Ids, list[Ids]]]:
+        """For each (opening, texts): the ids of the opening and of every text, exactly those of `of`.
+
+        What stands before the opening's last special token is tokenised once for all texts that begin with it: a
+        tokenizer first cuts text at these tokens and then reads each part by itself.
+        """
+        cuts = [self._cut(opening, texts) for opening, texts in items]
+        heads = self.of([opening[:cut] for (opening, _), cut in zip(items, cuts, strict=True) if cut])
+        tails = [t[cut:] for (opening, texts), cut in zip(items, cuts, strict=True) if cut for t in (opening, *texts)]
+        unique = dict.fromkeys(tails)  # most openings end in the same words
+        read = dict(zip(unique, self._plain(list(unique)), strict=True))
+        whole = [t for (opening, texts), cut in zip(items, cuts, strict=True) if not cut for t in (opening, *texts)]
+        head, tail, uncut = iter(heads), iter(tails), iter(self.of(whole))
+        found = []
+        for (_, texts), cut in zip(items, cuts, strict=True):
+            if cut:
+                front = next(head)
+                opening, *rest = ([*front, *read[next(tail)]] for _ in range(1 + len(texts)))
+            else:
+                opening, *rest = (next(uncut) for _ in range(1 + len(texts)))
+            found.append((opening, rest))
+        return found
+
+    def _plain(self, texts: Sequence[str]) -> list[Ids]:
+        ids = self._read(texts)
+        if self._vocab_size is not None:
+            self._check(ids, self._vocab_size)
+        return ids
+
+    def _by_library(self, texts: Sequence[str]) -> list[Ids]:
+        if not texts:
+            return []
+        if self._backend is None:
+            ids: list[Ids] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
+        # Without the wrapping of each result, which takes as long as some of the tokenising.
+        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _check(self, every: Sequence[Ids], vocab_size: int) -> None:
+        largest = max((max(ids, default=0) for ids in every), default=0)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"expected token ids below {vocab_size}, the model's vocabulary, got {largest} "
+                f"({self.tokenizer.convert_ids_to_tokens(largest)!r}); use the model's own tokenizer, or resize its "
+                "embedding with resize_token_embeddings and save both"
+            )
+
+    def _cut(self, opening: str, texts: Sequence[str]) -> int:
+        """Where the opening's last special token starts, 0 where the texts cannot be cut there."""
+        cut, token = max(((opening.rfind(token), token) for token in self._special), default=(-1, ""))
+        front = opening[: cut + len(token)]
+        return cut if cut > 0 and all(text.startswith(front) for text in texts) else 0
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer puts a BOS in front of plain text."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [bos]
+
+    @cached_property
+    def _special(self) -> list[str]:
+        """The special tokens of a conversation at which text can be cut: always found as themselves, whatever stands
+        beside them."""
+        if self._backend is None or getattr(self._backend, "encode_special_tokens", False):
+            return []
+        added = self.tokenizer.added_tokens_decoder.values()
+        if any(t.single_word for t in added):  # found or not by what stands beside it
+            return []
+        plain = [t.content for t in added if t.content and not (t.normalized or t.lstrip)]
+        every = [t.content for t in added]
+        return [t for t in plain if t in self._probe and not any(_takes(other, t) for other in every)]
+
+
+def _takes(other: str, token: str) -> bool:
+    """Whether another token, or the same once more, can take characters of this one where both stand in a text."""
+    longest = min(len(other), len(token) - 1)
+    return (token in other and token != other) or any(other.endswith(token[:n]) for n in range(1, longest + 1))

@@ -1,0 +1,1 @@
+"""Models by role as DeepSpeed engines."""

@@ -1,0 +1,154 @@
+"""What a run says: one line a logging step on rank 0, metrics.jsonl always, and trackers where asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsalign.report.trackers import TRACKERS
+
+logger = logging.getLogger(__name__)
+FIRST = (
+    "loss",
+    "eval/loss",
+    "objective/scores",
+    "objective/kl",
+    "rewards/accuracies",
+    "rewards/margins",
+    "kl",
+    "nll_loss",
+    "log_odds_ratio",
+    "grad_norm",
+    "lr",
+)
+NOT_ON_THE_LINE = (  # only in metrics.jsonl
+    "num_tokens",
+    "epoch",
+    "tokens_per_s",
+    "logps/",
+    "objective/",
+    "policy/",
+    "loss/",
+    "val/",
+    "rollout/",
+)
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+class Report:
+    """Writes on rank 0 and is silent elsewhere. A tracker that fails is dropped with a warning; training goes on."""
+
+    def __init__(
+        self, output_dir: Path, trackers: Sequence[str], *, rank: int, total_steps: int, resumed: bool
+    ) -> None:
+        self._rank, self._total, self._output_dir = rank, total_steps, output_dir
+        self._started = self._last = time.monotonic()
+        self._first_step: int | None = None
+        self._last_tokens: float | None = None
+        self._trackers: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
+        if rank == 0:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._resumed = resumed
+            self._file = (output_dir / METRICS).open("a" if resumed else "w", encoding="utf-8")
+            self._trackers = {name: TRACKERS[name](output_dir) for name in trackers}
+
+    def say(self, text: str) -> None:
+        """One line on rank 0."""
+        if self._rank != 0:
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # whoever read the console is gone; metrics.jsonl has it all
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def start(self, step: int, num_tokens: float) -> None:
+        """Rates and the time to go count from here. What a killed run wrote of later steps, which are taken again, is
+        cut off: a step stands in each file once."""
+        if self._rank == 0 and self._resumed:
+            _cut(self._output_dir / METRICS, lambda at: at <= step)
+            _cut(self._output_dir / SAMPLES, lambda at: at < step)  # of the rollout that comes next
+        self._started = self._last = time.monotonic()
+        self._first_step, self._last_tokens = step, num_tokens
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A line on the console, a line in metrics.jsonl, a point in every tracker."""
+        if self._rank != 0:
+            return
+        now = time.monotonic()
+        numbers = dict(metrics)
+        tail = ""
+        if "num_tokens" in numbers and self._first_step is not None:
+            numbers["tokens_per_s"] = (numbers["num_tokens"] - (self._last_tokens or 0)) / max(now - self._last, 1e-9)
+            left = (now - self._started) / max(1, step - self._first_step) * (self._total - step)
+            rate = numbers["tokens_per_s"]  # 0 in a later pass over rows that are counted already
+            tail = (f" | {rate:,.0f} tok/s" if rate else "") + f" | ETA {duration(left)}"
+            self._last, self._last_tokens = now, numbers["num_tokens"]
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+        rest = [n for n in numbers if n not in FIRST and not n.removeprefix("eval/").startswith(NOT_ON_THE_LINE)]
+        ordered = [n for n in FIRST if n in numbers] + rest
+        text = " | ".join(f"{name} {number(numbers[name])}" for name in ordered)
+        self.say(f"step {step}/{self._total} | {text}{tail}")
+        for name, track in list(self._trackers.items()):
+            try:
+                track(step, numbers)
+            except Exception as error:  # a tracker is somebody else's code: whatever it raises, training goes on
+                logger.warning("report_to %s failed and is left out from here: %s", name, error)
+                del self._trackers[name]
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Sampled completions: a line each on the console, and all of them in samples.jsonl."""
+        if self._rank != 0 or not samples:
+            return
+        with (self._output_dir / SAMPLES).open("a", encoding="utf-8") as file:
+            for one in samples:
+                file.write(json.dumps({"step": step, **one}, ensure_ascii=False) + "\n")
+                text = json.dumps(one["completion"][:200], ensure_ascii=False)
+                self.say(f"sample at step {step} | score {number(one['score'])} | {text}")
+
+
+def _cut(path: Path, keep: Callable[[int], bool]) -> None:
+    """Drop the lines of steps that are not to keep, and one that a kill broke off; the file stays the same file."""
+    if not path.exists():
+        return
+    kept = []
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:  # a completion may hold other line ends
+        for line in file:
+            try:
+                whole = keep(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            kept += [line] if whole else []
+    with path.open("r+", encoding="utf-8", newline="\n") as file:
+        file.writelines(kept)
+        file.truncate()
+
+
+def number(x: float) -> str:
+    """Four decimals at most, with an exponent where the number is tiny or huge."""
+    return f"{x:.2e}" if x and not 1e-3 <= abs(x) < 1e5 else f"{x:.4f}".rstrip("0").rstrip(".")
+
+
+def duration(seconds: float) -> str:
+    """1h02m, 3m05s or 12s."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def quiet(rank: int) -> None:
+    """Keep DeepSpeed's, transformers' and datasets' chatter down to warnings on rank 0 and errors elsewhere."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("dsalign").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|deepspeed")
+    importlib.import_module("transformers").logging.disable_progress_bar()

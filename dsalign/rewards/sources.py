@@ -1,0 +1,62 @@
+"""What a completion is worth: a reward model, python functions, or a weighted sum of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsalign.contract.groups import Group
+from dsalign.rewards.functions import call, load_function
+
+if TYPE_CHECKING:
+    from dsalign.engines.roles import Models
+
+
+class Rewards:
+    """The weighted sum of the reward model, where the run has one, and of reward functions, in this order."""
+
+    def __init__(
+        self,
+        models: Models,
+        functions: Sequence[str],
+        weights: Sequence[float],
+        decode: Callable[[Sequence[int]], str],
+        reading: Callable[[Sequence[Group]], Sequence[Group]] | None = None,
+    ) -> None:
+        """reading: the groups as the reward model reads them; None = the sampled ids.
+
+        Raises ValueError where a function is missing, there is no source, or the weights are not one a source.
+        """
+        self._models, self._decode, self._reading = models, decode, reading
+        self._has_model = "reward" in models.engines
+        self._functions = [(name, load_function(name)) for name in functions]
+        count = self._has_model + len(self._functions)
+        if count == 0:
+            raise ValueError("reward: expected a reward, got none; give --reward_model or --reward_funcs")
+        self._weights = list(weights) or [1.0] * count
+        if len(self._weights) != count:
+            raise ValueError(f"reward_weights: expected one for each of {count} rewards, got {len(self._weights)}")
+
+    def __call__(self, groups: Sequence[Group], batch_size: int) -> list[Tensor]:
+        """One [completions] float32 tensor a group. Collective."""
+        sources: list[list[Tensor]] = []
+        if self._has_model:
+            read = self._reading(groups) if self._reading else groups
+            sources.append(self._models.each_group("reward", read, batch_size))
+        for name, function in self._functions:
+            sources.append(self._call(name, function, groups))
+        parts = zip(*sources, strict=True)
+        return [sum((w * x for w, x in zip(self._weights, p, strict=True)), torch.zeros(())) for p in parts]
+
+    def _call(self, name: str, function: Any, groups: Sequence[Group]) -> list[Tensor]:
+        each = [(g, c) for g in groups for c in g.completions]
+        if not each:  # a rank without rows
+            return [torch.zeros(0) for _ in groups]
+        columns = {key: [g.columns.get(key) for g, _ in each] for key in sorted({k for g in groups for k in g.columns})}
+        texts = [self._decode(c) for _, c in each]
+        rewards = call(name, function, [g.prompt_text for g, _ in each], texts, columns)
+        sizes = [len(g.completions) for g in groups]
+        return list(torch.split(torch.tensor(rewards, dtype=torch.float32), sizes))

@@ -1,0 +1,172 @@
+"""What `dsalign data` does once its words are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dsalign.config.schema import RunConfig
+from dsalign.contract.groups import Group
+from dsalign.data import checks
+from dsalign.data import dataset as prepare
+from dsalign.data.checks import Finding, Lengths, Survey
+from dsalign.data.rows.iterate import Skipped
+from dsalign.data.tokens.encoder import Tokenized
+from dsalign.data.tokens.templates import Template
+from dsalign.models.names import resolve
+from dsalign.models.tokenizer import LoadOptions, text
+from dsalign.report.run_log import quiet
+
+WIDTH = 40  # characters of the longest bar of a histogram
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `dsalign data check` found."""
+
+    sources: Sequence[str]
+    tokenized: Tokenized
+    skipped: Skipped
+    findings: Sequence[Finding]
+    lengths: dict[str, Lengths]
+    notes: Sequence[str]  # of the algorithm
+    max_length: int
+
+    def has_errors(self) -> bool:
+        """Whether something must be mended before training."""
+        return any(f.severity == "error" for f in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """{"rows", "kept", "dropped": {rule: n}, "truncated", "findings", "lengths", "notes"}; see `checks` for the
+        fields of a finding and of lengths."""
+        return {
+            "rows": self.tokenized.num_rows + self.skipped.count,
+            "kept": len(self.tokenized.groups),
+            "dropped": dict(self.tokenized.dropped),
+            "truncated": self.tokenized.truncated,
+            **checks.as_json(self.findings, self.lengths),
+            "notes": list(self.notes),
+        }
+
+    def text(self) -> str:
+        """The same for people."""
+        dropped = [f"{n} dropped ({rule})" for rule, n in self.tokenized.dropped.items()]
+        counts = ", ".join([f"{len(self.tokenized.groups)} kept", *dropped, f"{self.tokenized.truncated} truncated"])
+        lines = [f"{' '.join(self.sources)}: {self.tokenized.num_rows + self.skipped.count} rows, {counts}"]
+        for name, of in self.lengths.items():
+            limit = f", max_length {self.max_length}" if name == "whole" else ""
+            lines.append(f"{name} tokens: p50 {of.p50}, p95 {of.p95}, largest {of.largest}{limit}")
+        lines += _histogram(self.lengths["whole"])
+        lines += self.notes
+        return "\n".join([*lines, *(f.line() for f in self.findings)] if self.findings else [*lines, "nothing found"])
+
+
+def _histogram(of: Lengths) -> Iterator[str]:
+    width, most = max(1, -(-(of.largest + 1) // len(of.counts))), max(of.counts)
+    for i, count in enumerate(of.counts):
+        if i * width <= of.largest:
+            yield f"  {i * width:>6} {'#' * -(-count * WIDTH // most)} {count}"
+
+
+def examine(config: RunConfig) -> Report:
+    """Read, tokenise and check the data sets of a run. Bad rows are counted and become an error of the report, or with
+    on_bad_row skip a warning.
+
+    Raises ValueError where no row is left, or what stands behind a bad row cannot be read.
+    """
+    tokenizer, template = _text(config)
+    lenient = config.model_copy(update={"on_bad_row": "skip"})
+    tokenized, skipped = prepare.tokenized(lenient, template, config.dataset, config.dataset_weights)
+    groups = tokenized.groups
+    survey = Survey(groups, template.end_ids, tokenizer.bos_token_id)
+    findings = survey.findings()
+    if skipped:
+        severity = "warning" if config.on_bad_row == "skip" else "error"
+        findings.insert(0, Finding(severity, "bad rows", skipped.count, (), f"the first: {skipped.first}"))
+    total, lost = prepare.counted(tokenized, skipped)
+    if lost * 2 > total:
+        severity = "warning" if config.on_bad_row == "skip" else "error"
+        advice = f"more than half of {total}: raise --max_length, or use --truncation_strategy left or right"
+        findings.insert(0, Finding(severity, "rows not used", lost, (), advice))
+    notes = config.algorithm.notes(groups)
+    return Report(config.dataset, tokenized, skipped, findings, survey.lengths(), notes, config.max_length)
+
+
+def _text(config: RunConfig) -> tuple[PreTrainedTokenizerBase, Template]:
+    quiet(0)
+    options = LoadOptions(torch.device("cpu"), trust_remote_code=config.trust_remote_code)
+    return text(config, resolve(config.model), options)
+
+
+def show(config: RunConfig, *, count: int, as_json: bool, ids: bool, out: IO[str] = sys.stdout) -> None:
+    """The first `count` groups, their prompt dim, what is learnt from in colour, or without colours in brackets."""
+    tokenizer, template = _text(config)
+    tokenized, _ = prepare.tokenized(config, template, config.dataset[:1])
+    chosen = tokenized.groups[:count]
+    if as_json:
+        print(json.dumps([_plain(g, tokenizer) for g in chosen], ensure_ascii=False), file=out)
+        return
+    console = Console(file=out, highlight=False, markup=False)
+    for group in chosen:
+        sizes = " / ".join(map(str, group.lengths))
+        console.print(Text(f"-- {group.where}: {len(group.prompt)} + {sizes} tokens", style="bold"), overflow="fold")
+        console.print(Text(tokenizer.decode(group.prompt), style="dim"))
+        table = Table.grid(padding=(0, 3), expand=True)
+        names = ("chosen", "rejected") if len(group.completions) == 2 else ("completion",)[: len(group.completions)]
+        for _ in names:
+            table.add_column(ratio=1, overflow="fold")
+        table.add_row(*names)
+        columns = zip(group.completions, _masks(group), ("green", "red"), strict=False)
+        table.add_row(*(_coloured(*column, tokenizer, console.is_terminal) for column in columns))
+        if ids:
+            table.add_row(*(" ".join(map(str, c)) for c in group.completions))
+        console.print(table)
+
+
+def _masks(group: Group) -> Sequence[Sequence[bool]]:
+    return group.masks or [[True] * len(c) for c in group.completions]
+
+
+def _runs(completion: Sequence[int], mask: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
+    """Neighbouring tokens that count, or do not, together."""
+    run: list[int] = []
+    for i, (token, counts) in enumerate(zip(completion, mask, strict=True)):
+        run.append(token)
+        if i + 1 == len(mask) or mask[i + 1] != counts:
+            yield counts, run
+            run = []
+
+
+def _coloured(
+    completion: Sequence[int], mask: Sequence[bool], colour: str, tokenizer: PreTrainedTokenizerBase, terminal: bool
+) -> Text:
+    text = Text()
+    for counts, run in _runs(completion, mask):
+        decoded = tokenizer.decode(run)
+        text.append(decoded if terminal or not counts else f"[{decoded}]", style=colour if counts else "")
+    return text
+
+
+def _plain(group: Group, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """{"where", "prompt", "prompt_ids", "completions": [{"text", "ids", "mask"}], "label", "margin"}."""
+    completions = zip(group.completions, _masks(group), strict=True)
+    return {
+        "where": group.where,
+        "prompt": tokenizer.decode(group.prompt),
+        "prompt_ids": list(group.prompt),
+        "completions": [
+            {"text": tokenizer.decode(ids), "ids": list(ids), "mask": [bool(x) for x in mask]}
+            for ids, mask in completions
+        ],
+        "label": group.label,
+        "margin": group.margin,
+    }

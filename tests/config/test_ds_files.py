@@ -1,0 +1,55 @@
+"""DeepSpeed configurations by name or path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsalign.config import ds_files
+from dsalign.engines import engine as engines
+
+
+def test_names_are_sorted_and_complete() -> None:
+    wanted = {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"}
+    assert wanted <= set(ds_files.names())
+    assert list(ds_files.names()) == sorted(ds_files.names())
+
+
+@pytest.mark.parametrize("name", ds_files.names())
+def test_every_file_is_what_its_name_says(name: str) -> None:
+    """The stage of its name, off-loading where it says so, and nothing that has a flag."""
+    settings = ds_files.read(name)
+    engines.check(settings, name)
+    assert engines.stage(settings) == int(name[4])
+    zero = settings["zero_optimization"]
+    assert zero.get("offload_optimizer", {}).get("device") == {"offload": "cpu", "nvme": "nvme"}.get(name[6:])
+
+
+def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    assert ds_files.find(str(mine)) == mine
+    assert ds_files.read(str(mine)) == {"zero_optimization": {"stage": 1}}
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"^deepspeed: expected one of zero0, .*zero3_offload or a JSON file, got 'zer2'$"
+    ):
+        ds_files.find("zer2")
+
+
+def test_what_is_not_json_is_named_with_its_line(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{\n"bf16": {},\n}')
+    with pytest.raises(ValueError, match=r"^deepspeed: .*mine\.json:3: not JSON: "):
+        ds_files.read(str(mine))
+
+
+def test_a_list_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text("[]")
+    with pytest.raises(ValueError, match=r"^deepspeed: .*mine\.json must hold a JSON object, got list$"):
+        ds_files.read(str(mine))

@@ -1,0 +1,265 @@
+"""What must hold between options: each rule broken once, read in full, and kept once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from dsalign import algos
+from dsalign.config import ds_files, rules
+from dsalign.config.parse import ConfigError, parse
+
+BASE = ("--model", "m", "--dataset", "rows")
+
+
+def told(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
+    """The problems of a command, none where it is right."""
+    try:
+        parse([*argv, *base], world_size=1)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize("flag", ["--ref_model", "--ref_model_id_or_path", "--ref_model_type"])
+def test_a_reference_needs_an_algorithm_with_one(flag: str) -> None:
+    assert told("--algo", "sft", flag, "x") == [
+        f"{flag}: expected an algorithm with a frozen reference model, one of dpo, kto, ppo, got sft; "
+        "remove it or change --algo"
+    ]
+    assert told("--algo", "kto", flag, "x") == []
+
+
+@pytest.mark.parametrize(
+    "flag", ["--reward_model", "--reward_model_id_or_path", "--reward_model_type", "--reward_funcs"]
+)
+def test_rm_trains_its_reward_model_and_takes_no_frozen_one(flag: str) -> None:
+    assert told("--algo", "rm", flag, "x") == [
+        f"{flag}: expected an algorithm with a frozen reward model, one of ppo, got rm; remove it or change --algo"
+    ]
+
+
+def test_reward_weights_are_for_an_algorithm_with_a_frozen_reward() -> None:
+    assert told("--algo", "sft", "--reward_weights", "1", "0.5") == [
+        "--reward_weights: expected an algorithm with a frozen reward model, one of ppo, got sft; "
+        "remove it or change --algo"
+    ]
+
+
+def test_ppo_needs_a_reward_of_some_kind(tmp_path: Path) -> None:
+    """Without a word about rewards it has a default; an empty list says that there is to be none."""
+    assert told("--algo", "ppo") == []
+    (tmp_path / "none.yaml").write_text("reward_funcs: []\n")
+    assert told("--algo", "ppo", "--config", str(tmp_path / "none.yaml")) == [
+        "reward_model: expected a reward for ppo, got neither reward_model nor reward_funcs; give "
+        "--reward_model FOLDER (of --algo rm) or --reward_funcs FILE.py:FUNCTION"
+    ]
+    assert told("--algo", "ppo", "--reward_model", "x") == []
+    assert told("--algo", "ppo", "--reward_funcs", "x.py:f", "y.py:g", "--reward_weights", "1", "2") == []
+    assert told("--algo", "ppo", "--reward_model", "x", "--reward_funcs", "x.py:f") == []
+
+
+def test_a_reward_function_that_comes_along_is_named_rightly() -> None:
+    assert told("--algo", "ppo", "--reward_funcs", "demo:friendly", "x.py:f") == []
+    assert told("--algo", "ppo", "--reward_funcs", "demo:frendly") == [
+        "--reward_funcs: expected one of demo:friendly, got 'demo:frendly'; did you mean demo:friendly?"
+    ]
+    assert told("--algo", "ppo", "--reward_funcs", "demo:xyz") == [
+        "--reward_funcs: expected one of demo:friendly, got 'demo:xyz'; choose one, or give path/to/file.py:function"
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An algorithm with a frozen reward model that needs two groups a step."""
+
+    data: ClassVar[str] = "prompts"
+    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reward": "frozen"}
+    learning_rates: ClassVar[Mapping[str, float]] = {"full": 1.0, "lora": 1.0}
+    dropout: ClassVar[float] = 0.0
+    min_groups: ClassVar[int] = 2
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(algos, "names", lambda: ("judged",))
+    monkeypatch.setattr(algos, "load", lambda name: Judged)
+
+
+@pytest.mark.usefixtures("judged")
+def test_a_reward_model_goes_to_an_algorithm_with_that_frozen_role() -> None:
+    assert told("--algo", "judged", "--reward_model", "x") == []
+    assert told("--algo", "judged", "--reward_model", "x", "--ref_model", "x") == [
+        "--ref_model: expected an algorithm with a frozen reference model, another one (none here has it yet), "
+        "got judged; remove it or change --algo"
+    ]
+
+
+@pytest.mark.usefixtures("judged")
+def test_a_global_batch_may_be_too_small() -> None:
+    argv = ("--algo", "judged", "--reward_model", "x", "--gradient_accumulation_steps", "1")
+    assert told(*argv) == [
+        "--gradient_accumulation_steps: expected a global batch of at least 2 for judged, got batch_size 1 x 1 x 1 "
+        "ranks; raise one of them"
+    ]
+    parse([*argv, *BASE], world_size=2)
+
+
+def test_eval_steps_need_rows() -> None:
+    assert told("--algo", "sft", "--eval_steps", "5") == [
+        "--eval_steps: expected rows to evaluate on, got neither val_dataset nor split_dataset_ratio; give one of them"
+    ]
+    assert told("--algo", "sft", "--eval_steps", "5", "--val_dataset", "more") == []
+    assert told("--algo", "sft", "--eval_steps", "5", "--split_dataset_ratio", "0.1") == []
+
+
+def test_validation_rows_have_one_source() -> None:
+    assert told("--algo", "sft", "--val_dataset", "more", "--split_dataset_ratio", "0.1") == [
+        "--split_dataset_ratio: expected 0 beside val_dataset (--val_dataset), got 0.1; keep one of them"
+    ]
+    assert told("--algo", "sft", "--val_dataset", "more", "--split_dataset_ratio", "0") == []
+
+
+def test_lora_options_need_lora() -> None:
+    assert told("--algo", "sft", "--tuner", "full", "--lora_rank", "4", "--lora_alpha", "8") == [
+        "--lora_alpha: expected tuner lora, got full (--tuner); remove it or train with lora",
+        "--lora_rank: expected tuner lora, got full (--tuner); remove it or train with lora",
+    ]
+    assert told("--algo", "sft", "--lora_rank", "4") == []
+
+
+def test_only_a_reference_of_rows_is_cached() -> None:
+    for algo in ("ppo", "sft"):
+        assert told("--algo", algo, "--ref_cache", "on") == [
+            f"--ref_cache: expected auto or off, as {algo} has no frozen reference of rows, got on; remove it"
+        ]
+        assert told("--algo", algo, "--ref_cache", "auto") == []
+    assert told("--algo", "dpo", "--ref_cache", "on") == told("--algo", "kto", "--ref_cache", "on") == []
+
+
+def test_only_demonstrations_are_learnt_from_turn_by_turn() -> None:
+    assert told("--algo", "dpo", "--assistant_turns", "all") == [
+        "--assistant_turns: expected last, as dpo learns from the last answer of a row, got all; remove it"
+    ]
+    assert told("--algo", "sft", "--assistant_turns", "all") == []
+
+
+def test_there_is_a_weight_for_each_data_set() -> None:
+    assert told("--algo", "dpo", "--dataset_weights", "2", "1") == [
+        "--dataset_weights: expected one for each of 1 data sets, got 2; write as many as --dataset has names"
+    ]
+    assert told("--algo", "dpo", "--dataset_weights", "0.5") == []
+    assert told("--algo", "dpo", "--dataset_weights", "0")[0].startswith("--dataset_weights: expected greater than 0")
+
+
+def test_packed_files_and_patterns_must_match_something(tmp_path: Path) -> None:
+    base = ("--model", "m")
+    missing = str(tmp_path / "rows*.jsonl.gz")
+    assert told("--algo", "dpo", "--dataset", missing, base=base) == [
+        f"--dataset: expected a file or folder that exists, got {missing!r}; check the path"
+    ]
+    (tmp_path / "rows1.jsonl.gz").touch()
+    assert told("--algo", "dpo", "--dataset", missing, base=base) == []
+
+
+def test_dropout_stays_off_where_the_algorithm_says_so() -> None:
+    assert told("--algo", "dpo", "--lora_dropout", "0.1") == [
+        "--lora_dropout: expected 0, as dpo runs with all dropout off, got 0.1; remove it"
+    ]
+    assert told("--algo", "dpo", "--lora_dropout", "0") == []
+    assert told("--algo", "sft", "--lora_dropout", "0.1") == []
+
+
+def test_data_that_looks_local_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    there = ("--model", "m", "--dataset", str(tmp_path), f"{tmp_path}/rows.jsonl", f"{tmp_path}/rows.jsonl#10")
+    assert told("--algo", "sft", "--val_dataset", "org/name#5", "name", base=there) == []
+    missing = ("--model", "m", "--dataset", "rows.JSONL#10", "org/name", "./x")
+    assert told("--algo", "sft", "--val_dataset", "v.parquet", base=missing) == [
+        "--dataset: expected a file or folder that exists, got 'rows.JSONL'; check the path",
+        "--dataset: expected a file or folder that exists, got './x'; check the path",
+        "--val_dataset: expected a file or folder that exists, got 'v.parquet'; check the path",
+    ]
+
+
+def test_demo_rows_are_named_by_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ("--model", "m", "--dataset", "demo:pairs", "demo:pairs#10")
+    assert told("--algo", "dpo", "--val_dataset", "demo:pairs", base=there) == []
+    known = "demo:demonstrations, demo:labels, demo:pairs, demo:prompts"
+    missing = ("--model", "m", "--dataset", "demo:pair#10", "demo:something-else-entirely")
+    assert told("--algo", "dpo", base=missing) == [
+        f"--dataset: expected one of {known}, got 'demo:pair'; did you mean demo:pairs?",
+        f"--dataset: expected one of {known}, got 'demo:something-else-entirely'; choose one",
+    ]
+    (tmp_path / "demo:mine").touch()
+    monkeypatch.chdir(tmp_path)
+    assert told("--algo", "dpo", base=("--dataset", "demo:mine")) == []  # a file of that name comes first
+
+
+def test_a_model_that_looks_local_must_be_there(tmp_path: Path) -> None:
+    base = ("--model", "/no/such/model", "--dataset", "rows")
+    assert told("--algo", "dpo", "--ref_model", str(tmp_path), base=base) == [
+        "--model: expected a folder that exists, got '/no/such/model'; check the path"
+    ]
+
+
+def test_a_checkpoint_to_resume_must_be_there(tmp_path: Path) -> None:
+    assert told("--algo", "sft", "--resume", "checkpoint-5") == [
+        "--resume: expected `latest` or the folder of a checkpoint, got 'checkpoint-5'; "
+        "checkpoints are output_dir/checkpoint-N"
+    ]
+    assert told("--algo", "sft", "--resume_from_checkpoint", str(tmp_path)) == []
+    assert told("--algo", "sft", "--resume") == []
+
+
+def test_deepspeed_is_a_name_or_a_file(tmp_path: Path) -> None:
+    for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"):
+        assert told("--algo", "sft", "--deepspeed", name) == []
+    (tmp_path / "mine.json").write_text("{}")
+    assert told("--algo", "sft", "--deepspeed", f"{tmp_path}/mine.json") == []
+    known = ", ".join(ds_files.names())
+    assert told("--algo", "sft", "--deepspeed", "zero-3") == [
+        f"--deepspeed: expected {known} or a JSON file that exists, got 'zero-3'; did you mean zero3?"
+    ]
+    (line,) = told("--algo", "sft", "--deepspeed", "a/b.json")
+    assert line.endswith("got 'a/b.json'; check the path")
+
+
+def test_presets_are_not_available_yet() -> None:
+    assert told("--algo", "sft", "--preset", "trl") == [
+        "--preset: expected dsalign, got 'trl', which is not available yet; remove it"
+    ]
+    assert told("--algo", "sft", "--preset", "mine") == ["--preset: expected dsalign, got 'mine'; remove it"]
+    assert told("--algo", "sft", "--preset", "dsalign") == []
+
+
+def test_a_rule_is_left_out_where_it_reads_what_could_not_be_read() -> None:
+    """eval_steps would have its rows if the share were a number; dpo's own options are wrong as well."""
+    lines = told("--algo", "dpo", "--eval_steps", "5", "--split_dataset_ratio", "x", "--beta", "y")
+    assert [line.split(":")[0] for line in lines] == ["--split_dataset_ratio", "--beta"]
+
+
+def test_every_rule_has_a_test_here() -> None:
+    """One a rule, in the order of the table."""
+    assert [rule.__name__ for rule in rules.RULES] == [
+        "model_has_a_role",
+        "rewards_have_a_source",
+        "reward_functions_are_known",
+        "evaluation_has_rows",
+        "one_source_of_validation",
+        "lora_options_need_lora",
+        "dropout_is_allowed",
+        "reference_can_be_cached",
+        "all_turns_are_of_demonstrations",
+        "weights_are_one_a_data_set",
+        "data_files_exist",
+        "model_folders_exist",
+        "checkpoint_exists",
+        "deepspeed_is_known",
+        "preset_is_available",
+        "global_batch_is_large_enough",
+    ]

@@ -1,0 +1,357 @@
+"""?"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsalign.data.tokens.templates import NAMES, Template, load_template
+
+PAD, BOS, EOS, START, END = range(5)  # the special tokens of the tokenizers of conftest.py
+USER = ({"role": "user", "content": "q"},)
+LLAMA = "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+HEADED = LLAMA + "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+def load(tokenizer, name="chatml", end_ids=()):
+    return load_template(tokenizer, name, end_ids)[0]
+
+
+def ids(template, text):
+    return template.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_tokenizers_own_template_comes_first(make_tokenizer):
+    template, warning = load_template(make_tokenizer(chat_template=HEADED), None, [END])
+    assert (template.chat_template, warning) == (None, None)
+    assert template.render(USER) == "<s>[user]q</s>[assistant]"
+    assert template.end_ids == {EOS, END}
+
+
+def test_without_one_it_is_chatml_with_a_warning(make_tokenizer):
+    template, warning = load_template(make_tokenizer(), None, [])
+    assert template.name == "chatml" and "no chat template" in warning and "--template" in warning
+    assert template.render(({"role": "system", "content": "s"}, *USER)) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert load_template(make_tokenizer(), "chatml", [])[1] is None
+
+
+def test_chatml_ends_turns_with_eos_where_im_end_is_no_token(make_tokenizer):
+    template = load(make_tokenizer(chatml=False))
+    assert template.end_ids == {EOS}
+    assert template.render(USER) == "<|im_start|>user\nq</s>\n<|im_start|>assistant\n"
+    assert template.encode(USER, ["c"]) == (ids(template, template.render(USER)), [[*ids(template, "c"), EOS]])
+
+
+def test_chatml_takes_an_unknown_token_for_no_token(make_tokenizer):
+    """With unk_token "<|im_end|>" the text has one id, but that id is the unknown token."""
+    assert load(make_tokenizer(unk="<|im_end|>")).end_ids == {EOS}
+
+
+def test_chatml_without_eos_ends_with_im_end(make_tokenizer):
+    template = load(make_tokenizer(eos=None))
+    assert template.end_ids == {END}
+    assert template.encode(USER, ["c"])[1] == [[*ids(template, "c"), END]]
+
+
+def test_template_from_a_file(make_tokenizer, write):
+    name = write("own.jinja", HEADED)
+    template, warning = load_template(make_tokenizer(), name, [])
+    assert (template.name, warning) == ("own.jinja", None)
+    assert template.encode(USER, ["c"]) == (
+        [BOS, *ids(template, "[user]q"), EOS, *ids(template, "[assistant]")],
+        [[*ids(template, "c"), EOS]],
+    )
+
+
+def test_plain_joins_the_contents(make_tokenizer):
+    template = load(make_tokenizer(), "plain")
+    turns = [*USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "p"}]
+    assert template.render(turns) == "qap"
+    assert template.encode(turns, ["c", ""]) == (ids(template, "qap"), [[*ids(template, "c"), EOS], [EOS]])
+
+
+def test_chatml_by_hand(make_tokenizer):
+    """The line end after the turn end is dropped; the end token is there once."""
+    template = load(make_tokenizer())
+    prompt, completions = template.encode(USER, ["c", ""])
+    line = ids(template, "\n")
+    user, assistant = ids(template, "user"), ids(template, "assistant")
+    assert prompt == [START, *user, *line, *ids(template, "q"), END, *line, START, *assistant, *line]
+    assert completions == [[*ids(template, "c"), END], [END]]
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+def test_pad_does_not_matter(make_tokenizer, pad):
+    """pad id 0, and pad == eos: bytes of the pad's text in a completion stay, the end token stays."""
+    tokenizer = make_tokenizer(pad=pad, chat_template=HEADED)
+    template = load(tokenizer, None)
+    assert tokenizer.pad_token_id == (PAD if pad == "<pad>" else EOS)
+    assert template.encode(USER, ["a<pad>b", ""])[1] == [
+        [*ids(template, "a"), PAD, *ids(template, "b"), EOS],
+        [EOS],
+    ]
+
+
+def test_no_completions(make_tokenizer):
+    template = load(make_tokenizer())
+    assert template.encode(USER, []) == (ids(template, template.render(USER)), [])
+
+
+def test_an_end_token_inside_the_text_ends_the_completion(make_tokenizer):
+    template = load(make_tokenizer())
+    assert template.encode(USER, ["a<|im_end|>b", "a</s>b"])[1] == [
+        [*ids(template, "a"), END],
+        [*ids(template, "a"), EOS],
+    ]
+
+
+def test_a_template_without_end_token_gets_one_eos(make_tokenizer):
+    """Also a template whose turn end is no end token: text after the answer stays, as nothing says it is over."""
+    template = load(make_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }};{% endfor %}"), None)
+    assert template.encode(USER, ["c"]) == (ids(template, "q;"), [[*ids(template, "c;"), EOS]])
+
+
+def test_without_eos_the_callers_end_token_is_appended(make_tokenizer):
+    assert load(make_tokenizer(eos=None), "plain", [END]).encode(USER, [""])[1] == [[END]]
+
+
+def test_text_between_an_empty_answer_and_its_end_is_dropped(make_tokenizer):
+    template = load(make_tokenizer(chat_template=HEADED.replace("+ eos_token", "+ ' ' + eos_token")), None)
+    assert template.encode(USER, ["", "c"])[1] == [[EOS], [*ids(template, "c "), EOS]]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("chat_template", [HEADED, HEADED.replace("{{ bos_token }}", "")])
+def test_exactly_one_bos(make_tokenizer, adds_bos, chat_template):
+    """One where the template or the tokenizer puts one, none where neither does."""
+    template = load(make_tokenizer(adds_bos=adds_bos, chat_template=chat_template), None)
+    prompt, _ = template.encode(USER, ["c"])
+    expected = int(adds_bos or "bos_token" in chat_template)
+    assert prompt.count(BOS) == expected and (prompt[0] == BOS) == bool(expected)
+
+
+def test_merge_across_the_boundary_takes_the_shared_beginning(make_tokenizer):
+    """plain "xa" + "b" is x, ab: the prompt is x alone, for all completions of the row."""
+    template = load(make_tokenizer(merges=[("a", "b")]), "plain")
+    prompt = ({"role": "user", "content": "xa"},)
+    x, a, c, ab = (ids(template, text)[0] for text in ("x", "a", "c", "ab"))
+    assert template.encode(prompt, ["c"]) == ([x, a], [[c, EOS]])
+    assert template.encode(prompt, ["b"]) == ([x], [[ab, EOS]])
+    assert template.encode(prompt, ["c", "b", ""]) == ([x], [[a, c, EOS], [ab, EOS], [a, EOS]])
+
+
+def test_a_generation_prompt_that_the_answer_replaces(make_tokenizer):
+    """The generation prompt opens a thought that finished turns do not have."""
+    template = load(make_tokenizer(chat_template=HEADED.replace("%}[assistant]{%", "%}[assistant]<think>{%")), None)
+    prompt, completions = template.encode(USER, ["c"])
+    assert template.tokenizer.decode(prompt) == "<s>[user]q</s>[assistant]"
+    assert completions == [[*ids(template, "c"), EOS]]
+
+
+def test_many_equal_one_by_one(make_tokenizer):
+    template = load(make_tokenizer(merges=[("a", "b")]))
+    items = [(USER, ["a", "b"]), (({"role": "user", "content": "xa"},), []), (USER, ["ab"])]
+    many = template.encode_many(items)
+    assert [(x.prompt, x.completions) for x in many] == [template.encode(*item) for item in items]
+    assert [x.prompt_text for x in many] == [template.render(prompt) for prompt, _ in items]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from([None, "chatml", "plain"]),
+    prompt=st.text("xab \né<", min_size=1, max_size=8),
+    completions=st.lists(st.text("bax \n>é", max_size=6), min_size=1, max_size=3),
+    own=st.booleans(),
+)
+def test_prompt_and_completion_are_the_whole(make_tokenizer, name, prompt, completions, own):
+    """prompt + completion = the rendered conversation up to its end token, of which there is exactly one."""
+    merges = [("a", "b"), ("x", "a")]
+    template = load(make_tokenizer(merges=merges, adds_bos=True, chat_template=HEADED if own else None), name)
+    messages = [{"role": "user", "content": prompt}]
+    shared, encoded = template.encode(messages, completions)
+    for text, completion in zip(completions, encoded, strict=True):
+        (whole,) = template._rendered([[*messages, {"role": "assistant", "content": text}]])
+        whole = whole.removeprefix("<s>")
+        decoded = template.tokenizer.decode([*shared, *completion[:-1]]).removeprefix("<s>")
+        assert whole.startswith(decoded) and whole.removeprefix(decoded) in ("", "</s>", "<|im_end|>\n")
+        assert completion[-1] in template.end_ids
+        assert template.end_ids.isdisjoint(completion[:-1])
+        assert [*shared, *completion].count(BOS) == 1
+
+
+def test_no_end_token(make_tokenizer):
+    for tokenizer, name in [
+        (make_tokenizer(eos=None), "plain"),
+        (make_tokenizer(eos=None, chatml=False), "chatml"),
+        (make_tokenizer(eos=None, chat_template=PLAIN_JINJA), None),
+    ]:
+        with pytest.raises(ValueError, match=r"tokenizer: expected an end token, got none.*set tokenizer.eos_token"):
+            load_template(tokenizer, name, [])
+
+
+PLAIN_JINJA = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_unknown_template(make_tokenizer):
+    with pytest.raises(
+        ValueError, match=r"template: expected chatml, qwen, .*plain or .*got 'chatlm'; did you mean 'chatml'\?"
+    ):
+        load_template(make_tokenizer(), "chatlm", [])
+    with pytest.raises(ValueError, match=r"got 'nowhere.jinja'; check the path"):
+        load_template(make_tokenizer(), "nowhere.jinja", [])
+
+
+def test_template_file_that_is_no_template(make_tokenizer, write):
+    with pytest.raises(ValueError, match=r"'bad.jinja': expected a Jinja template, got an error on line 2: "):
+        load_template(make_tokenizer(), write("bad.jinja", "x\n{% for %}"), [])
+    with pytest.raises(ValueError, match=r"template 'latin.jinja': expected UTF-8 text, got .*save the file as UTF-8"):
+        load_template(make_tokenizer(), write("latin.jinja", b"\xe9"), [])
+
+
+def test_template_that_refuses_a_conversation(make_tokenizer):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + HEADED
+    template = load(make_tokenizer(chat_template=strict), None)
+    with pytest.raises(
+        ValueError, match=r"expected a conversation it accepts, got turns of system, user, and it says: no"
+    ):
+        template.render(({"role": "system", "content": "s"}, *USER))
+
+
+def test_template_that_refuses_everything_still_loads(make_tokenizer):
+    """A row can be named in the message, so the refusal waits for the rows."""
+    template = load(make_tokenizer(chat_template="{{ raise_exception('never') }}"), None)
+    with pytest.raises(ValueError, match="it says: never; change the row or name another template"):
+        template.encode(USER, [])
+
+
+def test_no_prompt_token(make_tokenizer):
+    template = load(make_tokenizer(merges=[("a", "b")]), "plain")
+    for prompt, completions in (("", ["c"]), ("a", ["b", "c"]), ("", [])):
+        with pytest.raises(
+            ValueError, match=r"'plain': expected at least one prompt token before the answer, got none"
+        ):
+            template.encode([{"role": "user", "content": prompt}], completions)
+
+
+def test_template_that_rewrites_earlier_turns(make_tokenizer):
+    """It shortens the question once there is an answer: the completion would begin inside the prompt."""
+    rewriting = HEADED.replace("m['content']", "(m['content'] if loop.last else '')")
+    template: Template = load(make_tokenizer(chat_template=rewriting), None)
+    with pytest.raises(ValueError, match=r"expected the same prompt with and without an answer, got another one after"):
+        template.encode(USER, ["c"])
+
+
+TALK = (
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "p"},
+)
+WRITTEN = {  # as the families' model cards write it; </s> where the tokenizer has no token of the family's own
+    "chatml": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n",
+    "llama3": "<|start_header_id|>system<|end_header_id|>\n\ns</s><|start_header_id|>user<|end_header_id|>\n\nq</s>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\na</s><|start_header_id|>user<|end_header_id|>\n\np</s>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "gemma": "<start_of_turn>user\ns\n\nq</s>\n<start_of_turn>model\na</s>\n<start_of_turn>user\np</s>\n"
+    "<start_of_turn>model\n",
+    "mistral": "[INST] s\n\nq[/INST] a</s>[INST] p[/INST]",
+    "zephyr": "<|system|>\ns</s>\n<|user|>\nq</s>\n<|assistant|>\na</s>\n<|user|>\np</s>\n<|assistant|>\n",
+    "plain": "sqap",
+}
+WRITTEN["qwen"] = WRITTEN["chatml"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_template_by_hand(make_tokenizer, name):
+    """Of a conversation with a system prompt and two questions; the answer then ends with one end token."""
+    template = load(make_tokenizer(), name)
+    assert template.render(TALK) == WRITTEN[name]
+    prompt, (completion,) = template.encode(TALK, ["c"])
+    end = END if name in ("chatml", "qwen") else EOS
+    space = ids(template, " ") if name == "mistral" else []
+    assert prompt == ids(template, WRITTEN[name])
+    assert completion == [*space, *ids(template, "c"), end]
+
+
+def test_a_named_template_without_a_system_prompt(make_tokenizer):
+    """Qwen's models were trained with one where none is given; the others write none."""
+    qwen = load(make_tokenizer(), "qwen").render(USER)
+    assert qwen.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nq<|im_end|>")
+    assert load(make_tokenizer(), "gemma").render(USER) == "<start_of_turn>user\nq</s>\n<start_of_turn>model\n"
+
+
+def test_a_family_ends_turns_with_its_own_token_where_there_is_one(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    template = load(tokenizer, "llama3")
+    own = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert template.end_ids == {EOS, own}
+    assert template.encode(USER, ["c"])[1] == [[*ids(template, "c"), own]]
+
+
+def marked(template, encoded):
+    """The completion as text, the tokens that count in capitals; end tokens as "." and "!"."""
+    (completion,), (mask,) = encoded.completions, encoded.masks
+    assert len(completion) == len(mask)
+    parts = []
+    for token, counts in zip(completion, mask, strict=True):
+        text = {EOS: ".", END: "."}.get(token) or template.tokenizer.decode([token])
+        parts.append(("!" if text == "." else text.upper()) if counts else text)
+    return "".join(parts)
+
+
+ANSWERED = (*TALK, {"role": "assistant", "content": "c"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("zephyr", "A!\n<|user|>\np.\n<|assistant|>\nC!"),
+        ("mistral", " A![INST] p[/INST] C!"),
+        ("gemma", "A!\n<start_of_turn>user\np.\n<start_of_turn>model\nC!"),
+        ("plain", "ApC!"),
+    ],
+)
+def test_every_answer_counts_with_its_end_token(make_tokenizer, name, text):
+    """Not the questions between them, nor what the template writes; the last answer gets an end token in any case."""
+    template = load(make_tokenizer(), name)
+    (encoded,) = template.encode_turns([ANSWERED])
+    assert marked(template, encoded) == text
+    whole = ids(template, WRITTEN[name])
+    assert [*encoded.prompt, *encoded.completions[0]][: len(whole)] == whole
+    assert encoded.prompt_text == template.render(TALK[:2])
+
+
+def test_one_answer_is_what_a_single_completion_is(make_tokenizer):
+    template = load(make_tokenizer())
+    (encoded,) = template.encode_turns([(*USER, {"role": "assistant", "content": "c"})])
+    assert (encoded.prompt, encoded.completions) == template.encode(USER, ["c"])
+    assert encoded.masks == [[True, True]]
+
+
+THINKING = (  # forgets what is in front of the last answer, as templates of reasoning models do
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '[a]' + ('<think>' if loop.last else '') + m['content'] + eos_token }}"
+    "{% else %}{{ '[u]' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}[a]<think>{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
+    """Its answer as the last one is still learnt from, the text that the generation prompt inserts being prompt."""
+    template = load(make_tokenizer(chat_template=THINKING), None)
+    turns = ANSWERED[1:]
+    with pytest.raises(ValueError, match=r"expected earlier turns to stay as they are .*, got 'a</s>.*'<think>'; use"):
+        template.encode_turns([turns])
+    prompt, (completion,) = template.encode(turns[:-1], ["c"])
+    assert template.tokenizer.decode(prompt) == "[u]q[a]a</s>[u]p[a]<think>"
+    assert completion == [*ids(template, "c"), EOS]
+
+
+def test_turns_without_anything_before_the_answer_are_refused(make_tokenizer):
+    template = load(make_tokenizer(), "plain")
+    with pytest.raises(ValueError, match=r"expected at least one prompt token before the answer, got none"):
+        template.encode_turns([({"role": "user", "content": ""}, {"role": "assistant", "content": "c"})])

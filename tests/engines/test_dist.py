@@ -1,0 +1,55 @@
+"""Threads a rank, and errors that every rank learns of."""
+
+from __future__ import annotations
+
+import pytest
+from support import RankPool
+
+from dsalign.engines import dist
+
+
+def test_ranks_share_the_cores() -> None:
+    """16 cores: 16 threads for one rank, 8 for two, 5 for three, never none."""
+    assert [dist.threads(16, n) for n in (1, 2, 3, 64)] == [16, 8, 5, 1]
+
+
+def one_rank_fails(failing: int) -> list[str]:
+    """What each rank raises when `failing` cannot build its part."""
+
+    def build() -> int:
+        if dist.rank() == failing:
+            raise ValueError("no such file: rows.jsonl")
+        return dist.rank()
+
+    try:
+        said = f"built {dist.together(build)}"
+    except ValueError as error:
+        said = f"{type(error).__name__}: {error}"
+    return [dist.from_rank_0(said), said]
+
+
+def gathered() -> tuple[list[float], list[float], int]:
+    """Collectives over ranks that bring 0 and 1 numbers, 1 and 2 as numbers."""
+    rank = dist.rank()
+    device = dist.torch.device("cpu")
+    numbers = dist.torch.arange(rank, dtype=dist.torch.float64) + 7
+    return dist.gather(numbers, device).tolist(), dist.total([rank + 1.0, 0.5], device), dist.largest(rank, device)
+
+
+def test_an_error_on_one_rank_stops_all_and_is_said_once(two_ranks: RankPool) -> None:
+    """Rank 1 fails: rank 0, which did not, hears from where and why."""
+    assert two_ranks.run(one_rank_fails, 1)[0] == "ElsewhereError: rank 1 stopped: no such file: rows.jsonl"
+    assert two_ranks.run(one_rank_fails, 0)[0] == "ValueError: no such file: rows.jsonl"
+    assert two_ranks.run(one_rank_fails, 9)[0] == "built 0"
+
+
+def test_collectives(two_ranks: RankPool) -> None:
+    """Rank 0 has no number and rank 1 has 7: gathered [7]; 1 + 2 = 3 and 0.5 + 0.5 = 1; the largest rank is 1."""
+    assert two_ranks.run(gathered) == ([7.0], [3.0, 1.0], 1)
+
+
+@pytest.mark.parametrize("failing", [0, 9])
+def test_one_rank_needs_no_agreement(one_rank: RankPool, failing: int) -> None:
+    """A single process raises its own error or returns."""
+    said = one_rank.run(one_rank_fails, failing)[1]
+    assert said == ("ValueError: no such file: rows.jsonl" if failing == 0 else "built 0")

@@ -1,0 +1,123 @@
+"""The kernels of whole losses say what the algorithms' files say: loss, gradient and every metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import ALGORITHMS, random_groups
+
+from dsalign import algos
+from dsalign.contract.groups import MicroBatch, Output
+from dsalign.data.batches.packing import micro_batch
+from dsalign.loop.loss import gae, scaled_loss
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SINGLE = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+    "sigmoid_norm", "discopop",
+)  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"dpo {name}": (
+            "dpo",
+            {"loss_type": (name,), "label_smoothing": 0.1 if name in ("sigmoid", "exo_pair", "robust") else 0.0},
+        )
+        for name in SINGLE
+    },
+    "dpo three and nll": (
+        "dpo",
+        {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0), "rpo_alpha": 0.0},
+    ),
+    "dpo sft alone": ("dpo", {"loss_type": ("sft",), "rpo_alpha": 0.0}),
+    "dpo tail": ("dpo", {"ld_alpha": 0.5}),
+    "dpo forward_kl": ("dpo", {"f_divergence_type": "forward_kl"}),
+    "dpo js": ("dpo", {"f_divergence_type": "js"}),
+    "dpo alpha": ("dpo", {"f_divergence_type": "alpha", "f_alpha_divergence_coef": 0.3}),
+    "dpo alpha 1": ("dpo", {"f_divergence_type": "alpha"}),
+    "cpo": ("cpo", {"label_smoothing": 0.1}),
+    "cpo hinge": ("cpo", {"loss_type": "hinge", "cpo_alpha": 0.5}),
+    "cpo ipo": ("cpo", {"loss_type": "ipo"}),
+    "simpo": ("simpo", {"simpo_gamma": 0.5, "label_smoothing": 0.05}),
+    "orpo": ("orpo", {}),
+    "kto": ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.8}),
+    "kto apo": ("kto", {"loss_type": "apo_zero_unpaired"}),
+    "ppo": ("ppo", {"cliprange": 0.1, "cliprange_value": 0.1, "vf_coef": 0.3}),
+}
+UNITS = {"pairs": 0.25, "chosen_tokens": 0.01, "examples": 0.5, "tokens": 0.02}
+
+
+def given(kind: str) -> tuple[MicroBatch, Output]:
+    """Four groups with lengths that differ, numbers for every field, and a model's output."""
+    draw = torch.Generator().manual_seed(3)
+    groups = random_groups("pairs" if kind == "prompts" else kind, 4)
+    sizes = [sum(g.lengths) for g in groups]
+
+    def field(scale: float, shift: float = 0.0) -> list[torch.Tensor]:
+        return [scale * torch.randn(n, generator=draw) + shift for n in sizes]
+
+    old = field(0.5, -3.0)
+    fields = {
+        "reference": old, "old": old, "advantages": field(1.0), "returns": field(1.0), "values": field(1.0)
+    }  # fmt: skip
+    batch = micro_batch(groups, DEVICE, fields, {"z0": 0.2})
+    logps = torch.cat(old) + 0.2 * torch.randn(sum(sizes), generator=draw)
+    values = torch.randn(sum(sizes) + len(batch.lengths), generator=draw)
+    entropy = torch.rand(sum(sizes), generator=draw)
+    return batch, Output(logps=logps.to(DEVICE), entropy=entropy.to(DEVICE), values=values.to(DEVICE))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_the_file_says(name: str) -> None:
+    """To float32's rounding; a kernel is asked for in every one of these cases."""
+    algorithm_name, options = CASES[name]
+    algorithm = algos.load(algorithm_name)(**options)
+    batch, out = given(algorithm.data)
+    if "reference" not in algorithm.roles:
+        del batch.fields["reference"]  # type: ignore[attr-defined]
+    for role in [role for role, how in algorithm.roles.items() if how == "train"]:
+        assert algorithm.fused(role, batch) is not None
+        found = {}
+        for impl in ("torch", "triton"):
+            leaf = (out.values if role == "value" else out.logps).clone().requires_grad_()  # type: ignore[union-attr]
+            one = Output(values=leaf) if role == "value" else Output(logps=leaf, entropy=out.entropy)
+            loss, metrics = scaled_loss(algorithm, role, one, batch, UNITS, impl=impl)
+            (gradient,) = torch.autograd.grad(2.0 * loss, leaf)
+            numbers = {n: (float(total), float(count)) for n, (total, count) in metrics.items()}
+            found[impl] = (float(loss.detach()), gradient, numbers)
+        (loss_a, gradient_a, metrics_a), (loss_b, gradient_b, metrics_b) = found["torch"], found["triton"]
+        assert loss_b == pytest.approx(loss_a, rel=2e-6, abs=2e-6)
+        torch.testing.assert_close(gradient_b, gradient_a, rtol=1e-5, atol=1e-5 * float(gradient_a.abs().max()))
+        assert set(metrics_a) == set(metrics_b)
+        for key, value in metrics_a.items():
+            assert metrics_b[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_groups(name: str) -> None:
+    """An empty micro-batch has a loss of 0 and an empty gradient."""
+    algorithm = algos.load(name)()
+    names = ("reference", "old", "advantages", "returns", "values")
+    batch = micro_batch([], DEVICE, {field: [] for field in names})
+    for role in [role for role, how in algorithm.roles.items() if how == "train"]:
+        leaf = torch.zeros(0, device=DEVICE, requires_grad=True)
+        out = Output.of(role, leaf)
+        loss, _ = scaled_loss(algorithm, role, out, batch, {}, impl="triton")
+        assert float(loss.detach()) == 0.0
+
+
+def test_what_no_kernel_does() -> None:
+    """Losses that sort over the batch, and more than three, go the algorithm's own way."""
+    batch, _ = given("pairs")
+    dpo = algos.load("dpo")
+    assert dpo(loss_type=("aot",)).fused("policy", batch) is None
+    assert dpo(loss_type=("sigmoid", "hinge", "ipo", "robust")).fused("policy", batch) is None
+
+
+def test_advantages_go_back_to_their_groups() -> None:
+    """Two groups, of two completions and of one; gamma = lam = 1: A is the return less the value. And no group."""
+    rewards, values = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0])], [torch.zeros(3), torch.tensor([1.0])]
+    found = gae(rewards, values, [[2, 1], [1]], 1.0, 1.0, DEVICE)
+    assert [x.tolist() for x in found] == [[3.0, 2.0, 3.0], [4.0]]
+    assert gae([], [], [], 1.0, 1.0, DEVICE) == []

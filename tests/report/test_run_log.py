@@ -1,0 +1,206 @@
+"""The line, metrics.jsonl and the trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dsalign.report import run_log as report
+from dsalign.report.run_log import Report, duration, number
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands until it is set."""
+    time = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(report.time, "monotonic", lambda: time.now)
+    return time
+
+
+def of(folder: Path, trackers: tuple[str, ...] = (), **changes: Any) -> Report:
+    return Report(folder, trackers, **{"rank": 0, "total_steps": 10, "resumed": False, **changes})
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_by_hand(tmp_path: Path, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    """Start at step 2 with 100 tokens; 4 s later step 4 with 500: 100 tokens/s, 2 s a step, 6 steps to go."""
+    shown = of(tmp_path)
+    shown.start(2, 100)
+    clock.now += 4
+    metrics = {"entropy": 1.25, "lr": 5e-5, "loss": 0.69314718, "num_tokens": 500, "epoch": 0.5}
+    shown.log(4, metrics)
+    line = "step 4/10 | loss 0.6931 | lr 5.00e-05 | entropy 1.25 | 100 tok/s | ETA 12s\n"
+    assert capsys.readouterr().out == line
+    assert lines(tmp_path) == [{"step": 4, **metrics, "tokens_per_s": 100.0}]
+
+
+def test_rates_count_from_the_line_before(tmp_path: Path, clock: SimpleNamespace) -> None:
+    """10 tokens in 1 s, then 30 in 2 s."""
+    shown = of(tmp_path)
+    shown.start(0, 0)
+    for seconds, tokens in ((1, 10), (2, 40)):
+        clock.now += seconds
+        shown.log(1, {"num_tokens": tokens})
+    assert [line["tokens_per_s"] for line in lines(tmp_path)] == [10.0, 15.0]
+
+
+def test_an_evaluation_has_no_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = of(tmp_path)
+    shown.log(0, {"eval/nll_loss": 2.0, "eval/loss": 1e6})
+    assert capsys.readouterr().out == "step 0/10 | eval/loss 1.00e+06 | eval/nll_loss 2\n"
+    assert lines(tmp_path) == [{"step": 0, "eval/nll_loss": 2.0, "eval/loss": 1e6}]
+
+
+def test_a_resumed_run_goes_on_with_the_file_and_a_new_one_starts_it(tmp_path: Path) -> None:
+    of(tmp_path).log(1, {"loss": 1.0})
+    of(tmp_path, resumed=True).log(2, {"loss": 2.0})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    of(tmp_path).log(3, {"loss": 3.0})
+    assert [line["step"] for line in lines(tmp_path)] == [3]
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
+    """Killed after step 6 and in the middle of a line; it goes on at 4, and takes that rollout again."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 6, "loss": 3}\n')
+    (tmp_path / "samples.jsonl").write_text(
+        '{"step": 0, "completion": "é\u2028"}\n{"step": 4, "completion": "b"}\n{"st'
+    )
+    report = Report(tmp_path, (), rank=0, total_steps=8, resumed=True)
+    report.start(4, 0)
+    report.log(6, {"loss": 3})
+    report.samples(4, [{"completion": "b", "score": 1.0}])
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().split("\n")[:-1]]
+    assert [(one["step"], one["completion"]) for one in samples] == [(0, "é\u2028"), (4, "b")]
+
+
+def test_other_ranks_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No line, no file, no tracker: one that does not exist would raise."""
+    shown = of(tmp_path / "out", ("wandb",), rank=1)
+    shown.say("hello")
+    shown.start(0, 0)
+    shown.log(1, {"loss": 1.0})
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def fake_trackers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Three packages that note what they are asked to do."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            calls.append(("tensorboard", Path(folder).name))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            calls.append(("tensorboard", name, value, step))
+
+        def flush(self) -> None:
+            calls.append(("tensorboard", "flush"))
+
+    def note(package: str) -> SimpleNamespace:
+        log = lambda numbers, step: calls.append((package, numbers, step))  # noqa: E731
+
+        def init(**options: str) -> SimpleNamespace:
+            calls.append((package, {k: Path(v).name for k, v in options.items()}))
+            return SimpleNamespace(log=log)
+
+        return SimpleNamespace(init=init, log=log)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    for package in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, package, note(package))
+    return calls
+
+
+def test_trackers_get_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is called after its folder."""
+    calls = fake_trackers(monkeypatch)
+    of(tmp_path / "run7", ("tensorboard", "wandb", "trackio")).log(3, {"loss": 0.5})
+    assert calls == [
+        ("tensorboard", "tensorboard"),
+        ("wandb", {"dir": "run7", "name": "run7"}),
+        ("trackio", {"project": "dsalign", "name": "run7"}),
+        ("tensorboard", "loss", 0.5, 3),
+        ("tensorboard", "flush"),
+        ("wandb", {"loss": 0.5}, 3),
+        ("trackio", {"loss": 0.5}, 3),
+    ]
+
+
+def test_a_tracker_that_fails_is_left_out_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = fake_trackers(monkeypatch)
+
+    def broken(numbers: Any, step: int) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(sys.modules["trackio"], "log", broken)
+    shown = of(tmp_path, ("trackio", "wandb"))
+    with caplog.at_level(logging.WARNING):
+        shown.log(1, {"loss": 1.0})
+        shown.log(2, {"loss": 2.0})
+    assert [r.message for r in caplog.records] == ["report_to trackio failed and is left out from here: no route"]
+    assert [c for c in calls if c[0] == "wandb"][1:] == [("wandb", {"loss": 1.0}, 1), ("wandb", {"loss": 2.0}, 2)]
+    assert len(lines(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_package_is_named_with_what_to_install(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
+    with pytest.raises(ValueError, match=rf"^report_to: {name} is not installed: pip install dsalign\[{name}\]$"):
+        of(tmp_path, (name,))
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (0.0, "0"),
+        (1.0, "1"),
+        (-0.25, "-0.25"),
+        (0.123456, "0.1235"),
+        (100.0, "100"),
+        (5e-5, "5.00e-05"),
+        (-123456.0, "-1.23e+05"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_number(x: float, text: str) -> None:
+    assert number(x) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.9, "0s"), (59.9, "59s"), (60, "1m00s"), (185, "3m05s"), (3600, "1h00m"), (90061, "25h01m")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_training_outlives_its_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of the output is gone (`| head`): nothing is raised, and metrics.jsonl still gets every line."""
+
+    class Gone:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    report = Report(tmp_path, (), rank=0, total_steps=2, resumed=False)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    report.log(1, {"loss": 2.0})
+    report.log(2, {"loss": 1.0})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
