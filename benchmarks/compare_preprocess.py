@@ -90,18 +90,16 @@ class Clock:
 def prepare_dsalign(rows: Path, model: str, out: Path, num_proc: int | None) -> dict[str, Any]:
     """The rows as a run of dsalign prepares them."""
     sys.path[:0] = [str(peer.ROOT), str(peer.ROOT / "kernels")]
-    import torch  # noqa: PLC0415  # each side imports its own
-
-    from dsalign import prepare  # noqa: PLC0415
-    from dsalign.config import parse  # noqa: PLC0415
-    from dsalign.models import load  # noqa: PLC0415
+    from dsalign.config.parse import parse  # noqa: PLC0415  # each side imports its own
+    from dsalign.data import dataset  # noqa: PLC0415
     from dsalign.models.names import resolve  # noqa: PLC0415
+    from dsalign.models.tokenizer import template_of  # noqa: PLC0415
 
     processes = [] if num_proc is None else ["--dataset_num_proc", str(num_proc)]
     config = parse(["--algo", "dpo", "--model", model, "--dataset", str(rows), *processes], world_size=1).config
-    _, template = prepare.text(config, resolve(model), load.LoadOptions(torch.device("cpu")))
+    template = template_of(config, resolve(model))
     clock = Clock(out)
-    tokenized, _ = prepare.tokenized(config, template, config.dataset)
+    tokenized, _ = dataset.tokenized(config, template, config.data.dataset)
     clock.stop()
     return digest((group.prompt, *group.completions) for group in tokenized.groups)
 

@@ -29,7 +29,7 @@ print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 WHAT_RUNS = """
 import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/kernels"]
-from dsalign.data.loader import epoch_order
+from dsalign.data.batches.loader import epoch_order
 from dsalign.models.names import resolve
 print(json.dumps({"model": resolve(sys.argv[2]).weights, "order": epoch_order(int(sys.argv[3]), int(sys.argv[4]), 0)}))
 """

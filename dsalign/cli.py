@@ -12,7 +12,6 @@ import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from dsalign import __version__
@@ -72,12 +71,10 @@ def _main(argv: Sequence[str]) -> int:
         os.environ.update(launcher.alone(env))
     process = launcher.process(os.environ)
     # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
-    on_cpu = not importlib.import_module("torch").accelerator.is_available()
-    with lazy.without("triton") if on_cpu else nullcontext():  # 70 MiB, which torch and deepspeed import if they can
-        logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
-        run = importlib.import_module("dsalign.verbs.train")
-        logging.disable(logging.NOTSET)
-        run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
+    logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
+    run = importlib.import_module("dsalign.verbs.train")
+    logging.disable(logging.NOTSET)
+    run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
     return 0
 
 
@@ -88,7 +85,7 @@ def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[parse.Parse
         return parsed, None
     devices = launcher.visible_devices(env)  # only now, as asking the driver may take seconds
     parsed = parse.parse(argv, world_size=launcher.ranks(env, devices))
-    launch = launcher.plan(env, devices, parsed, sys.argv[0])
+    launch = launcher.planned_launch(env, devices, parsed, sys.argv[0])
     if launch is None:
         return parsed, None
     if launch.note:

@@ -1,4 +1,4 @@
-"""Which processes a command becomes: this one, or one a GPU under torch's launcher."""
+"""Which processes a command becomes: this one alone, or one for each GPU under torch's launcher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLI = Path(__file__).with_name("cli.py")
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of the run."""
+    """This process's place among those of the run."""
 
     rank: int
     local_rank: int
@@ -27,7 +27,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Launch:
-    """Processes to start in place of this one."""
+    """The processes that should be started in place of this one."""
 
     command: tuple[str, ...]  # for os.execv
     arguments: tuple[str, ...]  # those of dsalign in it
@@ -36,9 +36,9 @@ class Launch:
 
 
 def process(env: Mapping[str, str]) -> Process:
-    """This process, from the variables that every launcher sets.
+    """This process's place, from the variables that every launcher sets (RANK, LOCAL_RANK, WORLD_SIZE).
 
-    Raises ValueError where one is missing or they contradict each other.
+    Raises ValueError where one is missing, or they contradict each other.
     """
     numbers = {name: _number(env, name, least=0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     rank, local_rank, world_size = numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"]
@@ -53,7 +53,7 @@ def process(env: Mapping[str, str]) -> Process:
 
 
 def alone(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a run of one process, which no launcher has set. MASTER_PORT is kept where it is set."""
+    """The variables that a launcher would set, for a run of this process alone. MASTER_PORT is kept where it is set."""
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -64,14 +64,14 @@ def alone(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
+    """A TCP port of this machine on which nobody listens now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def visible_devices(env: Mapping[str, str]) -> int:
-    """The number of GPUs this process may use, without importing torch: 0 where there is no NVIDIA driver."""
+    """The number of GPUs that this process may use, told without importing torch: 0 where there is no NVIDIA driver."""
     if (listed := env.get("CUDA_VISIBLE_DEVICES")) is not None:
         entries = [entry.strip() for entry in listed.split(",")]
         ends = [index for index, entry in enumerate(entries) if entry in ("", "-1")]  # CUDA reads no further
@@ -84,9 +84,9 @@ def visible_devices(env: Mapping[str, str]) -> int:
 
 
 def ranks(env: Mapping[str, str], devices: int) -> int:
-    """The number of processes that the run will have.
+    """The number of processes that the run will have. devices: visible GPUs.
 
-    Raises ValueError where the environment asks for more than there are GPUs, or for several nodes without a launcher.
+    Raises ValueError where the environment asks for more processes than GPUs, or for several nodes without a launcher.
     """
     if "RANK" in env:
         return process(env).world_size
@@ -104,14 +104,13 @@ def ranks(env: Mapping[str, str], devices: int) -> int:
     return max(asked, devices)
 
 
-def plan(env: Mapping[str, str], devices: int, parsed: Parsed, program: str) -> Launch | None:
-    """The processes to start instead of this one; None where this one is right.
+def planned_launch(env: Mapping[str, str], devices: int, parsed: Parsed, program: str) -> Launch | None:
+    """The processes to start in place of this one; None where this one is all, or was started by a launcher.
 
-    env: the environment; MASTER_PORT must be in it where processes are to be started. devices: visible GPUs.
-    program: what was started, as in argv[0].
-    More GPUs than processes is how scripts split one model over GPUs: here each GPU becomes a rank at ZeRO-3, with
-    less accumulation, so that an optimizer step sees as many rows as the script asks for.
-    Raises ValueError where the accumulation does not divide, and those of `ranks`.
+    env: must have MASTER_PORT where processes are to be started. devices: visible GPUs. program: argv[0].
+    Scripts with fewer processes than GPUs split one model over the GPUs. Here each GPU becomes a rank at ZeRO-3
+    instead, with less accumulation, so that an optimizer step sees as many rows as the script asks for.
+    Raises ValueError as `ranks` does, and where the accumulation does not divide.
     """
     count = ranks(env, devices)
     if "RANK" in env or count == 1:
@@ -128,23 +127,23 @@ def plan(env: Mapping[str, str], devices: int, parsed: Parsed, program: str) -> 
 
 
 def _spread(parsed: Parsed, asked: int, count: int) -> tuple[dict[str, str], str]:
-    """What `count` ranks need set differently to do the work of `asked` processes, and the line that says so."""
+    """(the options that `count` ranks need to do the work of `asked` processes, the line that says so)."""
     config = parsed.config
     overrides: dict[str, str] = {}
     steps = "gradient_accumulation_steps by default"
     if parsed.origins["gradient_accumulation_steps"] != "default":
-        given = config.gradient_accumulation_steps
+        given = config.optim.gradient_accumulation_steps
         accumulation, rest = divmod(given * asked, count)
         if rest:
             raise ValueError(
                 f"gradient_accumulation_steps: expected {given} x {asked} processes to divide over {count} GPUs, "
                 f"got a rest of {rest}; change it, or set NPROC_PER_NODE={count} for a step of "
-                f"{config.batch_size * given * count} rows"
+                f"{config.optim.batch_size * given * count} rows"
             )
         overrides["gradient_accumulation_steps"] = str(accumulation)
-        rows = config.batch_size * given * asked
+        rows = config.optim.batch_size * given * asked
         steps = f"gradient_accumulation_steps {given} -> {accumulation}, a step still sees {rows} rows"
-    stage = f"deepspeed {config.deepspeed}"
+    stage = f"deepspeed {config.optim.deepspeed}"
     if parsed.origins["deepspeed"] == "default":
         overrides["deepspeed"] = "zero3"
         stage = "deepspeed zero3 instead of a model split"
@@ -152,7 +151,8 @@ def _spread(parsed: Parsed, asked: int, count: int) -> tuple[dict[str, str], str
 
 
 def _program(program: str) -> tuple[str, ...]:
-    """How torch's launcher starts this program again: the same script, or the module behind the console command."""
+    """The words with which torch's launcher starts this program again: the same script, or the module of the console
+    command."""
     script = Path(program)
     own = script.suffix == ".py" and script.resolve() != CLI
     return (str(script.resolve()),) if own else ("-m", "dsalign.cli")

@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # before an installed copy, so that what is measured is what lies here
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]  # before an installed copy, so that what is measured is what lies here
 
 import harness  # noqa: E402  # needs the line above
-from dsalign_kernels import Recipe, linear_logps, linear_loss, preference, reference  # noqa: E402
+import losses  # noqa: E402
+from dsalign.algos.dpo import DPO  # noqa: E402
+from dsalign.algos.orpo import ORPO  # noqa: E402
+from dsalign.contract.groups import Output  # noqa: E402
+from dsalign.loop.loss import scaled_loss  # noqa: E402
+from dsalign_kernels import Impl, linear_logps, linear_loss, reference  # noqa: E402
 
 COLUMNS = (
     "op",
@@ -36,10 +41,7 @@ COLUMNS = (
     "peak_mb",
 )
 CHECKED = 4  # pairs compared with float64: of one alone the error is that of a single coefficient
-RECIPES = {
-    "DPO": Recipe({"sigmoid": 1.0}, beta=0.1),
-    "ORPO": Recipe({"odds_ratio": 0.1}, beta=0.1, mean_rewards=True),
-}
+ALGORITHMS = {"DPO": DPO(beta=0.1, rpo_alpha=0.0), "ORPO": ORPO(beta=0.1)}
 
 
 @dataclass(frozen=True)
@@ -61,31 +63,30 @@ class Case:
 Head = Callable[[str, Tensor, Tensor, Case], Tensor]  # loss name, hidden, weight, case -> mean loss over pairs
 
 
-def nll_scale(name: str, case: Case) -> float:
-    """ORPO adds the mean NLL of chosen tokens."""
-    return 2 / case.targets.numel() if name == "ORPO" else 0.0
+def pair_loss(name: str, logps: Tensor, base: Tensor | None, case: Case, impl: Impl) -> Tensor:
+    """What some of the case's pairs add to the mean loss over all of them; ORPO's has the mean NLL of chosen tokens.
+    logps, base: [tokens of those pairs] float, of the policy and of the reference."""
+    tokens, scales = case.targets.shape[1], {"pairs": 2 / len(case.targets), "chosen_tokens": 2 / case.targets.numel()}
+    fields = {} if base is None else {"reference": base}
+    batch = losses.micro_batch([tokens] * (len(logps) // tokens), logps.device, fields)
+    return scaled_loss(ALGORITHMS[name], "policy", Output(logps=logps), batch, scales, impl=impl)[0]
 
 
 def ours(by_parts: bool, name: str, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
-    """dsalign_kernels: the logits kept, or a pair at a time."""
-    flat, targets, recipe = hidden.flatten(0, 1), case.targets.flatten(), RECIPES[name]
-    pairs, tokens = len(hidden) // 2, hidden.shape[1]
+    """As a step has it: the logits kept, or a pair at a time; on a GPU the loss by its kernel."""
+    flat, targets = hidden.flatten(0, 1), case.targets.flatten()
     base = None
     if name == "DPO":
         with torch.no_grad():
             base = linear_logps(case.reference_hidden.flatten(0, 1), case.reference_weight, targets).logps
-    more = {"scale": 1 / pairs, "nll_scale": nll_scale(name, case)}
-
-    def loss(logps: Tensor, part: slice) -> Tensor:
-        lengths = torch.full((len(logps) // tokens,), tokens, device=logps.device)
-        return preference(logps, lengths, recipe, reference=None if base is None else base[part], **more).loss
-
     if not by_parts:
-        return loss(linear_logps(flat, weight, targets, head_bytes=2**40).logps, slice(None))
-    size = 2 * tokens
-    return linear_loss(
-        flat, weight, targets, [size] * pairs, lambda i, logps, _: loss(logps, slice(i * size, (i + 1) * size))
-    )
+        return pair_loss(name, linear_logps(flat, weight, targets, head_bytes=2**40).logps, base, case, "auto")
+    size = 2 * hidden.shape[1]
+
+    def of_pair(i: int, logps: Tensor, entropy: Tensor | None) -> Tensor:
+        return pair_loss(name, logps, None if base is None else base[i * size : (i + 1) * size], case, "auto")
+
+    return linear_loss(flat, weight, targets, [size] * (len(hidden) // 2), of_pair)
 
 
 def plain(name: str, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
@@ -96,9 +97,7 @@ def plain(name: str, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
     if name == "DPO":
         with torch.no_grad():
             base = reference.linear_logps(case.reference_hidden.flatten(0, 1), case.reference_weight, targets).logps
-    lengths = torch.full((len(hidden),), hidden.shape[1], device=hidden.device)
-    more = {"scale": 2 / len(hidden), "nll_scale": nll_scale(name, case)}
-    return reference.preference(logps, lengths, RECIPES[name], reference=base, **more).loss
+    return pair_loss(name, logps, base, case, "torch")
 
 
 def liger_head() -> Head | None:
@@ -185,7 +184,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     print("beside:", harness.peers({"Liger": "liger-kernel"} if liger_head() is not None else {}))
-    harness.report([row for name in RECIPES for row in measure(args, device, name)], COLUMNS, device, args.csv)
+    harness.report([row for name in ALGORITHMS for row in measure(args, device, name)], COLUMNS, device, args.csv)
 
 
 if __name__ == "__main__":

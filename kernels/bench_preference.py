@@ -1,4 +1,4 @@
-"""Time and memory of `preference`, loss and gradient, beside its twin in plain torch.
+"""Time and memory of preference losses as a step calls them: by the kernel, and by the algorithm's own loss in torch.
 
 python kernels/bench_preference.py --pairs 64 --tokens 1024 --csv preference.csv
 """
@@ -14,49 +14,56 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # before an installed copy, so that what is measured is what lies here
+sys.path[:0] = [str(ROOT), str(ROOT.parent)]  # before an installed copy, so that what is measured is what lies here
 
 import harness  # noqa: E402  # needs the line above
-from dsalign_kernels import Recipe, preference, reference  # noqa: E402
+import losses  # noqa: E402
+from dsalign.algos.dpo import DPO  # noqa: E402
+from dsalign.algos.kto import KTO  # noqa: E402
+from dsalign.algos.orpo import ORPO  # noqa: E402
+from dsalign.algos.simpo import SimPO  # noqa: E402
+from dsalign.contract.groups import MicroBatch, Output  # noqa: E402
+from dsalign.loop.loss import scaled_loss  # noqa: E402
 
-RECIPES = {
-    "DPO": Recipe({"sigmoid": 1.0}, beta=0.1),
-    "DPO, three losses": Recipe({"sigmoid": 0.8, "bco_pair": 0.2, "ipo": 1.0}, beta=0.1),
-    "SimPO": Recipe({"sigmoid_norm": 1.0}, beta=2.0, gamma=1.0, mean_rewards=True),
-    "ORPO": Recipe({"odds_ratio": 0.1}, beta=0.1, mean_rewards=True),
-    "KTO": Recipe({"kto": 1.0}, beta=0.1, desirable_weight=1.3, z0=0.2),
+ALGORITHMS = {
+    "DPO": DPO(),
+    "DPO, three losses": DPO(loss_type=("sigmoid", "bco_pair", "ipo"), loss_weights=(0.8, 0.2, 1.0)),
+    "SimPO": SimPO(),
+    "ORPO": ORPO(),
+    "KTO": KTO(desirable_weight=1.3),
 }
-WITH_REFERENCE = ("DPO", "DPO, three losses", "KTO")
 
 
-def run(function: Any, recipe: Recipe, dtype: torch.dtype, logps: Any, lengths: Any, **more: Any) -> harness.Answer:
+def run(impl: Any, dtype: torch.dtype, algorithm: Any, logps: torch.Tensor, batch: MicroBatch) -> losses.Answer:
     """Loss, metrics and gradient."""
     leaf = logps.to(dtype).requires_grad_()
-    if more.get("reference") is not None:
-        more["reference"] = more["reference"].to(dtype)
-    found = function(leaf, lengths, recipe, scale=1 / len(lengths), **more)
-    (gradient,) = torch.autograd.grad(found.loss, leaf)
-    return [found.loss.detach(), gradient, *(x / len(lengths) for x in found.metrics.values())]
+    count = len(batch.groups)
+    scales = {"pairs": 1 / count, "examples": 1 / count, "chosen_tokens": 0.01}
+    loss, metrics = scaled_loss(algorithm, "policy", Output(logps=leaf), batch, scales, impl=impl)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return [loss.detach(), gradient, *(torch.as_tensor(metrics[name][0]) / count for name in sorted(metrics))]
 
 
-def cases(args: argparse.Namespace, device: torch.device) -> dict[str, harness.Case]:
-    """A recipe -> what is run; completions of half to all of `tokens`."""
+def cases(args: argparse.Namespace, device: torch.device) -> dict[str, losses.Case]:
+    """An algorithm -> what is run; completions of half to all of `tokens`."""
     draw = torch.Generator().manual_seed(0)
-    lengths = torch.randint(args.tokens // 2, args.tokens + 1, (2 * args.pairs,), generator=draw)
-    logps = -2 * torch.rand(int(lengths.sum()), generator=draw)
-    reference_logps = logps + 0.05 * torch.randn(len(logps), generator=draw)
-    flags = torch.rand(len(lengths), generator=draw) < 0.6
-    logps, reference_logps, lengths, flags = (x.to(device) for x in (logps, reference_logps, lengths, flags))
+    lengths = torch.randint(args.tokens // 2, args.tokens + 1, (2 * args.pairs,), generator=draw).tolist()
+    logps = -2 * torch.rand(sum(lengths), generator=draw)
+    reference = logps + 0.05 * torch.randn(len(logps), generator=draw)
+    flags = (torch.rand(len(lengths), generator=draw) < 0.6).tolist()
+    logps, reference = logps.to(device), reference.to(device)
     found = {}
-    for name, recipe in RECIPES.items():
-        more: dict[str, Any] = {"reference": reference_logps if name in WITH_REFERENCE else None}
-        more |= {"desirable": flags} if name == "KTO" else {"nll_scale": 0.01}
-        one = partial(run, recipe=recipe, logps=logps, lengths=lengths, **more)
-        twin = partial(one, reference.preference)
+    for name, algorithm in ALGORITHMS.items():
+
+        def batch(dtype: torch.dtype, labelled: bool = algorithm.traits.data == "labels") -> MicroBatch:
+            labels = flags if labelled else None
+            return losses.micro_batch(lengths, device, {"reference": reference.to(dtype)}, labels=labels, z0=0.2)
+
+        one, narrow = partial(run, algorithm=algorithm, logps=logps), batch(torch.float32)
         found[name] = (
-            partial(one, preference, dtype=torch.float32),
-            partial(twin, dtype=torch.float32),
-            partial(twin, dtype=torch.float64),
+            partial(one, "triton", torch.float32, batch=narrow),
+            partial(one, "torch", torch.float32, batch=narrow),
+            partial(one, "torch", torch.float64, batch=batch(torch.float64)),
         )
     return found
 
@@ -70,9 +77,9 @@ def main() -> None:
     device = torch.device(args.device)
     rows = [
         {**row, "pairs": args.pairs, "tokens": args.tokens}
-        for row in harness.fused_rows(cases(args, device), device, repeats=args.repeats)
+        for row in losses.rows_of(cases(args, device), device, repeats=args.repeats)
     ]
-    harness.report(rows, harness.FUSED_COLUMNS, device, args.csv)
+    harness.report(rows, losses.COLUMNS, device, args.csv)
 
 
 if __name__ == "__main__":

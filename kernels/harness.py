@@ -118,42 +118,6 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
     return peak - before
 
 
-Answer = Sequence[Tensor]  # what a run gives, gradients among it
-Case = tuple[Callable[[], Answer], Callable[[], Answer], Callable[[], Answer]]  # ours, its twin, the twin in float64
-FUSED_COLUMNS = ("op", "pass", "error", "p20_ms", "p50_ms", "p80_ms", "peak_mb")
-
-
-def fused_rows(cases: Mapping[str, Case], device: torch.device, *, repeats: int) -> list[dict[str, object]]:
-    """One row for each operation and its twin in plain torch, checked before they are timed.
-
-    Raises ValueError where ours is further from float64, relative to the largest number, than its twin and 1e-6.
-    """
-    runs: dict[tuple[str, str], Callable[[], object]] = {}
-    errors: dict[tuple[str, str], float] = {}
-    for name, (ours, twin, exact) in cases.items():
-        want = [x.double() for x in exact()]
-        for which, run in (("dsalign_kernels", ours), ("plain torch", twin)):
-            sizes = [max(1.0, float(y.abs().max())) for y in want]
-            gaps = [error(x, y) / size for x, y, size in zip(run(), want, sizes, strict=True)]
-            runs[which, name], errors[which, name] = run, max(gaps)
-        mine, its = errors["dsalign_kernels", name], errors["plain torch", name]
-        if not mine <= its + 1e-6:
-            raise ValueError(f"{name}: expected at most plain torch's error {its:.3g}, got {mine:.3g}; not timed")
-    peaks = {key: peak_extra_bytes(run, device) / 2**20 for key, run in runs.items()}
-    times = times_ms({f"{which}|{name}": run for (which, name), run in runs.items()}, device, repeats=repeats)
-    return [
-        {
-            "op": which,
-            "pass": name,
-            "error": errors[which, name],
-            **times[f"{which}|{name}"],
-            "peak_mb": peaks[which, name],
-        }
-        | provenance(device)
-        for which, name in runs
-    ]
-
-
 def parser(about: str | None, *, repeats: int) -> argparse.ArgumentParser:
     """The flags that every benchmark has; about: its docstring; repeats: the default."""
     found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -5,35 +5,33 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from support import random_groups, tiny_tokenizer
+from support import ds_file, random_groups, section, tiny_tokenizer
 
-from dsalign import algos
+from dsalign import algos, cpu
 from dsalign.checkpoint import export as portable
-from dsalign.checkpoint.checkpoints import Store
+from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.checkpoint.progress import Progress
+from dsalign.config.schema import ModelOptions, OptimOptions, OutputOptions
 from dsalign.contract.groups import Group
-from dsalign.cpu.row_adam import RowAdam
+from dsalign.cpu.row_adam import RowSteps
 from dsalign.data.batches.loader import Loader
 from dsalign.engines import dist
 from dsalign.engines import engine as engines
 from dsalign.engines import self_check as selfcheck
-from dsalign.engines.roles import Models
+from dsalign.engines.roles import Roles
 from dsalign.loop.context import RunContext
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Sums
-from dsalign.loop.plan import Plan
 from dsalign.loop.trainer import Trainer
 from dsalign.models import attention, heads, load
-from dsalign.models.adapters import LoraOptions
 from dsalign.models.names import resolve
-from dsalign.models.tokenizer import LoadOptions
 
 CPU = torch.device("cpu")
 BY_GROUP, WHOLE_LOGITS = attention._by_group, heads.CausalModel.whole_logits
@@ -57,47 +55,40 @@ class Stop(Exception):
     """Ends a training in the middle."""
 
 
-def engine_options(stage: int, **changes: Any) -> engines.EngineOptions:
-    """AdamW in float32 without clipping, everything sharded that the stage shards."""
+def optim(stage: int, **changes: Any) -> OptimOptions:
+    """AdamW without clipping, everything sharded that the stage shards."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
     settings = {
-        "ds_config": {"zero_optimization": zero},
-        "dtype": torch.float32,
+        "deepspeed": ds_file({"zero_optimization": zero}),
         "batch_size": 2,
-        "world_size": dist.world_size(),
         "max_grad_norm": 0.0,
-        "optimizer": "adamw",
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
-        "betas": (0.9, 0.95),
-        "epsilon": 1e-8,
+        "warmup_ratio": 0.25,
     }
-    return engines.EngineOptions(**{**settings, **changes})
+    return section(OptimOptions, **{**settings, **changes})
 
 
 def build(run: Run) -> Trainer:
     """A trainer with a cosine schedule over `STEPS` steps."""
     algorithm = algos.load(run.algo)(**SETTINGS.get(run.algo, {}))
-    options = LoadOptions(device=CPU, dtype=str(run.dtype).removeprefix("torch."))
-    lora = LoraOptions(rank=4, alpha=8, dropout=run.dropout, targets=("ALL",)) if run.tuner == "lora" else None
+    dtype = str(run.dtype).removeprefix("torch.")
+    options = section(ModelOptions, tuner=run.tuner, dtype=dtype, lora_rank=4, lora_alpha=8, lora_dropout=run.dropout)
     source, found = resolve(str(run.folder)), dict[str, Any]()
-    for role, how in algorithm.roles.items():
+    for role, how in algorithm.traits.roles.items():
         if how == "train":
-            module = load.load_trained(role, source, options, lora)
-            found[role] = engines.trained(module, engine_options(run.stage, dtype=run.dtype))
-        elif lora is None:
-            found[role] = engines.frozen(
-                load.load_frozen(role, source, options), engine_options(run.stage, dtype=run.dtype)
-            )
-    models = Models(found, CPU, 2)
+            module = load.load_trained(role, source, options, device=CPU, dropout=False, seed=42)
+            found[role] = engines.trained(module, optim(run.stage), run.dtype)
+        elif run.tuner == "full":
+            module = load.load_frozen(role, source, options, device=CPU)
+            found[role] = engines.frozen(module, optim(run.stage), run.dtype)
+    models = Roles(found, CPU, 2)
     loader = Loader(
-        random_groups(algorithm.data, 8), global_batch=4, seed=1, rank=dist.rank(), world_size=dist.world_size()
+        random_groups(algorithm.traits.data, 8), global_batch=4, seed=1, rank=dist.rank(), world_size=dist.world_size()
     )
-    rates = dict.fromkeys(algorithm.roles, 1e-2)
-    plan = Plan(STEPS, dist.world_size(), 1, rates, "cosine", 0.25, 0.0)
     progress = Progress(state={"seen": 3})
-    ctx = RunContext(models, seed=1, max_length=64, state=progress.state)
-    return Trainer(algorithm, models, ctx, loader, plan, progress)
+    ctx = RunContext(models, seed=1, max_length=64, state=progress.state, total_batches=STEPS)
+    return Trainer(algorithm, models, ctx, loader, optim(run.stage), progress)
 
 
 def train(run: Run, steps: int = 2) -> Trainer:
@@ -108,7 +99,7 @@ def train(run: Run, steps: int = 2) -> Trainer:
 
 
 def fit(trainer: Trainer, after_step: Callable[[dict[str, float]], None], steps: int) -> None:
-    """Train until `steps` steps are done, with the schedule of the whole plan."""
+    """Train until `steps` steps are done, with the schedule of all `STEPS`."""
 
     def watched(metrics: dict[str, float]) -> None:
         after_step(metrics)
@@ -122,12 +113,12 @@ def fit(trainer: Trainer, after_step: Callable[[dict[str, float]], None], steps:
 
 
 def role_of(trainer: Trainer) -> str:
-    return trainer.trained[0]
+    return trainer.algorithm.traits.main
 
 
 def weights(trainer: Trainer) -> dict[str, Any]:
     """Name -> whole trained weight, a float32 numpy array of its own, on rank 0."""
-    state = portable.whole_state(trainer.models.engines[role_of(trainer)], trained_only=True)
+    state = portable.whole_state(trainer.roles.engines[role_of(trainer)], trained_only=True)
     return {name: tensor.float().numpy().copy() for name, tensor in state.items()}
 
 
@@ -141,15 +132,15 @@ def tokenizer() -> Any:
 def exported(run: Run, out: Path, groups: Sequence[Group]) -> list[Any]:
     """Two steps, an export to `out`, and what the engine itself says about `groups`, one array a group."""
     trainer = train(run)
-    portable.export(trainer.models.engines[role_of(trainer)], out, tokenizer(), str(run.folder))
-    return [x.numpy() for x in trainer.models.each_group(role_of(trainer), groups)]
+    portable.export(trainer.roles.engines[role_of(trainer)], out, tokenizer(), str(run.folder))
+    return [x.numpy() for x in trainer.roles.each_group(role_of(trainer), groups)]
 
 
 def export_into_a_file(run: Run, file: Path) -> list[str]:
     """The message of each rank when the folder to write is a file."""
     trainer = build(run)
     try:
-        portable.export(trainer.models.engines[role_of(trainer)], file, tokenizer(), str(run.folder))
+        portable.export(trainer.roles.engines[role_of(trainer)], file, tokenizer(), str(run.folder))
         message = ""
     except Exception as error:
         message = str(error)
@@ -162,18 +153,23 @@ def _of_all_ranks(thing: Any) -> list[Any]:
     return found
 
 
-def store_of(trainer: Trainer, run: Run, output_dir: Path) -> Store:
+def store_of(trainer: Trainer, run: Run, output_dir: Path) -> Checkpoints:
     """The store of a trainer's engine."""
     role = role_of(trainer)
-    return Store(
-        output_dir,
-        {role: trainer.models.engines[role]},
+    return Checkpoints(
+        section(OutputOptions, output_dir=str(output_dir)),
+        {role: trainer.roles.engines[role]},
         tokenizer(),
         {role: str(run.folder)},
         {"seed": 1},
-        keep=2,
         adapters_only=run.tuner == "lora",
     )
+
+
+def empty_store(output_dir: Path, keep: int = 2) -> Checkpoints:
+    """A store of a run that trains nothing."""
+    options = section(OutputOptions, output_dir=str(output_dir), save_total_limit=keep)
+    return Checkpoints(options, {}, tiny_tokenizer(), {}, {}, adapters_only=False)
 
 
 def saved_and_resumed(run: Run, output_dir: Path) -> list[tuple[list[float], dict[str, Any], dict[str, Any]]]:
@@ -212,7 +208,7 @@ def never_saved(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def rotation(output_dir: Path, keep: int, best: int | None) -> list[str]:
     """The names in the output folder after checkpoints at steps 2, 9, 10 and 11; nothing trained."""
-    store = Store(output_dir, {}, tiny_tokenizer(), {}, {}, keep=keep, adapters_only=False)
+    store = empty_store(output_dir, keep)
     for step in (2, 9, 10, 11):
         store.save(Progress(step=step, best_step=best))
     return sorted(p.name for p in output_dir.iterdir())
@@ -220,7 +216,7 @@ def rotation(output_dir: Path, keep: int, best: int | None) -> list[str]:
 
 def save_over(output_dir: Path) -> tuple[list[str], float]:
     """(names in checkpoint-1, its best_loss) after a killed save's leftovers, and after the same step saved twice."""
-    store = Store(output_dir, {}, tiny_tokenizer(), {}, {}, keep=2, adapters_only=False)
+    store = empty_store(output_dir)
     if dist.rank() == 0:
         (output_dir / ".staging-1").mkdir(parents=True)
         (output_dir / ".staging-1" / "left").touch()
@@ -232,7 +228,7 @@ def save_over(output_dir: Path) -> tuple[list[str], float]:
 
 def random_after_load(output_dir: Path) -> list[tuple[bool, bool]]:
     """Of each rank: whether torch and Python draw again what they drew after the save."""
-    store = Store(output_dir, {}, tiny_tokenizer(), {}, {}, keep=2, adapters_only=False)
+    store = empty_store(output_dir)
     torch.manual_seed(dist.rank())
     random.seed(dist.rank())
     random.gauss(0, 1)
@@ -245,7 +241,7 @@ def random_after_load(output_dir: Path) -> list[tuple[bool, bool]]:
 def evaluated(run: Run, out: Path, groups: Sequence[Group]) -> dict[str, Any]:
     """Two steps, an export to `out`, then eval/loss over `groups` in global batches of 4, and what it left behind."""
     trainer = train(run)
-    engine = trainer.models.engines[role_of(trainer)]
+    engine = trainer.roles.engines[role_of(trainer)]
     portable.export(engine, out, tokenizer(), str(run.folder))
     held_out = Loader(groups, global_batch=4, seed=1, rank=dist.rank(), world_size=dist.world_size(), shuffle=False)
     before = weights(trainer)
@@ -254,7 +250,7 @@ def evaluated(run: Run, out: Path, groups: Sequence[Group]) -> dict[str, Any]:
     metrics = {}
     for training in (True, False):
         engine.module.train(training)
-        metrics = evaluate(trainer.algorithm, trainer.models, trainer.ctx, held_out)
+        metrics = evaluate(trainer.algorithm, trainer.roles, trainer.ctx, held_out)
         modes.append(all(m.training is training for m in engine.module.modules()))
     after = weights(trainer)
     return {
@@ -285,18 +281,18 @@ def one_sgd_step(
 ) -> tuple[float, list[float]]:
     """(norm, [w, w, b]) after a step of rate 1 of `Line`; poison: rank 1's input is NaN."""
     changes = {"optimizer": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "max_grad_norm": max_grad_norm}
-    engine = engines.trained(Line(), engine_options(stage, dtype=dtype, **changes))
+    engine = engines.trained(Line(), optim(stage, **changes), dtype)
     x = torch.tensor([[3.0, 0.0]] if dist.rank() == 0 else [[0.0, float("nan") if poison else 4.0]])
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(engine(x.to(dtype)).float().sum(), scale_wrt_gas=False)
-    norm = engines.step(engine, max_grad_norm)
+    norm = engines.take_step(engine, max_grad_norm)
     state = portable.whole_state(engine, trained_only=True)
     return norm, [float(v) for t in state.values() for v in t.flatten()]
 
 
 def optimizer_groups(optimizer: str) -> tuple[str, list[tuple[float, list[int]]]]:
     """(class, [(weight decay, dimensions of its parameters)]) of the optimizer of `Line`, and its rate set to 0.5."""
-    engine = engines.trained(Line(), engine_options(0, optimizer=optimizer))
+    engine = engines.trained(Line(), optim(0, optimizer=optimizer), torch.float32)
     engines.set_learning_rate(engine, 0.5)
     assert {g["lr"] for g in engine.optimizer.param_groups} == {0.5}
     groups = [(g["weight_decay"], sorted(p.dim() for p in g["params"])) for g in engine.optimizer.param_groups]
@@ -311,7 +307,7 @@ def one_step(run: Run) -> tuple[float, float, bool, list[str]]:
     fit(trainer, found.append, 1)
     after = weights(trainer)
     moved = any((before[n] != after[n]).any() for n in before)
-    buffers = trainer.models.engines[role_of(trainer)].module.buffers()
+    buffers = trainer.roles.engines[role_of(trainer)].module.buffers()
     finite = all(np.isfinite(x).all() for x in after.values())
     return found[0]["loss"], found[0]["grad_norm"], moved and finite, sorted({str(b.dtype) for b in buffers})
 
@@ -332,15 +328,15 @@ def large_and_small() -> dict[str, float]:
     return sums.reduced(CPU)
 
 
-def leaking(layer: Any, query: Any, key: Any, value: Any, *more: Any) -> Any:
+def leaking(query: Any, key: Any, value: Any, *more: Any) -> Any:
     """Attention over a packed row as if it were one sequence."""
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def asking(layer: Any, query: Any, key: Any, value: Any, prefix: attention.SharedPrefix, *more: Any) -> Any:
+def asking(query: Any, key: Any, value: Any, prefix: attention.SharedPrefix, *more: Any) -> Any:
     """The right attention, in a layer that wanted attention sinks too."""
     prefix.unsupported = "s_aux"
-    return BY_GROUP(layer, query, key, value, prefix, *more)
+    return BY_GROUP(query, key, value, prefix, *more)
 
 
 def doubled(model: heads.CausalModel, ids: torch.Tensor) -> torch.Tensor:
@@ -352,9 +348,12 @@ def self_checked(folder: Path, fault: str) -> Any:
     """({role: whether it packs}, the warnings) of the start-up check of a policy and a critic at ZeRO 3, or the message
     it ends with. fault: "leak" lets groups see each other, "sinks" is a layer that asks for more than attention,
     "scale" a model whose logits are not what its head gives."""
-    options, source = LoadOptions(device=CPU), resolve(str(folder))
-    modules = {role: load.load_trained(role, source, options, None) for role in ("policy", "value")}
-    models = Models({role: engines.trained(m, engine_options(3)) for role, m in modules.items()}, CPU, 2)
+    options, source = section(ModelOptions, tuner="full"), resolve(str(folder))
+    modules = {
+        role: load.load_trained(role, source, options, device=CPU, dropout=False, seed=42)
+        for role in ("policy", "value")
+    }
+    models = Roles({role: engines.trained(m, optim(3), torch.float32) for role, m in modules.items()}, CPU, 2)
     lines: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(selfcheck.logger, "warning", lambda text, *a: lines.append(text % a)))
@@ -378,11 +377,11 @@ def stepped_by_rows(run: Run, able: bool) -> tuple[int, dict[str, Any]]:
     """(how often an embedding was stepped by its rows, weights) in three steps whose gradients are clipped; able: else
     as if no embedding were looked up alone."""
     with ExitStack() as stack:
-        step = mock.patch.object(RowAdam, "_step", autospec=True, side_effect=RowAdam._step)
+        step = mock.patch.object(RowSteps, "_step", autospec=True, side_effect=RowSteps._step)
         stepped = stack.enter_context(step)
         if not able:
-            stack.enter_context(mock.patch.object(engines, "keep_sparse"))
+            stack.enter_context(mock.patch.object(cpu, "step_by_rows"))
         trainer = build(run)
-        trainer.plan = replace(trainer.plan, max_grad_norm=0.1)
+        trainer.options = trainer.options.model_copy(update={"max_grad_norm": 0.1})
         fit(trainer, lambda metrics: None, 3)
         return stepped.call_count, weights(trainer)

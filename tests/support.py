@@ -3,6 +3,7 @@ hold, and a pool of gloo ranks."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -13,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dsalign import algos
+from dsalign.config.schema import DataOptions, ModelOptions, OptimOptions, OutputOptions
 from dsalign.contract.groups import Group
 from dsalign.data.rows.iterate import iter_rows
 from dsalign.data.rows.records import Row
@@ -36,9 +38,28 @@ ALGORITHMS = {  # settings that make a loss depend on the whole batch, where the
     "orpo": {"beta": 0.5},
     "simpo": {"label_smoothing": 0.1},
 }
+REQUIRED: dict[type[Any], dict[str, Any]] = {  # the options of each section that have no default
+    ModelOptions: {"lora_dropout": 0.0},
+    DataOptions: {"dataset": ("rows",)},
+    OptimOptions: {"gradient_accumulation_steps": 1, "learning_rate": 1e-3},
+    OutputOptions: {"output_dir": "out"},
+}
+S = TypeVar("S", ModelOptions, DataOptions, OptimOptions, OutputOptions)
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'\"-()\n"
 SPECIALS = ("<pad>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = len(SPECIALS) + 1 + len(CHARACTERS)
+
+
+def section(cls: type[S], **changes: Any) -> S:
+    """A section of a configuration: its defaults but for `changes`."""
+    return cls(**{**REQUIRED[cls], **changes})
+
+
+def ds_file(settings: dict[str, Any]) -> str:
+    """The path of a DeepSpeed file with these settings."""
+    path = Path(tempfile.mkdtemp()) / "ds.json"
+    path.write_text(json.dumps(settings))
+    return str(path)
 
 
 def read_rows(sources: Sequence[str], kind: str, **options: Any) -> list[Row]:
@@ -48,7 +69,7 @@ def read_rows(sources: Sequence[str], kind: str, **options: Any) -> list[Row]:
 
 def from_rows() -> tuple[str, ...]:
     """The algorithms that train on completions of their rows; the others sample their own from prompts."""
-    return tuple(name for name in algos.names() if algos.load(name).data != "prompts")
+    return tuple(name for name in algos.names() if not algos.load(name)().traits.online)
 
 
 def stages_and_tuners(*quick: tuple[str, str]) -> list[Any]:
@@ -101,7 +122,7 @@ def tiny_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def random_groups(kind: str, n: int, seed: int = 0, longest: int = 9) -> list[Group]:
-    """n groups of random tokens with uneven lengths; `kind` as in `Algorithm.data`. Every second pair begins alike."""
+    """n groups of random tokens with uneven lengths; `kind` as in `Traits.data`. Every second pair begins alike."""
     draw = random.Random(seed)
     count = {"pairs": 2, "labels": 1, "demonstrations": 1, "prompts": 0}[kind]
 

@@ -32,8 +32,7 @@ try:
 except SystemExit as stop:
     code = stop.code
 took = time.perf_counter() - start
-known = {name: f"{name}._C" in sys.modules for name in ("torch", "triton")}
-print(json.dumps({"code": code, "s": took, **known}), file=sys.stderr)
+print(json.dumps({"code": code, "s": took, "torch": "torch._C" in sys.modules}), file=sys.stderr)
 """
 
 
@@ -81,17 +80,9 @@ def test_a_typo_exits_2_before_torch_is_imported(tmp_path: Path) -> None:
     assert said.splitlines() == [
         "dsalign: error: 2 problem(s)",
         "  --learning_rat: expected a known option, got 'learning_rat'; did you mean learning_rate?",
-        "  --ref_model: expected an algorithm with a frozen reference model, one of dpo, kto, ppo, got sft; remove it "
-        "or change --algo",
+        "  --ref_model: expected an algorithm with a frozen reference model, one of dpo, grpo, kto, online_dpo, ppo, "
+        "reinforce, rloo, got sft; remove it or change --algo",
     ]
-
-
-def test_a_run_without_a_gpu_does_without_triton(tmp_path: Path) -> None:
-    """As far as a model that cannot be opened."""
-    (tmp_path / "model").mkdir()
-    report, _, said = watched(tmp_path, "--algo", "sft", "--model", "model", "--dataset", "demo:demonstrations")
-    assert (report["code"], report["torch"], report["triton"]) == (2, True, False), said
-    assert "model holds neither config.json" in said
 
 
 def test_print_config_and_help_do_without_torch(tmp_path: Path) -> None:
@@ -125,7 +116,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_alone(trained: list[tuple[RunConfig, Process, str]]) -> None:
     assert cli.main(["sft", "--model", "m", "--dataset", "rows", "--system", "be kind"]) == 0
     ((config, process, command),) = trained
-    assert (config.algo, config.system, process) == ("sft", "be kind", Process(rank=0, local_rank=0, world_size=1))
+    assert (config.algo, config.data.system, process) == ("sft", "be kind", Process(rank=0, local_rank=0, world_size=1))
     assert shlex.split(command)[1:] == ["sft", "--model", "m", "--dataset", "rows", "--system", "be kind"]
     assert {name: os.environ[name] for name in LAUNCHED[:4]} == {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
@@ -137,7 +128,7 @@ def test_a_rank_of_a_launcher(trained: list[tuple[RunConfig, Process, str]]) -> 
     os.environ.update(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", MASTER_ADDR="10.0.0.1", MASTER_PORT="77")
     assert cli.main(["--local_rank=1", *BASE]) == 0
     ((config, process, command),) = trained
-    assert (process, config.gradient_accumulation_steps) == (Process(rank=3, local_rank=1, world_size=4), 4)
+    assert (process, config.optim.gradient_accumulation_steps) == (Process(rank=3, local_rank=1, world_size=4), 4)
     assert command.startswith("launch/train.py --local_rank=1 --algo sft")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "77")
 

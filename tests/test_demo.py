@@ -89,7 +89,7 @@ def test_the_commands_can_be_read(demo: dict[str, Any], recipe: str, tuner: str,
     """The words of a launch are flags of the command."""
     argv = demo["arguments"](algo, Path("out"), {"model": "m", "dataset": "rows", **demo[recipe].options(algo)})
     config = parse(argv, world_size=2).config
-    assert (config.algo, config.output_dir, config.tuner) == (algo, f"out/{algo}", tuner)
+    assert (config.algo, config.output.output_dir, config.models.tuner) == (algo, f"out/{algo}", tuner)
 
 
 @pytest.mark.parametrize("recipe", ["TINY", "REAL"])

@@ -23,7 +23,7 @@ def parsed(*argv: str, world_size: int = 1) -> Parsed:
 
 def planned(env: dict[str, str], devices: int, *argv: str) -> Launch | None:
     env = {"MASTER_PORT": "1234", **env}
-    return launcher.plan(env, devices, parsed(*argv, world_size=launcher.ranks(env, devices)), sys.argv[0])
+    return launcher.planned_launch(env, devices, parsed(*argv, world_size=launcher.ranks(env, devices)), sys.argv[0])
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +69,9 @@ def test_more_gpus_than_processes_is_one_rank_a_gpu_at_zero3(script: str) -> Non
         "gradient_accumulation_steps 16 -> 4, a step still sees 32 rows"
     )
     again = parse(launch.arguments, world_size=launch.ranks).config
-    assert (again.gradient_accumulation_steps, again.deepspeed, again.batch_size) == (4, "zero3", 2)
-    assert again.dataset == ("two words", "rows")
+    optim, data = again.optim, again.data
+    assert (optim.gradient_accumulation_steps, optim.deepspeed, optim.batch_size) == (4, "zero3", 2)
+    assert data.dataset == ("two words", "rows")
 
 
 def test_two_processes_on_four_gpus_each() -> None:
@@ -91,7 +92,7 @@ def test_accumulation_by_default_follows_the_ranks() -> None:
     assert launch is not None
     assert launch.arguments == (*BASE, "--deepspeed=zero3")
     assert launch.note.endswith("gradient_accumulation_steps by default")
-    assert parse(launch.arguments, world_size=8).config.gradient_accumulation_steps == 2
+    assert parse(launch.arguments, world_size=8).config.optim.gradient_accumulation_steps == 2
 
 
 def test_accumulation_that_does_not_divide_is_an_error() -> None:

@@ -45,7 +45,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }  # fmt: skip
 ORDER = list(MAY_IMPORT)
+FRAGMENTS = {"Also", "As", "Does", "It", "Of", "That", "They", "Those", "Whoever"}
 KERNEL_SEAMS = {"dsalign/loop/loss.py", "dsalign/models/logps.py"}
+# Where a source file's test is not tests/ROOM/test_NAME.py; a pattern stands for files that have one reason.
+FILES_WITHOUT_TEST = {
+    "__init__.py": "a docstring or a version; what assets/ and cpu/ hold there is in test_assets.py and test_cpu.py",
+    "dsalign/algos/*.py": "tests/contract and tests/algos go over every name that algos.names() finds",
+    "dsalign/contract/algorithm.py": "tests/contract/test_contract.py asks every algorithm for what it promises",
+    "dsalign/contract/groups.py": "records without a computation; whoever fills them has the tests",
+    "dsalign/contract/preference_losses.py": "tests/algos/test_losses.py, against tests/algos/oracle.py",
+    "dsalign/checkpoint/progress.py": "counters; tests/checkpoint/test_checkpoints.py saves and resumes them",
+    "dsalign/engines/build.py": "needs ranks: tests/distributed/test_whole_runs.py and run_cases.py",
+    "dsalign/loop/context.py": "needs engines: tests/loop/test_trainer.py and tests/distributed",
+    "dsalign/loop/plan.py": "glue of a run: tests/distributed/test_whole_runs.py",
+    "dsalign/loop/session.py": "glue of a run: tests/distributed/test_whole_runs.py",
+    "dsalign/models/tokenizer.py": "tests/models/test_load.py loads tokenizers with the models of the same folders",
+    "dsalign/rollout/generate.py": "needs engines: tests/distributed, whose online algorithms sample through it",
+    "dsalign/verbs/train.py": "a table of contents; tests/distributed/test_whole_runs.py and tests/test_demo.py run it",
+}
 COLLECTIVE = {"engines", "checkpoint"}
 
 
@@ -210,6 +227,37 @@ def test_docstrings(path: Path) -> None:
     for node in tree(path).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{path}:{node.lineno}: {node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=str)
+def test_a_docstring_has_a_subject(path: Path) -> None:
+    """What is public begins with a noun or verb, in four words or more: no "Of each group", which asks "what?"."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            words = (ast.get_docstring(node) or "").split("\n\n")[0].split()
+            where = f"{path}:{node.lineno}: {node.name}: {' '.join(words)}"
+            assert not words or len(words) >= 4, f"{where}; expected a sentence"
+            assert not words or words[0] not in FRAGMENTS, f"{where}; put its subject first"
+
+
+def mirror(path: Path) -> Path:
+    """dsalign/data/rows/fields.py -> tests/data/rows/test_fields.py."""
+    return Path("tests", *path.parts[1:-1], f"test_{path.name}")
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=str)
+def test_a_source_file_has_a_test_file(path: Path) -> None:
+    """Tests mirror the rooms, so that the test of a file is found without a search."""
+    assert (ROOT / mirror(path)).exists() or any(path.match(pattern) for pattern in FILES_WITHOUT_TEST), (
+        f"{path}: expected {mirror(path)}, or a reason in FILES_WITHOUT_TEST"
+    )
+
+
+@pytest.mark.parametrize("pattern", FILES_WITHOUT_TEST)
+def test_a_reason_for_no_test_file_is_needed(pattern: str) -> None:
+    """A reason goes with its file, and once the file has a test."""
+    without = [path for path in PACKAGE if path.match(pattern) and not (ROOT / mirror(path)).exists()]
+    assert without, f"FILES_WITHOUT_TEST: {pattern} matches no file without a test; remove it"
 
 
 @pytest.mark.parametrize("name", algos.names())

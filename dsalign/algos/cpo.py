@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-from dsalign.contract.algorithm import check_choice, check_range, plain
-from dsalign.contract.groups import Fused, Loss, Metric, MicroBatch, Output
-from dsalign.contract.maths import chosen_nll, entropy_metric, logp_metrics, pair, pair_units, reward_metrics, smoothed
-
-if TYPE_CHECKING:
-    from dsalign.contract.groups import Group
+from dsalign.contract.algorithm import Algorithm, Traits, check_choice, check_range
+from dsalign.contract.groups import Fused, Loss, MicroBatch, Output
+from dsalign.contract.maths import chosen_nll, pair, pair_metrics, pair_units, smoothed
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPO:
+class CPO(Algorithm):
     """Contrastive preference optimisation, arXiv:2401.08417, eq. 3."""
 
     beta: float = 0.1  # reward a nat, > 0
@@ -26,31 +22,20 @@ class CPO:
     label_smoothing: float = 0.0  # probability that a label is flipped, in [0, 0.5]; sigmoid only
     loss_type: str = "sigmoid"  # sigmoid, hinge or ipo
 
-    data: ClassVar[str] = "pairs"
-    aliases: ClassVar[Mapping[str, Mapping[str, str]]] = {"loss_type": {"simpo": "simpo"}}  # value -> algorithm
-    roles: ClassVar[Mapping[str, str]] = {"policy": "train"}
-    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-    learning_rates: ClassVar[Mapping[str, float]] = {"full": 1e-6, "lora": 5e-5}
-    dropout: ClassVar[float] = 0.05
-    epochs: ClassVar[int] = 1
-    mini_batches: ClassVar[int] = 1
-    temperature: ClassVar[float] = 1.0
-    role_learning_rates: ClassVar[Mapping[str, float]] = {}
-    min_groups: ClassVar[int] = 1
-
-    prepare = staticmethod(plain)
-    units = staticmethod(pair_units)
+    traits: ClassVar[Traits] = Traits(
+        data="pairs", roles={"policy": "train"}, dropout=0.05, aliases={"loss_type": {"simpo": "simpo"}}
+    )
 
     def __post_init__(self) -> None:
-        check_range("beta", self.beta, 0, math.inf, open_low=True)
-        check_range("cpo_alpha", self.cpo_alpha, 0, math.inf)
+        check_range("beta", self.beta, 0, open_low=True)
+        check_range("cpo_alpha", self.cpo_alpha, 0)
         check_range("label_smoothing", self.label_smoothing, 0, 0.5)
         check_choice("loss_type", self.loss_type, ("sigmoid", "hinge", "ipo"))
         if self.label_smoothing > 0 and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing: loss_type {self.loss_type} has no label smoothing; set it to 0")
 
-    def notes(self, groups: Sequence[Group]) -> list[str]:
-        return []
+    def units(self, batch: MicroBatch) -> Mapping[str, int]:
+        return pair_units(batch)
 
     def policy_loss(self, out: Output, batch: MicroBatch) -> Loss:
         """sigmoid: smoothed(beta (logp_c - logp_r)); hinge: relu(1 - beta (logp_c - logp_r));
@@ -65,19 +50,11 @@ class CPO:
         else:
             mean_chosen, mean_rejected = pair(sums / batch.lengths)
             loss = (mean_chosen - mean_rejected - 1 / (2 * self.beta)) ** 2
-        nll = chosen_nll(batch, out.logps)
-        metrics: dict[str, Metric] = {
-            **reward_metrics(self.beta * chosen, self.beta * rejected),
-            **logp_metrics(batch, out.logps, means=self.loss_type == "ipo"),
-            "nll_loss": (nll.detach(), pair(batch.lengths)[0].sum()),
-            **entropy_metric(out.entropy),
-        }
-        return Loss(terms={"pairs": loss.sum(), "chosen_tokens": self.cpo_alpha * nll}, metrics=metrics)
+        terms = {"pairs": loss.sum(), "chosen_tokens": self.cpo_alpha * chosen_nll(batch, out.logps)}
+        rewards = self.beta * chosen, self.beta * rejected
+        return Loss(terms, pair_metrics(batch, out, *rewards, means=self.loss_type == "ipo"))
 
     def fused(self, role: str, batch: MicroBatch) -> Fused:
-        """The kernel of pairs."""
+        """The kernel of pair losses, with `loss_type` and the NLL of chosen completions."""
         recipe = {"losses": {self.loss_type: 1.0}, "beta": self.beta, "label_smoothing": self.label_smoothing}
         return Fused("pairs", recipe, nll=self.cpo_alpha, means=self.loss_type == "ipo")
-
-    def stop(self, metrics: Mapping[str, float]) -> bool:
-        return False

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dsalign.contract.algorithm import Context, check_choice, check_range, with_reference
-from dsalign.contract.groups import Batch, Fused, Loss, Metric, MicroBatch, Output, Prepared
-from dsalign.contract.maths import (
-    chosen_nll,
-    entropy_metric,
-    logp_metrics,
-    logsigmoid,
-    pair,
-    pair_units,
-    reward_metrics,
+from dsalign.contract.algorithm import Algorithm, Context, Traits, check_choice, check_range, with_reference
+from dsalign.contract.groups import Batch, Fused, Loss, MicroBatch, Output, Prepared
+from dsalign.contract.maths import chosen_nll, logsigmoid, pair, pair_metrics, pair_units
+from dsalign.contract.preference_losses import (
+    BY_LENGTH,
+    DIVERGENCES,
+    LOSS_ALIASES,
+    LOSSES,
+    REVERSE_KL_ONLY,
+    SMOOTHED,
+    SORTED,
+    Ratios,
+    partners,
 )
-from dsalign.contract.preference_losses import DIVERGENCES, LOSSES, REVERSE_KL_ONLY, SMOOTHED, SORTED, Ratios, partners
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,11 +31,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPO:
-    """Direct preference optimisation, arXiv:2305.18290; h = Delta_c - Delta_r, z = beta h."""
+class DPO(Algorithm):
+    """Direct preference optimisation, arXiv:2305.18290, and the losses of its family.
+
+    Delta = logp_policy - logp_reference of a completion, h = Delta_c - Delta_r of a pair, z = beta h.
+    """
 
     beta: float = 0.1  # reward a nat, > 0
-    loss_type: tuple[str, ...] = ("sigmoid",)  # one or several of the losses above
+    loss_type: tuple[str, ...] = ("sigmoid",)  # one or several of sigmoid, hinge, ipo, exo_pair, nca_pair, robust, ...
     loss_weights: tuple[float, ...] = ()  # any numbers, one a loss type; none = 1 each
     label_smoothing: float = 0.0  # probability that a label is flipped, in [0, 0.5)
     rpo_alpha: float = 1.0  # weight of the chosen completions' NLL (arXiv:2404.19733), >= 0
@@ -43,25 +47,15 @@ class DPO:
     f_alpha_divergence_coef: float = 1.0  # a of the alpha divergence, any number; at 1 it is reverse_kl
     discopop_tau: float = 0.05  # temperature of discopop's mixture, > 0
 
-    data: ClassVar[str] = "pairs"
-    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reference": "frozen"}
-    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-    learning_rates: ClassVar[Mapping[str, float]] = {"full": 1e-6, "lora": 5e-5}
-    dropout: ClassVar[float] = 0.0
-    epochs: ClassVar[int] = 1
-    mini_batches: ClassVar[int] = 1
-    temperature: ClassVar[float] = 1.0
-    role_learning_rates: ClassVar[Mapping[str, float]] = {}
-    min_groups: ClassVar[int] = 1
-
-    units = staticmethod(pair_units)
+    traits: ClassVar[Traits] = Traits(data="pairs", roles={"policy": "train", "reference": "frozen"})
 
     def __post_init__(self) -> None:
-        check_range("beta", self.beta, 0, math.inf, open_low=True)
-        check_range("rpo_alpha", self.rpo_alpha, 0, math.inf)
+        check_range("beta", self.beta, 0, open_low=True)
+        check_range("rpo_alpha", self.rpo_alpha, 0)
         check_range("ld_alpha", self.ld_alpha, 0, 1)
-        check_range("discopop_tau", self.discopop_tau, 0, math.inf, open_low=True)
+        check_range("discopop_tau", self.discopop_tau, 0, open_low=True)
         check_choice("f_divergence_type", self.f_divergence_type, DIVERGENCES)
+        object.__setattr__(self, "loss_type", tuple(LOSS_ALIASES.get(name, name) for name in self.loss_type))
         if not self.loss_type:
             raise ValueError(f"loss_type: expected one or several of {', '.join(LOSSES)}, got none")
         for name in self.loss_type:
@@ -80,6 +74,11 @@ class DPO:
             raise ValueError(
                 f"f_divergence_type: {self.f_divergence_type} is not defined for loss_type {', '.join(sorted(refused))}"
             )
+        if self.ld_alpha < 1 and (refused := BY_LENGTH.intersection(self.loss_type)):
+            raise ValueError(
+                f"ld_alpha: expected 1 with loss_type {', '.join(sorted(refused))}, which divides by length already, "
+                f"got {self.ld_alpha}; set it to 1 or choose another loss_type"
+            )
 
     def _check_smoothing(self) -> None:
         eps = self.label_smoothing
@@ -90,11 +89,17 @@ class DPO:
         if eps == 0 and "exo_pair" in self.loss_type:
             raise ValueError("label_smoothing: loss_type exo_pair needs a number > 0 (its label has log eps), got 0.0")
 
-    def notes(self, groups: Sequence[Group]) -> list[str]:
-        return []
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss type, by its name."""
+        return dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
+
+    def units(self, batch: MicroBatch) -> Mapping[str, int]:
+        return pair_units(batch)
 
     def prepare(self, ctx: Context, batch: Batch) -> Prepared:
-        """Reference log-probabilities; for aot each pair's partners, from a sort over the whole global batch."""
+        """Compute the field "reference", log-probabilities of completion tokens; for aot losses also each pair's
+        partners, fields of one number a pair, from a sort over the whole global batch."""
         prepared = with_reference(ctx, batch)
         if not SORTED.intersection(self.loss_type):
             return prepared
@@ -118,7 +123,7 @@ class DPO:
         return dataclasses.replace(prepared, fields={**prepared.fields, **fields})
 
     def _completion_sums(self, group: Group, logps: Tensor) -> tuple[float, float]:
-        """Weighted sums of the chosen and the rejected completion, in float64."""
+        """Sums over the chosen and the rejected completion of log-probabilities weighted by ld_alpha, in float64."""
         lengths = [len(c) for c in group.completions]
         chosen, rejected = logps.double().split(lengths)  # type: ignore[no-untyped-call]
         shared = min(lengths)
@@ -126,12 +131,12 @@ class DPO:
         return first, second
 
     def _token_weights(self, batch: MicroBatch) -> Tensor:
-        """[N] 1 up to the shorter completion of the pair, ld_alpha beyond."""
+        """[N] weights: 1 for tokens up to the length of the pair's shorter completion, ld_alpha beyond it."""
         shorter = batch.lengths.view(-1, 2).amin(1).repeat_interleave(2)
         return torch.where(batch.position < shorter[batch.segment], 1.0, self.ld_alpha)
 
     def _divergence(self, delta: Tensor) -> Tensor:
-        """Delta, or what an f-divergence puts in its place; exponents are held at 80, where e^x still fits float32."""
+        """Delta [S], or its transform by f_divergence_type; exponents are held at 80, where e^x still fits float32."""
         if self.f_divergence_type == "forward_kl":
             return -torch.exp(torch.clamp(-delta, max=80))
         if self.f_divergence_type == "js":
@@ -142,7 +147,7 @@ class DPO:
         return delta
 
     def policy_loss(self, out: Output, batch: MicroBatch) -> Loss:
-        """The weighted losses of each pair, + rpo_alpha NLL(chosen)."""
+        """The sum over pairs of their losses, weighted by `weights`, + rpo_alpha NLL(chosen)."""
         assert out.logps is not None
         weights = self._token_weights(batch)
         policy = batch.sum(weights * out.logps)
@@ -157,22 +162,17 @@ class DPO:
             label_smoothing=self.label_smoothing,
             tau=self.discopop_tau,
         )
-        loss_weights = dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
-        loss = torch.stack([weight * LOSSES[name](ratios).sum() for name, weight in loss_weights.items()]).sum()
-        nll = chosen_nll(batch, out.logps)
-        chosen, rejected = pair(self.beta * delta)
-        metrics: dict[str, Metric] = {
-            **reward_metrics(chosen, rejected),
-            **logp_metrics(batch, out.logps, means="ipo" in self.loss_type),
-            "nll_loss": (nll.detach(), pair(batch.lengths)[0].sum()),
-            **entropy_metric(out.entropy),
-        }
-        nll_weight = loss_weights.get("sft", self.rpo_alpha)
-        return Loss(terms={"pairs": loss, "chosen_tokens": nll_weight * nll}, metrics=metrics)
+        loss = torch.stack([weight * LOSSES[name](ratios).sum() for name, weight in self.weights.items()]).sum()
+        nll = self.weights.get("sft", self.rpo_alpha) * chosen_nll(batch, out.logps)
+        rewards = pair(self.beta * delta)
+        return Loss(
+            {"pairs": loss, "chosen_tokens": nll}, pair_metrics(batch, out, *rewards, means="ipo" in self.loss_type)
+        )
 
     def fused(self, role: str, batch: MicroBatch) -> Fused | None:
-        """The kernel of pairs, for up to three losses; aot's partners are not known to it."""
-        weights = dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
+        """The kernel of pair losses, which takes up to three of them; None for more, and for aot, as the kernel has no
+        partners."""
+        weights = self.weights
         nll = weights.pop("sft", self.rpo_alpha)
         if SORTED.intersection(weights) or len(weights) > 3:
             return None
@@ -185,7 +185,4 @@ class DPO:
             "alpha": self.f_alpha_divergence_coef,
             "tail": self.ld_alpha,
         }
-        return Fused("pairs", recipe, nll=nll, means="ipo" in weights)
-
-    def stop(self, metrics: Mapping[str, float]) -> bool:
-        return False
+        return Fused("pairs", recipe, reference=True, nll=nll, means="ipo" in weights)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from dsalign.contract.algorithm import Context, check_choice, check_range, with_reference
+from dsalign.contract.algorithm import Algorithm, Context, Traits, check_choice, check_range, with_reference
 from dsalign.contract.groups import Batch, Fused, Loss, Metric, MicroBatch, Output, Prepared
 from dsalign.contract.maths import entropy_metric, mean
 
@@ -19,8 +18,11 @@ if TYPE_CHECKING:
 
 
 def mismatch_shift(prompts: Sequence[str]) -> tuple[int, int]:
-    """(shift, matches): the smallest shift >= 1 for which no prompt i equals prompt i + shift (mod n), else the shift
-    with the fewest equal prompts. n >= 2."""
+    """The rotation that gives each prompt another prompt's completion: (shift, matches).
+
+    It is the smallest shift >= 1 for which the fewest prompts i equal prompt i + shift (mod n); matches is that number,
+    mostly 0. prompts: n >= 2 texts.
+    """
     n = len(prompts)
     matches = {s: sum(prompts[i] == prompts[(i + s) % n] for i in range(n)) for s in range(1, n)}
     shift = min(matches, key=lambda s: (matches[s], s))
@@ -28,8 +30,11 @@ def mismatch_shift(prompts: Sequence[str]) -> tuple[int, int]:
 
 
 def mismatched(groups: Sequence[Group], max_length: int) -> tuple[list[Group], int]:
-    """(each prompt of a global batch with the completion of another example, cut to fit; how many of those answer an
-    equal prompt)."""
+    """The mismatched pairs from which KTO estimates z0: (pairs, matches).
+
+    pairs: each group of the global batch with the completion of another group, cut so that prompt and completion have
+    at most max_length tokens. matches: how many of these completions answer an equal prompt.
+    """
     shift, matches = mismatch_shift([g.prompt_text for g in groups])
     others = [*groups[shift:], *groups[:shift]]
     rooms = [max(1, max_length - len(g.prompt)) for g in groups]
@@ -41,7 +46,7 @@ def mismatched(groups: Sequence[Group], max_length: int) -> tuple[list[Group], i
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTO:
+class KTO(Algorithm):
     """Kahneman-Tversky optimisation, arXiv:2402.01306, eq. 8; or APO-zero on single completions, arXiv:2408.06266."""
 
     beta: float = 0.1  # reward a nat, > 0
@@ -49,29 +54,20 @@ class KTO:
     undesirable_weight: float = 1.0  # lambda_U, >= 0
     loss_type: str = "kto"  # kto or apo_zero_unpaired
 
-    data: ClassVar[str] = "labels"
-    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reference": "frozen"}
-    learning_rates: ClassVar[Mapping[str, float]] = {"full": 1e-6, "lora": 5e-5}
-    dropout: ClassVar[float] = 0.0
-    epochs: ClassVar[int] = 1
-    mini_batches: ClassVar[int] = 1
-    temperature: ClassVar[float] = 1.0
-    role_learning_rates: ClassVar[Mapping[str, float]] = {}
-    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-
     def __post_init__(self) -> None:
-        check_range("beta", self.beta, 0, math.inf, open_low=True)
-        check_range("desirable_weight", self.desirable_weight, 0, math.inf)
-        check_range("undesirable_weight", self.undesirable_weight, 0, math.inf)
+        check_range("beta", self.beta, 0, open_low=True)
+        check_range("desirable_weight", self.desirable_weight, 0)
+        check_range("undesirable_weight", self.undesirable_weight, 0)
         check_choice("loss_type", self.loss_type, ("kto", "apo_zero_unpaired"))
 
     @property
-    def min_groups(self) -> int:
-        """A mismatched pair takes two examples."""
-        return 2 if self.loss_type == "kto" else 1
+    def traits(self) -> Traits:
+        """The traits by loss type: kto needs a global batch of two groups, as z0 takes another group's completion."""
+        roles = {"policy": "train", "reference": "frozen"}
+        return Traits(data="labels", roles=roles, min_groups=2 if self.loss_type == "kto" else 1)
 
     def notes(self, groups: Sequence[Group]) -> list[str]:
-        """The balance of labels; the paper wants lambda_D n_D / (lambda_U n_U) in [1, 4/3] (section 4.2)."""
+        """Lines on the balance of labels; the paper wants lambda_D n_D / (lambda_U n_U) in [1, 4/3] (section 4.2)."""
         desirable = sum(g.label is True for g in groups)
         undesirable = len(groups) - desirable
         lines = [f"kto: {desirable} desirable and {undesirable} undesirable rows"]
@@ -84,28 +80,25 @@ class KTO:
             )
         return lines
 
-    def asks(self, groups: Sequence[Group], max_length: int) -> list[Group]:
-        """The mismatched pairs of a global batch."""
-        return mismatched(groups, max_length)[0] if self.loss_type == "kto" else []
-
     def prepare(self, ctx: Context, batch: Batch) -> Prepared:
-        """Reference log-probabilities, and z0 = max(0, mean Delta over mismatched pairs of the whole global batch)."""
+        """Compute the field "reference", log-probabilities of completion tokens, and for kto the shared number
+        z0 = max(0, mean of Delta over the mismatched pairs of the global batch), nats."""
         if self.loss_type != "kto":
             return with_reference(ctx, batch)
         n, own = len(batch.groups), batch.local
         pairs, matches = mismatched(batch.groups, ctx.max_length)
         if matches:
-            ctx.warn(f"kto: {matches} of {n} mismatched completions answer an equal prompt; z0 is biased upwards")
+            ctx.warn("kto: some mismatched completions answer an equal prompt, which biases z0 upwards")
         mine = [pairs[i] for i in batch.mine]
-        both = ctx.logps("reference", [*own, *mine])  # one pass: their prompts are the same
-        policy, reference = ctx.logps_beside("policy", own, mine), both[len(own) :]
+        both = ctx.logps("reference", [*own, *mine])  # in one call: group and mismatched pair share a prompt
+        policy, reference = ctx.logps("policy", mine), both[len(own) :]
         gap = sum(float((p.double() - r.double()).sum()) for p, r in zip(policy, reference, strict=True))
         z0 = max(0.0, ctx.total([gap])[0] / n)
         metrics = {"kl": (z0 * len(own), len(own))}
         return Prepared(own, {"reference": both[: len(own)]}, shared={"z0": z0}, metrics=metrics)
 
-    def units(self, groups: Sequence[Group]) -> Mapping[str, int]:
-        return {"examples": len(groups)}
+    def units(self, batch: MicroBatch) -> Mapping[str, int]:
+        return {"examples": len(batch.groups)}
 
     def policy_loss(self, out: Output, batch: MicroBatch) -> Loss:
         """desirable lambda_D (1 - sigmoid(beta (Delta - z0))), undesirable lambda_U (1 - sigmoid(beta (z0 - Delta)));
@@ -127,7 +120,7 @@ class KTO:
         return Loss(terms={"examples": loss.sum()}, metrics=metrics)
 
     def fused(self, role: str, batch: MicroBatch) -> Fused:
-        """The kernel of labelled completions."""
+        """The kernel of the losses of labelled completions; apo_zero_unpaired is kto with z0 = 0."""
         recipe = {
             "losses": {"kto": 1.0},
             "beta": self.beta,
@@ -135,7 +128,10 @@ class KTO:
             "undesirable_weight": self.undesirable_weight,
             "z0": batch.shared.get("z0", 0.0),
         }
-        return Fused("labels", recipe)
+        return Fused("labels", recipe, reference=True)
 
-    def stop(self, metrics: Mapping[str, float]) -> bool:
-        return False
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The metric rewards/margins, of a step that has desirable and undesirable rows."""
+        if not {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            return {}
+        return {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}

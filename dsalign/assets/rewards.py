@@ -1,4 +1,5 @@
-"""The reward that comes with dsalign, so that PPO runs without one of yours: plain text in, numbers out."""
+"""The reward function that comes with dsalign, so that online algorithms run without one of yours: text in, numbers
+out."""
 
 from __future__ import annotations
 
@@ -36,10 +37,10 @@ RUDE = ("annoying", "idiot", "leave me alone", "look it up", "shut up", "silly",
 
 
 def friendly(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """How friendly and concise each completion is, in [-2, 1].
+    """How friendly and concise each completion is: warmth - rudeness - excess, in [-2, 1].
 
-    warmth - rudeness - excess: warmth is half the number of different WARM words, at most 1; rudeness 1 where there
-    is a RUDE one; excess the words beyond WORDS over WORDS, at most 1. A completion without a word is worth -1.
+    warmth: half the number of different WARM words, at most 1. rudeness: 1 where there is a RUDE one. excess: (words -
+    WORDS) / WORDS, in [0, 1]. A completion without a word is worth -1. prompts and columns are not read.
     """
     return [_friendly(text) for text in completions]
 

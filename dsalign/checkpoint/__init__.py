@@ -1,1 +1,1 @@
-"""Checkpoints: DeepSpeed state and everything a resume needs, and folders that plain transformers or PEFT opens."""
+"""Checkpoints: DeepSpeed state with all that --resume needs, and model folders that transformers or PEFT opens."""

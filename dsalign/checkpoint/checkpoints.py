@@ -1,9 +1,10 @@
-"""`checkpoint-N/` folders: written beside, renamed when whole, rotated, and read again by --resume."""
+"""The folders checkpoint-N/ of a run: written under another name, renamed when whole, rotated, read by --resume."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 import re
 import shutil
@@ -17,36 +18,44 @@ from transformers import PreTrainedTokenizerBase
 
 from dsalign.checkpoint.export import export
 from dsalign.checkpoint.progress import Progress
+from dsalign.config.schema import OutputOptions, RunConfig
 from dsalign.engines import dist
 
+logger = logging.getLogger(__name__)
 PROGRESS_FILE = "trainer.json"
 
 
-class Store:
-    """The checkpoints of one run. engines: the trained roles'; each is exported beside its DeepSpeed state. bases: what
-    the adapter of each role sits on."""
+class Checkpoints:
+    """The checkpoints of one run.
+
+    options: where, and how many are kept. engines: trained role -> its engine, the main role first; a checkpoint has
+    each one's DeepSpeed state and its model as a folder. bases: role -> the model that its adapter belongs to.
+    fingerprint: the settings that a resumed run must share, see `fingerprint`. adapters_only: whether frozen base
+    weights are left out of the DeepSpeed state.
+    """
 
     def __init__(
         self,
-        output_dir: Path,
+        options: OutputOptions,
         engines: Mapping[str, Any],
         tokenizer: PreTrainedTokenizerBase,
         bases: Mapping[str, str],
         fingerprint: Mapping[str, Any],
         *,
-        keep: int,
         adapters_only: bool,
     ) -> None:
-        self.output_dir, self.engines, self.tokenizer, self.bases = output_dir, engines, tokenizer, bases
-        self.fingerprint, self.keep, self.adapters_only = dict(fingerprint), keep, adapters_only
+        self.output_dir, self.keep = Path(options.output_dir), options.save_total_limit
+        self.engines, self.tokenizer, self.bases = engines, tokenizer, bases
+        self.fingerprint, self.adapters_only = dict(fingerprint), adapters_only
 
     def export(self, folder: Path) -> None:
-        """The trained models as folders: the first role at `folder`, further roles below it. Collective."""
+        """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. Collective."""
         for i, (role, engine) in enumerate(self.engines.items()):
             export(engine, folder if i == 0 else folder / role, self.tokenizer, self.bases[role])
 
     def save(self, progress: Progress) -> Path:
-        """Write checkpoint-<step>; it appears under its name only when every rank has written its part. Collective."""
+        """Write checkpoint-<step> and return its folder, which gets this name when every rank's part is in it; then
+        remove old checkpoints. Collective."""
         final = self.output_dir / f"checkpoint-{progress.step}"
         staging = self.output_dir / f".staging-{progress.step}"
         if dist.rank() == 0:
@@ -70,17 +79,17 @@ class Store:
         return final
 
     def _rotate(self, progress: Progress) -> None:
-        """Keep the newest `keep` checkpoints, and the best one besides."""
+        """Remove all checkpoints but the newest `keep` and the one with the lowest evaluation loss."""
         found = checkpoints(self.output_dir)
         for step in sorted(found)[: -self.keep or None]:
             if step != progress.best_step:
                 shutil.rmtree(found[step])
 
     def load(self, folder: Path) -> Progress:
-        """Restore engines and random state from a checkpoint folder; returns where it stood. Collective.
+        """Restore the engines and the random state from a checkpoint's folder; returns its progress. Collective.
 
-        Raises ValueError where the checkpoint belongs to a run with other settings, naming each key and both values, or
-        has no state of an engine.
+        Raises ValueError where the checkpoint's run had other settings, naming each key with both values, or where the
+        folder has no DeepSpeed state for a role.
         """
         content = json.loads((folder / PROGRESS_FILE).read_text())
         theirs = content["fingerprint"]
@@ -96,21 +105,66 @@ class Store:
         return Progress(**content["progress"])
 
 
+def begin(config: RunConfig, store: Checkpoints, command: str) -> Progress:
+    """Open a run's output folder and return the progress from which it trains: that of the checkpoint that --resume
+    names, with engines restored as by `Checkpoints.load`, or zero.
+
+    A new run gets a new folder with its configuration and command. Raises ValueError as `Checkpoints.load`, `find` and
+    `move_aside` do. Collective.
+    """
+    if config.output.resume:
+        return store.load(find(config.output.resume, store.output_dir))
+    dist.together(lambda: _new_folder(config, command) if dist.rank() == 0 else None)
+    return Progress()
+
+
+def _new_folder(config: RunConfig, command: str) -> None:
+    """Make the output folder, with config.yaml and command.txt; an earlier run's folder of that name is moved aside."""
+    output_dir, models = Path(config.output.output_dir), config.models
+    read = [models.model, models.ref_model, models.reward_model, *config.data.dataset, *config.data.val_dataset]
+    if moved := move_aside(output_dir, read):
+        logger.warning("%s holds an earlier run: moved to %s", output_dir, moved)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config.to_yaml(output_dir / "config.yaml")
+    (output_dir / "command.txt").write_text(command + "\n")
+
+
+def fingerprint(config: RunConfig, num_rows: int, total_batches: int) -> dict[str, Any]:
+    """The settings that a resumed run must share with the run it continues, by name, JSON-able.
+
+    num_rows: groups of the training set. total_batches: batches of the run.
+    """
+    return {
+        "algo": config.algo,
+        "algorithm": repr(config.algorithm),
+        "rollout": repr(config.rollout),
+        "tuner": config.models.tuner,
+        "seed": config.seed,
+        "rows": num_rows,
+        "global_batch": config.global_batch(dist.world_size()),
+        "ranks": dist.world_size(),
+        "deepspeed": config.optim.deepspeed,
+        "batches": total_batches,
+        "max_steps": config.optim.max_steps,
+    }
+
+
 def checkpoints(output_dir: Path) -> dict[int, Path]:
-    """Step -> folder of the checkpoints of a run."""
+    """Step -> folder of each whole checkpoint in an output folder."""
     found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in output_dir.glob("checkpoint-*"))
     return {int(m[1]): output_dir / m[0] for m in found if m and (output_dir / m[0] / PROGRESS_FILE).exists()}
 
 
 def find(resume: str, output_dir: Path) -> Path:
-    """The folder that --resume means: a checkpoint folder, or `latest` in the output folder.
+    """The checkpoint folder that the value of --resume names: a path, or `latest` for the newest in `output_dir`.
 
-    Raises ValueError where there is none.
+    Raises ValueError where the path is no checkpoint, or `output_dir` has none.
     """
     if resume != "latest":
-        if not (Path(resume) / PROGRESS_FILE).exists():
+        folder = Path(resume).expanduser()
+        if not (folder / PROGRESS_FILE).exists():
             raise ValueError(f"resume: {resume} is no checkpoint folder (it has no {PROGRESS_FILE})")
-        return Path(resume)
+        return folder
     found = checkpoints(output_dir)
     if not found:
         raise ValueError(f"resume: no checkpoint-N in {output_dir}; leave --resume out to start a new run")
@@ -125,7 +179,7 @@ def move_aside(output_dir: Path, inputs: Sequence[str | None]) -> Path | None:
     if not (output_dir / "metrics.jsonl").exists():
         return None
     for name in inputs:
-        if name and Path(name).resolve().is_relative_to(output_dir.resolve()):
+        if name and Path(name).expanduser().resolve().is_relative_to(output_dir.resolve()):
             raise ValueError(
                 f"output_dir: {output_dir} holds an earlier run that this one reads from ({name}); give another "
                 "--output_dir"

@@ -1,4 +1,5 @@
-"""A trained engine as a folder that `from_pretrained` opens: safetensors or a PEFT adapter, tokenizer, value head."""
+"""The export of a trained engine to a folder that `from_pretrained` opens: weights in safetensors or a PEFT adapter,
+tokenizer, and value head."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dsalign.engines import dist
-from dsalign.engines import engine as engines
+from dsalign.engines.engine import whole
 from dsalign.models.adapters import TRAINED
 from dsalign.models.heads import VALUE_HEAD_FILE, unwrap
 
@@ -19,11 +20,11 @@ GATHER_BYTES = 1 << 30  # parameters gathered at a time under ZeRO-3
 
 
 def whole_state(engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
-    """Name -> CPU tensor of the engine's parameters, whole, on rank 0; empty on other ranks. Collective.
+    """Name -> tensor on the CPU, not sharded, for each parameter of the engine, on rank 0; {} on others. Collective.
 
-    Without trained_only the buffers that belong to the weights are there too.
-
-    Raises RuntimeError where a gathered tensor is empty, which would write a broken file.
+    trained_only: take only parameters that require a gradient, as for an adapter; if not, all parameters, and the
+    buffers that the model saves with its weights.
+    Raises RuntimeError on every rank where a gathered tensor is empty, which would write a broken file.
     """
     state: dict[str, Tensor] = {}
     named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad or not trained_only]
@@ -35,7 +36,7 @@ def whole_state(engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
         size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
         if size < GATHER_BYTES and i < len(named) - 1:
             continue
-        with engines.whole(engine, [p for _, p in batch]):
+        with whole(engine, [p for _, p in batch]):
             if dist.rank() == 0:
                 state |= {n: p.detach().to("cpu", copy=partitioned).contiguous() for n, p in batch}
         batch, size = [], 0
@@ -48,9 +49,9 @@ def whole_state(engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
 
 
 def export(engine: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> None:
-    """Write the engine's model to `folder`. base: what the adapter sits on, for adapter_config.json. Collective.
+    """Write the engine's model and the tokenizer to `folder`, from rank 0. Collective.
 
-    Raises on every rank where rank 0 cannot write.
+    base: the model that an adapter belongs to, for adapter_config.json. Where rank 0 cannot write, every rank raises.
     """
     module = engine.module
     is_adapter = isinstance(module.model, PeftModel)

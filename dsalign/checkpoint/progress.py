@@ -1,4 +1,4 @@
-"""Where a run is."""
+"""The progress of a run, as its checkpoints keep it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Where a run is: all of it JSON, in every checkpoint."""
+    """The progress of a run: counters and the algorithm's state, written as JSON into every checkpoint."""
 
-    batches: int = 0  # prepared batches done
-    step: int = 0  # optimizer steps done
-    num_tokens: int = 0  # real input tokens of all ranks, each prompt once
-    best_step: int | None = None  # the checkpoint with the lowest evaluation loss
-    best_loss: float | None = None
-    state: dict[str, Any] = field(default_factory=dict)  # the algorithm's
+    batches: int = 0  # global batches prepared
+    step: int = 0  # optimizer steps taken
+    num_tokens: int = 0  # input tokens of all ranks without padding, a group's prompt counted once
+    best_step: int | None = None  # optimizer step of the lowest evaluation loss
+    best_loss: float | None = None  # that loss
+    state: dict[str, Any] = field(default_factory=dict)  # `Context.state` of the algorithm
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The counters as a dictionary that JSON can hold."""
         return asdict(self)

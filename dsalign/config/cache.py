@@ -1,4 +1,4 @@
-"""Where converted models, prepared rows and reference log-probabilities are kept."""
+"""The folder for what is made once: converted models, prepared rows and reference log-probabilities."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $DSALIGN_CACHE, else ~/.cache/dsalign."""
+    """$DSALIGN_CACHE, or ~/.cache/dsalign where it is not set. The folder may not be there yet."""
     return Path(os.environ.get("DSALIGN_CACHE", "~/.cache/dsalign")).expanduser()

@@ -1,4 +1,4 @@
-"""The DeepSpeed configurations that come with dsalign, by name."""
+"""The DeepSpeed configurations that come with dsalign, by name, and those of the user, by path."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ FOLDER = next(p / "ds_configs" for p in (_PACKAGE, _PACKAGE.parent) if (p / "ds_
 
 
 def names() -> tuple[str, ...]:
-    """zero0 ... zero3_nvme."""
+    """The names of those that come with dsalign: zero0 to zero3, and variants with off-loading."""
     return tuple(sorted(p.stem for p in FOLDER.glob("*.json")))
 
 
 def find(name: str) -> Path:
-    """The file of a name, or the file that `name` is a path of.
+    """The file of a configuration. name: one of `names()`, or a path.
 
-    Raises ValueError where there is none.
+    Raises ValueError where it is neither.
     """
     if name in names():
         return FOLDER / f"{name}.json"
@@ -27,10 +27,10 @@ def find(name: str) -> Path:
     raise ValueError(f"deepspeed: expected one of {', '.join(names())} or a JSON file, got {name!r}")
 
 
-def read(name: str) -> dict[str, Any]:
-    """The configuration as a dictionary.
+def settings(name: str) -> dict[str, Any]:
+    """A configuration as a dictionary, as it stands in its file. name: one of `names()`, or a path.
 
-    Raises ValueError where it is not a JSON object.
+    Raises ValueError where there is no such file, or it holds no JSON object.
     """
     path = find(name)
     try:

@@ -1,4 +1,5 @@
-"""Text from the command line and from YAML files, with its place; what it means is decided in config.py."""
+"""What was written on the command line and in YAML files, as text with its place. What it means is decided in
+parse.py."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-VERBS = ("train", "rlhf", "sft")
+TRAIN_VERBS = ("train", "rlhf", "sft")
 SWITCHES = ("print_config", "help", "version")
 REQUESTS = ("config", "local_rank", *SWITCHES)  # flags that are no option of a run
 Raw = tuple[str, ...] | list[str | None] | dict[str, str | None] | str | None
@@ -17,7 +18,7 @@ Raw = tuple[str, ...] | list[str | None] | dict[str, str | None] | str | None
 
 @dataclass(frozen=True)
 class Given:
-    """One option as somebody wrote it."""
+    """One option as somebody wrote it, and where."""
 
     name: str  # canonical, with underscores
     spelled: str  # "--batch-size" or "batch_size"
@@ -27,12 +28,12 @@ class Given:
 
     @property
     def where(self) -> str:
-        """How a message names it."""
+        """How an error names it: "run.yaml:3: batch_size" or "--batch-size"."""
         return f"{self.file}: {self.spelled}" if self.file else self.spelled
 
     @property
     def origin(self) -> str:
-        """How --print_config names it."""
+        """How --print_config names it: "run.yaml:3" or "flag --batch-size"."""
         return self.file or f"flag {self.spelled}"
 
 
@@ -44,15 +45,15 @@ class Command:
     flags: tuple[Given, ...]
 
     def asks(self, name: str) -> bool:
-        """Whether the flag `name` is there and not switched off."""
+        """Whether a switch such as print_config is there and not set to false."""
         return any(flag.name == name and flag.raw != ("false",) for flag in self.flags)
 
     def values(self, name: str) -> tuple[str, ...]:
-        """The words after every flag `name`, in order."""
+        """The words behind every flag of this name, in order: --config may come several times."""
         return tuple(word for flag in self.flags if flag.name == name for word in _words(flag))
 
     def mistakes(self) -> list[str]:
-        """A line for each request with a value that it does not take."""
+        """A line for each switch that has a value which is neither true nor false."""
         wrong = (
             flag for flag in self.flags if flag.name in SWITCHES and _words(flag) not in ((), ("true",), ("false",))
         )
@@ -63,7 +64,7 @@ class Command:
         ]
 
     def without(self, names: Collection[str]) -> list[str]:
-        """argv less the flags `names`."""
+        """argv without the flags of these names."""
         kept = (flag.tokens for flag in self.flags if flag.name not in names)
         return [*self.words, *(token for tokens in kept for token in tokens)]
 
@@ -78,7 +79,8 @@ def _name(spelled: str, aliases: Mapping[str, str]) -> str:
 
 
 def split(argv: Sequence[str], aliases: Mapping[str, str]) -> Command:
-    """argv as words and flags: `--name=value`, `--name value ...`, `--name`; dashes in a name are underscores.
+    """argv as words and flags. A flag is `--name=value`, `--name value ...` or `--name`; dashes in a name are
+    underscores. aliases: other trainers' names -> ours.
 
     argparse does not serve: it stops at the first mistake, and takes the value in `--gamma -1e-3` for a flag.
     """
@@ -103,7 +105,7 @@ def split(argv: Sequence[str], aliases: Mapping[str, str]) -> Command:
 
 
 def read_yaml(file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[str]]:
-    """The options in `file`, and the problems of the file itself, a line each.
+    """(the options in a YAML file, the file's problems, a line each).
 
     Raises nothing: a file that cannot be read is one of the problems.
     """
@@ -116,9 +118,9 @@ def read_yaml(file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[
 
 
 def parse_yaml(text: str, file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[str]]:
-    """The options in `text`, and its problems, a line each; `file` is how they name it.
+    """(the options in YAML text, its problems, a line each). file: how the problems name it. aliases: as for `split`.
 
-    Scalars stay text (null is None), so that `1e-4`, a string in YAML 1.1, means here what it means after a flag.
+    Scalars stay text, and null is None: so `1e-4`, which is a string in YAML 1.1, means what it means behind a flag.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -145,7 +147,7 @@ def parse_yaml(text: str, file: str, aliases: Mapping[str, str]) -> tuple[list[G
 
 
 def _raw(node: yaml.Node) -> tuple[Raw, str | None]:
-    """A node's text, or what is wrong with it."""
+    """(the text in a YAML node, None), or (None, what is wrong with the node)."""
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node), None
     parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
@@ -164,7 +166,7 @@ def _scalar(node: yaml.ScalarNode) -> str | None:
 
 
 def twice(layer: Sequence[Given]) -> list[str]:
-    """A line for each option that one file, or the command line, sets more than once."""
+    """A line for each option that one layer, a file or the command line, sets more than once."""
     problems = []
     seen: dict[str, Given] = {}
     for one in layer:
@@ -178,6 +180,6 @@ def twice(layer: Sequence[Given]) -> list[str]:
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """ "; did you mean X?" for the name most like `name`, or nothing where none is."""
+    """The words '; did you mean X?' for the name most like `name`; empty where none is like it."""
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]}?" if close else ""

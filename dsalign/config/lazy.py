@@ -1,4 +1,4 @@
-"""A module that is imported when it is first used: a mistyped flag must not cost the seconds that torch takes."""
+"""Modules that are imported when they are first used: a mistyped flag must not wait the seconds that torch takes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 
 class _Later(types.ModuleType):
-    """Stands for a module that nobody has used yet, and passes every name on to it.
+    """Stands for a module that nobody has used yet; the first name that is asked of it imports the module.
 
     importlib.util.LazyLoader does not serve: `import torch` itself reads `__spec__` of what it finds in sys.modules,
-    and its module loads on that. Here `__spec__` and its like are in the namespace, so they load nothing.
+    and LazyLoader's module loads on that. Here `__spec__` and its like are in the stand-in's own namespace.
     """
 
     def __getattr__(self, name: str) -> Any:
-        """The real module's `name`; imports it the first time."""
+        """That name of the real module, which is imported the first time."""
         if name == "__path__":  # asked by `import torch.nn`: going on would run torch.nn twice
             raise ImportError(
                 f"{self.__name__} is not loaded while options are read: write `import {self.__name__}` alone at the "
@@ -31,7 +31,7 @@ class _Later(types.ModuleType):
 
 @contextmanager
 def put_off(name: str) -> Iterator[None]:
-    """While this is open, `import name` gives a stand-in that imports the top-level module once it is used.
+    """Within this block `import name` gives a stand-in, which imports the top-level module when it is first used.
 
     Whoever got the stand-in may keep it. Nothing happens where the module is imported already.
     Raises ModuleNotFoundError where it is not installed.
@@ -53,17 +53,3 @@ def put_off(name: str) -> Iterator[None]:
     finally:
         if sys.modules.get(name) is module:
             del sys.modules[name]  # later imports are the usual ones
-
-
-@contextmanager
-def without(name: str) -> Iterator[None]:
-    """While this is open, importing a top-level module fails as if it were not installed. Nothing happens where it is
-    imported already."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # what the import system takes for absent
-    try:
-        yield
-    finally:
-        del sys.modules[name]

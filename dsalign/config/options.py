@@ -1,4 +1,4 @@
-"""Options: the fields of a configuration, read from text, with their help."""
+"""Options: fields of sections and algorithms that can be set from text, each with its type, default and help."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a configuration that can be set from text."""
+    """A field that can be set from text."""
 
     name: str
     type: Any  # with its bounds
@@ -40,9 +40,10 @@ class Option:
     bare: bool = False  # whether the flag may stand without a value
 
     def read(self, raw: Raw) -> Any:
-        """The typed value of `raw`.
+        """The typed value of what was written.
 
-        Raises ValueError (its text begins with "expected") where it is none.
+        Raises ValueError, whose text begins with "expected", where it is none of the option's type or out of its
+        bounds.
         """
         text = self._shape(raw)
         try:
@@ -56,7 +57,7 @@ class Option:
             raise ValueError(f"expected {expected}, got {shown}{advice}") from None
 
     def _shape(self, raw: Raw) -> Any:
-        """`raw` as text, a list of text or a mapping, as the type wants it."""
+        """What was written as text, a list of text or a mapping, whichever the type takes."""
         kinds = {get_origin(part) or part for part in _parts(self.type)}
         if raw == ():
             if bool in kinds or self.bare:
@@ -77,13 +78,13 @@ class Option:
         return raw
 
     def choices(self) -> tuple[str, ...]:
-        """The words that the type allows, where it is a choice."""
+        """The words that the type allows; empty where it allows more than some words."""
         parts = [inner for part in _parts(self.type) for inner in (part, *get_args(part))]
         return tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, looking through Annotated; the type itself where it is no union."""
+    """The members of a union, also under Annotated; a type that is no union by itself."""
     if hasattr(annotation, "__metadata__"):
         return _parts(annotation.__origin__)
     if get_origin(annotation) in (None, tuple, dict, Literal):
@@ -92,7 +93,8 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 
 def of_model(model: type[BaseModel], bare: frozenset[str] = frozenset()) -> dict[str, Option]:
-    """The options of a pydantic model: its fields that have a description."""
+    """The options of a section: the fields of a pydantic model that have a description, which is their help. bare:
+    fields whose flag may stand without a value."""
     fields = ((name, field) for name, field in model.model_fields.items() if field.description)
     return {
         name: Option(
@@ -106,24 +108,24 @@ def of_model(model: type[BaseModel], bare: frozenset[str] = frozenset()) -> dict
     }
 
 
-def of_algorithm(algorithm: type[Any]) -> dict[str, Option]:
-    """The options of an algorithm: the fields of its dataclass; their help is the comment on their line."""
-    hints = get_type_hints(algorithm, include_extras=True)
-    comments = _comments(algorithm)
+def of_dataclass(owner: type[Any]) -> dict[str, Option]:
+    """The options of a dataclass, such as an algorithm: its fields; their help is the comment on their line."""
+    hints = get_type_hints(owner, include_extras=True)
+    comments = _comments(owner)
     return {
         field.name: Option(
             field.name,
             hints[field.name],
             field.default if field.default_factory is dataclasses.MISSING else field.default_factory(),
-            comments.get(field.name, f"see {algorithm.__module__}"),
+            comments.get(field.name, f"see {owner.__module__}"),
         )
-        for field in dataclasses.fields(algorithm)
+        for field in dataclasses.fields(owner)
         if field.init
     }
 
 
 def _comments(cls: type[Any]) -> Mapping[str, str]:
-    """Field -> the comment on its line; nothing where the source is not at hand."""
+    """Field -> the comment on its line; empty where the source text is not there."""
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):

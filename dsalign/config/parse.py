@@ -1,20 +1,31 @@
-"""The configuration of a run: defaults < YAML < flags, with every problem at once and before torch is imported."""
+"""From argv and YAML to the configuration of a run: flags override YAML, YAML overrides defaults. All problems are
+reported at once, before torch is imported."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dsalign import algos, assets
-from dsalign.config import flags, options, rules
+from dsalign.config import flags, rules
 from dsalign.config.flags import Given
 from dsalign.config.options import REQUIRED, Option
-from dsalign.config.schema import GLOBAL_BATCH, RESOLVED, RUN_OPTIONS, RunConfig, one_line
+from dsalign.config.schema import (
+    GLOBAL_BATCH,
+    RESOLVED,
+    ROLLOUT_OPTIONS,
+    RUN_OPTIONS,
+    SECTIONS,
+    RunConfig,
+    one_line,
+    own_options,
+)
+from dsalign.contract.rollouts import RolloutOptions
 
-ALIASES = {  # what the documented scripts and other trainers write -> the name here
+ALIASES = {  # name of an option in the documented scripts and other trainers -> its name here
     "rlhf_type": "algo",
     "model_type": "model",
     "model_id_or_path": "model",
@@ -27,9 +38,9 @@ ALIASES = {  # what the documented scripts and other trainers write -> the name 
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run.
+    """The error of a configuration that cannot be run.
 
-    problems: a line each: where, what was expected, what came, what to do.
+    problems: a line for each problem: where it is, what was expected, what came, what to do.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -39,7 +50,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Parsed:
-    """A configuration, and where each of its values comes from."""
+    """The configuration that a command describes, and the origin of each of its values."""
 
     config: RunConfig
     origins: Mapping[str, str]  # option -> "default", "dpo default", "run.yaml:3" or "flag --beta"
@@ -47,11 +58,11 @@ class Parsed:
 
     @property
     def print_config(self) -> bool:
-        """Whether the user only wants to see it."""
+        """Whether the command asks to print the configuration in place of running it."""
         return self.command.asks("print_config")
 
     def describe(self) -> str:
-        """The configuration as YAML, each value with its origin as a comment."""
+        """The configuration as YAML text, each value with its origin as a comment."""
         lines = [(f"{name}: {one_line(value)}", self.origins[name]) for name, value in self.config.options().items()]
         width = min(48, max(len(line) for line, _ in lines))
         return "\n".join(f"{line:<{width}}  # {origin}" for line, origin in lines)
@@ -60,46 +71,76 @@ class Parsed:
 def parse(argv: Sequence[str], *, world_size: int) -> Parsed:
     """The configuration that `argv` (without the program's name) and its --config files describe.
 
-    world_size: ranks that will run, for the default of gradient_accumulation_steps.
-    Raises ConfigError with every problem found. Imports no algorithm's torch.
+    world_size: number of ranks that will run, on which the default of gradient_accumulation_steps depends.
+    Raises ConfigError with every problem found. Does not import torch, although it loads the algorithm.
     """
     command = flags.split(argv, ALIASES)
     given, problems = _merge(command)
     name, guessed = _algorithm_name(command, given)
     problems += guessed
-    own = options.of_algorithm(algos.load(name)) if name else {}
+    own = own_options(algos.load(name)) if name else {}
     known = RUN_OPTIONS | own
     if name and "dataset" not in given:
         given = _of_demo_rows(name, known) | given
     problems += [_unknown(one, name, known) for one in given.values() if one.name not in known and _is_wrong(one, name)]
     values, unreadable = _read(given, known)
-    algorithm = None
-    if name and all(field in values for field in own):
+    fields = [one for one in own if one not in ROLLOUT_OPTIONS]
+    algorithm = _made(algos.load(name), fields, values, name, given, unreadable) if name else None
+    sampled = [one for one in own if one in ROLLOUT_OPTIONS]
+    rollout = _made(RolloutOptions, sampled, values, "rollout", given, unreadable)
+    if algorithm is not None and rollout is not None:
         try:
-            algorithm = algos.load(name)(**{field: values[field] for field in own})
+            algorithm.check(rollout)
         except ValueError as error:
             unreadable.append(_placed(str(error), name, given))
-    origins = {one: given[one].origin if one in given else f"{name} default" for one in own}
-    origins |= {one: given[one].origin if one in given else "default" for one in RUN_OPTIONS}
+    origins = {one: "default" for one in RUN_OPTIONS | ROLLOUT_OPTIONS} | {one: f"{name} default" for one in fields}
+    origins |= {name: one.origin for name, one in given.items()}
     if name:
         values["algo"] = name
         _resolve(values, origins, name, world_size)
+    parts = {
+        part: _made(RunConfig.model_fields[part].annotation, names, values, part, given, unreadable)
+        for part, names in SECTIONS.items()
+    }
     where = {one.name: one.where for one in given.values() if one.name in known}
     draft = rules.Draft(values, where, algorithm, _frozen_roles(), world_size)
     problems += unreadable + rules.broken(draft)
     if problems:
         raise ConfigError(problems)
-    config = RunConfig(algorithm=algorithm, **{one: values[one] for one in RUN_OPTIONS})
+    alone = {one: values[one] for one in RUN_OPTIONS if one in RunConfig.model_fields}
+    config = RunConfig(algorithm=algorithm, rollout=rollout, **alone, **parts)
     return Parsed(config, origins, command)
 
 
+def _made(
+    cls: Any,
+    names: Collection[str],
+    values: Mapping[str, Any],
+    owner: str,
+    given: Mapping[str, Given],
+    problems: list[str],
+) -> Any:
+    """An algorithm or a section, made by calling `cls` with the values of the options `names`.
+
+    None where one of these options could not be read, or where `cls` raises ValueError, whose text is then appended to
+    `problems`. owner: the name for such a text that names no given option.
+    """
+    if not all(name in values for name in names):
+        return None
+    try:
+        return cls(**{name: values[name] for name in names})
+    except ValueError as error:
+        problems.append(_placed(str(error), owner, given))
+        return None
+
+
 def _merge(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
-    """What was given for each option, flags over later files over earlier ones; and the problems of the layers."""
+    """The value given for each option, and a line for each problem: flags override files, later files earlier ones."""
     problems = command.mistakes()
-    if len(command.words) > 1 or not set(command.words) <= set(flags.VERBS):
+    if len(command.words) > 1 or not set(command.words) <= set(flags.TRAIN_VERBS):
         wrong = " ".join(command.words)
-        advice = flags.nearest(wrong, flags.VERBS) or "; write options as --name value, files as --config FILE"
-        problems.append(f"command: expected one of {', '.join(flags.VERBS)}, got {wrong!r}{advice}")
+        advice = flags.nearest(wrong, flags.TRAIN_VERBS) or "; write options as --name value, files as --config FILE"
+        problems.append(f"command: expected one of {', '.join(flags.TRAIN_VERBS)}, got {wrong!r}{advice}")
     if command.asks("config") and not command.values("config"):
         problems.append("--config: expected a YAML file, got none; write --config FILE.yaml")
     layers = []
@@ -120,16 +161,17 @@ def _merge(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
 
 
 def _of_demo_rows(algo: str, known: Mapping[str, Option]) -> dict[str, Given]:
-    """The options that the algorithm's demo rows bring along."""
-    rows = assets.of_kind(algos.load(algo).data)
+    """The values that the demo rows of an algorithm set, such as shorter completions for demo:prompts."""
+    rows = assets.of_kind(algos.load(algo)().traits.data)
     brought = assets.OPTIONS.get(rows, {})
     return {name: Given(name, name, (value,), file=rows) for name, value in brought.items() if name in known}
 
 
 def _algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[str, list[str]]:
-    """The algorithm's name, empty where it is unknown, and what is wrong with it.
+    """The algorithm's name, empty where it is unknown, and a line for each problem with it.
 
-    An algorithm may give away a value of its options: cpo with loss_type simpo is simpo.
+    By `Traits.aliases` a value of an option may stand for another algorithm: cpo with loss_type simpo is simpo, and
+    `given` is changed accordingly.
     """
     verb = "".join(command.words[:1])
     asked = given.get("algo") or (Given("algo", "algo", ("sft",), "verb sft") if verb == "sft" else None)
@@ -143,7 +185,7 @@ def _algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[st
     if verb == "sft" and name != "sft":
         return name, [f"{asked.where}: expected sft after the verb sft, got {name!r}; use the verb rlhf or train"]
     given["algo"] = asked
-    for field, others in getattr(algos.load(name), "aliases", {}).items():
+    for field, others in algos.load(name)().traits.aliases.items():
         raw = given[field].raw if field in given else None
         value = raw[0] if isinstance(raw, (tuple, list)) and len(raw) == 1 else raw
         if isinstance(value, str) and value in others:
@@ -153,7 +195,8 @@ def _algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[st
 
 
 def _is_wrong(one: Given, algo: str) -> bool:
-    """Without an algorithm, an option of any of them may be right."""
+    """Whether an unknown option is a mistake: where the algorithm is unknown too, an option of any algorithm may be
+    right."""
     return bool(algo) or not _algorithms_with(one.name)
 
 
@@ -162,12 +205,12 @@ def _algorithms_with(name: str) -> list[str]:
 
 
 def _all_own() -> dict[str, dict[str, Option]]:
-    """Algorithm -> its options."""
-    return {name: options.of_algorithm(algos.load(name)) for name in algos.names()}
+    """Name of each algorithm -> name -> option that it has."""
+    return {name: own_options(algos.load(name)) for name in algos.names()}
 
 
 def _unknown(one: Given, algo: str, known: Mapping[str, Option]) -> str:
-    """The line for an option that there is not."""
+    """The problem line for an option that a run of this algorithm does not have."""
     if having := _algorithms_with(one.name):
         return (
             f"{one.where}: expected an option of {algo}, got one of {', '.join(having)}; {algo} has none of it, "
@@ -180,14 +223,14 @@ def _unknown(one: Given, algo: str, known: Mapping[str, Option]) -> str:
 
 
 def _read(given: Mapping[str, Given], known: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
-    """The typed value of each option that can be read or has a default, and a line for each other."""
+    """The typed value of each option that is readable or has a default, and a problem line for each unreadable one."""
     values: dict[str, Any] = {}
     problems: list[str] = []
     for name, option in known.items():
         if name == "algo":
             continue
         if name not in given:
-            if option.default is not REQUIRED:  # `_resolve` has the others
+            if option.default is not REQUIRED:  # `_resolve` fills in the options without a default
                 values[name] = option.default
             continue
         try:
@@ -197,31 +240,31 @@ def _read(given: Mapping[str, Given], known: Mapping[str, Option]) -> tuple[dict
     return values, problems
 
 
-def _placed(message: str, algo: str, given: Mapping[str, Given]) -> str:
-    """An algorithm's message about a value, behind the place of that value."""
+def _placed(message: str, owner: str, given: Mapping[str, Given]) -> str:
+    """The message of an algorithm or section, "option: text", with the place where the option was given in front."""
     name, colon, rest = message.partition(": ")
-    return f"{given[name].where}: {rest}" if colon and name in given else f"{algo}: {message}"
+    return f"{given[name].where}: {rest}" if colon and name in given else f"{owner}: {message}"
 
 
 def _frozen_roles() -> dict[str, frozenset[str]]:
-    """Algorithm -> its frozen roles by default."""
-    made = {name: algos.load(name)() for name in algos.names()}
-    return {name: frozenset(r for r, how in algo.roles.items() if how == "frozen") for name, algo in made.items()}
+    """Name of each algorithm -> the frozen roles that it has with default options."""
+    made = {name: algos.load(name)().traits.roles for name in algos.names()}
+    return {name: frozenset(r for r, how in roles.items() if how == "frozen") for name, roles in made.items()}
 
 
 def _resolve(values: dict[str, Any], origins: dict[str, str], algo: str, world_size: int) -> None:
-    """Fills in, in place, what depends on other options; leaves out what depends on an unreadable one."""
+    """Fill in, in place, the defaults that depend on other options, except where such an option is unreadable."""
 
     def fill(name: str, value: Any, origin: str) -> None:
         if origins[name] == "default":
             values[name], origins[name] = value, origin
 
-    cls = algos.load(algo)
-    fill("dataset", (assets.of_kind(cls.data),), f"{algo} default")
-    fill("lora_dropout", cls.dropout, f"{algo} default")
+    traits = algos.load(algo)().traits
+    fill("dataset", (assets.of_kind(traits.data),), f"{algo} default")
+    fill("lora_dropout", traits.dropout, f"{algo} default")
     fill("output_dir", f"output/{algo}", "default")
     if "tuner" in values:
-        fill("learning_rate", cls.learning_rates[values["tuner"]], f"{algo} default")
+        fill("learning_rate", traits.learning_rates[values["tuner"]], f"{algo} default")
     if "batch_size" in values:
         accumulation = math.ceil(GLOBAL_BATCH / (values["batch_size"] * world_size))
         fill("gradient_accumulation_steps", accumulation, "default")

@@ -1,4 +1,4 @@
-"""What must hold between options: one small function a rule, all listed in RULES."""
+"""The rules between options: one small function a rule, all listed in RULES, which yields a line for each breach."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from dsalign.assets import rewards
 from dsalign.config import ds_files
 from dsalign.config.flags import nearest
 
-PRESETS = ("dsalign", "trl", "openrlhf", "llamafactory", "deepspeed-chat", "swift-v2.6")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
 FROZEN = {  # option -> the frozen role that it fills
     "ref_model": "reference",
@@ -26,31 +25,31 @@ FROZEN = {  # option -> the frozen role that it fills
 
 
 class Unread(Exception):
-    """A rule asked for an option whose own text was wrong: that is reported already, so the rule is left out."""
+    """The signal that a rule reads an unreadable option: that is reported already, so the rule is skipped."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The options before they become a RunConfig."""
+    """The options of a run before the rules are checked and a RunConfig is made of them."""
 
-    values: Mapping[str, Any]  # typed, defaults filled in; less those that could not be read
-    where: Mapping[str, str]  # of the given ones, as a message names them
-    algorithm: Any  # None where it could not be built
-    frozen: Mapping[str, frozenset[str]]  # algorithm -> its frozen roles
+    values: Mapping[str, Any]  # option -> typed value, given or default; an unreadable option is not there
+    where: Mapping[str, str]  # option that was given -> its place, as messages name it
+    algorithm: Any  # an Algorithm, None where it could not be built
+    frozen: Mapping[str, frozenset[str]]  # name of an algorithm -> its frozen roles
     world_size: int
 
     def __getitem__(self, name: str) -> Any:
-        """The value of an option. Raises Unread where there is none."""
+        """The value of an option. Raises Unread where it could not be read."""
         if name not in self.values:
             raise Unread(name)
         return self.values[name]
 
     def at(self, name: str) -> str:
-        """The place of an option, to begin a message with."""
+        """The place where an option was given, else its name: the beginning of a message."""
         return self.where.get(name, name)
 
     def built(self) -> Any:
-        """The algorithm. Raises Unread where there is none."""
+        """The algorithm of the run. Raises Unread where it could not be built."""
         if self.algorithm is None:
             raise Unread("algorithm")
         return self.algorithm
@@ -61,7 +60,7 @@ Rule = Callable[[Draft], Iterator[str]]
 
 def model_has_a_role(draft: Draft) -> Iterator[str]:
     """ref_model and reward_model need an algorithm with that frozen role."""
-    roles = draft.built().roles
+    roles = draft.built().traits.roles
     for name, role in FROZEN.items():
         if name in draft.where and draft[name] and roles.get(role) != "frozen":
             having = [algo for algo, frozen in sorted(draft.frozen.items()) if role in frozen]
@@ -73,8 +72,8 @@ def model_has_a_role(draft: Draft) -> Iterator[str]:
 
 
 def rewards_have_a_source(draft: Draft) -> Iterator[str]:
-    """An algorithm with a frozen reward model needs one, or functions in its place."""
-    if draft.built().roles.get("reward") == "frozen" and not draft["reward_model"] and not draft["reward_funcs"]:
+    """An algorithm with a frozen role "reward" needs a reward model or reward functions."""
+    if draft.built().traits.roles.get("reward") == "frozen" and not draft["reward_model"] and not draft["reward_funcs"]:
         yield (
             f"reward_model: expected a reward for {draft['algo']}, got neither reward_model nor reward_funcs; give "
             "--reward_model FOLDER (of --algo rm) or --reward_funcs FILE.py:FUNCTION"
@@ -82,9 +81,9 @@ def rewards_have_a_source(draft: Draft) -> Iterator[str]:
 
 
 def reward_functions_are_known(draft: Draft) -> Iterator[str]:
-    """A reward function with the prefix of what comes along must be one of them."""
+    """A reward function whose name begins with the prefix of the demo rewards must be a demo reward."""
     for name in draft["reward_funcs"]:
-        if name.startswith(assets.PREFIX) and name not in rewards.FUNCTIONS:
+        if name.startswith(assets.DEMO) and name not in rewards.FUNCTIONS:
             known = sorted(rewards.FUNCTIONS)
             advice = nearest(name, known) or "; choose one, or give path/to/file.py:function"
             yield f"{draft.at('reward_funcs')}: expected one of {', '.join(known)}, got {name!r}{advice}"
@@ -100,7 +99,7 @@ def evaluation_has_rows(draft: Draft) -> Iterator[str]:
 
 
 def one_source_of_validation(draft: Draft) -> Iterator[str]:
-    """val_dataset and split_dataset_ratio say the same thing twice."""
+    """val_dataset and split_dataset_ratio both choose the held-out rows, so only one may be given."""
     if draft["val_dataset"] and draft["split_dataset_ratio"]:
         yield (
             f"{draft.at('split_dataset_ratio')}: expected 0 beside val_dataset ({draft.at('val_dataset')}), "
@@ -109,7 +108,7 @@ def one_source_of_validation(draft: Draft) -> Iterator[str]:
 
 
 def lora_options_need_lora(draft: Draft) -> Iterator[str]:
-    """lora_* do nothing where every weight is trained."""
+    """The options lora_* need --tuner lora: nothing reads them where every weight is trained."""
     for name in sorted(draft.where):
         if name.startswith("lora_") and draft["tuner"] == "full":
             yield f"{draft.at(name)}: expected tuner lora, got full ({draft.at('tuner')}); remove it or train with lora"
@@ -117,7 +116,7 @@ def lora_options_need_lora(draft: Draft) -> Iterator[str]:
 
 def dropout_is_allowed(draft: Draft) -> Iterator[str]:
     """An algorithm that compares log-probabilities with a frozen model runs without dropout."""
-    if "lora_dropout" in draft.where and draft["lora_dropout"] > 0 and draft.built().dropout == 0:
+    if "lora_dropout" in draft.where and draft["lora_dropout"] > 0 and draft.built().traits.dropout == 0:
         yield (
             f"{draft.at('lora_dropout')}: expected 0, as {draft['algo']} runs with all dropout off, "
             f"got {draft['lora_dropout']}; remove it"
@@ -125,9 +124,9 @@ def dropout_is_allowed(draft: Draft) -> Iterator[str]:
 
 
 def reference_can_be_cached(draft: Draft) -> Iterator[str]:
-    """Only a frozen reference that reads the rows' own completions says the same every time."""
-    algorithm = draft.built()
-    if draft["ref_cache"] == "on" and (algorithm.roles.get("reference") != "frozen" or algorithm.data == "prompts"):
+    """ref_cache on needs a frozen reference and completions from rows: sampled completions are new in every batch."""
+    traits = draft.built().traits
+    if draft["ref_cache"] == "on" and (traits.roles.get("reference") != "frozen" or traits.online):
         yield (
             f"{draft.at('ref_cache')}: expected auto or off, as {draft['algo']} has no frozen reference of rows, "
             "got on; remove it"
@@ -135,8 +134,8 @@ def reference_can_be_cached(draft: Draft) -> Iterator[str]:
 
 
 def all_turns_are_of_demonstrations(draft: Draft) -> Iterator[str]:
-    """Pairs and labels judge the last answer."""
-    if draft["assistant_turns"] == "all" and draft.built().data != "demonstrations":
+    """assistant_turns all needs demonstrations: pairs and labels judge the last answer of a conversation alone."""
+    if draft["assistant_turns"] == "all" and draft.built().traits.data != "demonstrations":
         yield (
             f"{draft.at('assistant_turns')}: expected last, as {draft['algo']} learns from the last answer of a row, "
             "got all; remove it"
@@ -144,7 +143,7 @@ def all_turns_are_of_demonstrations(draft: Draft) -> Iterator[str]:
 
 
 def weights_are_one_a_data_set(draft: Draft) -> Iterator[str]:
-    """dataset_weights goes with dataset, name by name."""
+    """dataset_weights, where given, has one number for each name in dataset."""
     weights, sets = draft["dataset_weights"], draft["dataset"]
     if weights and len(weights) != len(sets):
         yield (
@@ -160,7 +159,7 @@ def data_files_exist(draft: Draft) -> Iterator[str]:
             path = _without_count(source)
             if (path.lower().endswith(DATA_SUFFIXES) or path[:1] in ("/", ".", "~")) and not _exists(path):
                 yield f"{draft.at(name)}: expected a file or folder that exists, got {path!r}; check the path"
-            elif path.startswith(assets.PREFIX) and path not in assets.names() and not _exists(path):
+            elif path.startswith(assets.DEMO) and path not in assets.names() and not _exists(path):
                 advice = nearest(path, assets.names()) or "; choose one"
                 yield f"{draft.at(name)}: expected one of {', '.join(assets.names())}, got {path!r}{advice}"
 
@@ -193,17 +192,9 @@ def deepspeed_is_known(draft: Draft) -> Iterator[str]:
         )
 
 
-def preset_is_available(draft: Draft) -> Iterator[str]:
-    """Presets of other systems are planned by name."""
-    name = draft["preset"]
-    if name != "dsalign":
-        got = f"{name!r}, which is not available yet" if name in PRESETS else repr(name)
-        yield f"{draft.at('preset')}: expected dsalign, got {got}; remove it"
-
-
 def global_batch_is_large_enough(draft: Draft) -> Iterator[str]:
     """An algorithm may need several groups in one optimizer step."""
-    least = draft.built().min_groups
+    least = draft.built().traits.min_groups
     batch, accumulation = draft["batch_size"], draft["gradient_accumulation_steps"]
     if batch * accumulation * draft.world_size < least:
         yield (
@@ -227,13 +218,12 @@ RULES: tuple[Rule, ...] = (
     model_folders_exist,
     checkpoint_exists,
     deepspeed_is_known,
-    preset_is_available,
     global_batch_is_large_enough,
 )
 
 
 def broken(draft: Draft) -> list[str]:
-    """A line for everything that breaks a rule."""
+    """A line for each breach of a rule, in the order of RULES."""
     problems: list[str] = []
     for rule in RULES:
         try:
@@ -250,6 +240,6 @@ def _exists(path: str) -> bool:
 
 
 def _without_count(source: str) -> str:
-    """`rows.jsonl#500` names 500 rows of rows.jsonl."""
+    """The name of a data set without its count of rows: rows.jsonl#500 is 500 rows of rows.jsonl."""
     path, mark, count = source.rpartition("#")
     return path if mark and count.isdigit() else source

@@ -1,4 +1,4 @@
-"""All options of a run: their types, bounds, defaults and help."""
+"""The options of a run: their types, bounds, defaults and help texts."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from dsalign import assets
 from dsalign.config import ds_files, options
 from dsalign.config.options import Option
+from dsalign.contract.algorithm import Algorithm
+from dsalign.contract.rollouts import RolloutOptions
 
-SECTIONS = {"algo": "what", "model": "models", "dataset": "data", "deepspeed": "optimisation", "eval_steps": "run"}
 REWARD_FUNCS = f"reward functions, path/to/file.py:function; {assets.REWARD} where there is no reward model either"
 GLOBAL_BATCH = 16  # groups in an optimizer step where gradient_accumulation_steps is not given
 
 
 def _resume(text: Any) -> Any:
-    """`--resume` alone is the latest checkpoint."""
+    """The value of --resume as it is read: the flag alone ("true") means "latest", "false" means None."""
     return {"true": "latest", "false": None}.get(text.lower(), text) if isinstance(text, str) else text
 
 
-class RunConfig(BaseModel):
-    """All options of a run, resolved. `parse` makes one; those of its algorithm are in `algorithm`."""
-
+class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    algorithm: Any  # the dataclass of algos.load(algo)
 
-    algo: str = Field(description="the algorithm")
+class ModelOptions(_Frozen):
+    """The options of the models: which, how they are loaded, and which of their weights are trained."""
+
     model: str = Field(
         "smollm2-135m-instruct", min_length=1, description="the model to train: a folder, a hub name or a short name"
     )
@@ -51,6 +51,9 @@ class RunConfig(BaseModel):
         "auto", description="the attention kernel"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, slower")
+    head_memory: int | None = Field(
+        None, ge=1, description="MiB for the logits of a part of a micro-batch, >= 1; by default 512, 48 on a CPU"
+    )
     lora_rank: int = Field(8, ge=1, description="width of the adapters, >= 1")
     lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / lora_rank, >= 1")
     lora_dropout: float = Field(ge=0, lt=1, description="share of adapter inputs dropped, in [0, 1); by algorithm")
@@ -58,9 +61,13 @@ class RunConfig(BaseModel):
         ("ALL",), min_length=1, description="ALL linear layers but the head, DEFAULT (q, k, v), or names"
     )
 
+
+class DataOptions(_Frozen):
+    """The options of the data: which rows, and how rows become token ids."""
+
     dataset: tuple[str, ...] = Field(
         min_length=1,
-        description=f"files, folders, hub names or {assets.PREFIX}KIND; #n takes n rows; by algorithm demo rows",
+        description=f"files, folders, hub names or {assets.DEMO}KIND; #n takes n rows; by algorithm demo rows",
     )
     dataset_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (), description="how many times an epoch takes the rows of each data set, > 0; 1 each"
@@ -83,6 +90,10 @@ class RunConfig(BaseModel):
         "delete", description="what to do with a longer row"
     )
 
+
+class OptimOptions(_Frozen):
+    """The options of optimisation: the number of optimizer steps, the groups in each, and the update rule."""
+
     deepspeed: str = Field("zero2", description=f"{', '.join(ds_files.names())}, or a JSON file")
     num_train_epochs: int = Field(1, ge=1, description="passes over the data, >= 1; max_steps for a part of one")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps at most, >= 1")
@@ -92,9 +103,6 @@ class RunConfig(BaseModel):
     )
     gradient_accumulation_steps: int = Field(
         ge=1, description=f"micro-batches a step, >= 1; ceil({GLOBAL_BATCH} / (batch_size x ranks))"
-    )
-    head_memory: int | None = Field(
-        None, ge=1, description="MiB for the logits of a part of a micro-batch, >= 1; by default 512, 48 on a CPU"
     )
     learning_rate: float = Field(gt=0, description="at the peak, > 0; by algorithm and tuner")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the update rule")
@@ -108,46 +116,106 @@ class RunConfig(BaseModel):
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of all steps that warms up, in [0, 1)")
 
+
+class OutputOptions(_Frozen):
+    """The options of output: where a run writes, and how often it logs, evaluates and saves."""
+
     eval_steps: int | None = Field(None, ge=1, description="optimizer steps between evaluations, >= 1")
     save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints, >= 1")
     logging_steps: int = Field(5, ge=1, description="optimizer steps between log lines, >= 1")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept, >= 1")
-    seed: int = Field(42, ge=0, lt=2**32, description="of everything random, in [0, 2^32)")
     output_dir: str = Field(min_length=1, description="where all is written; output/<algo>")
     resume: Annotated[str | None, BeforeValidator(_resume)] = Field(
         None, description="latest, or a checkpoint's folder; alone it is latest"
     )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="trackers beside the log")
-    preset: str = Field("dsalign", description="whose conventions to follow")
+
+
+class RunConfig(_Frozen):
+    """All options of a run with their final values, made by `parse`. Code that needs options is given a whole section.
+
+    Users see no sections: a flag or a YAML key is the name of an option alone.
+    """
+
+    algorithm: Any  # an Algorithm, of algos.load(algo)
+
+    algo: str = Field(title="what", description="the algorithm")
+    models: ModelOptions = Field(title="models")  # a title is the heading above the section's options in --help
+    data: DataOptions = Field(title="data")
+    optim: OptimOptions = Field(title="optimisation")
+    output: OutputOptions = Field(title="run")
+    rollout: RolloutOptions = RolloutOptions()  # read by online algorithms; other algorithms have no such options
+    seed: int = Field(42, ge=0, lt=2**32, description="of everything random, in [0, 2^32)")
+
+    def global_batch(self, world_size: int) -> int:
+        """The number of groups in an optimizer step, over all ranks."""
+        return self.optim.batch_size * self.optim.gradient_accumulation_steps * world_size
 
     def options(self) -> dict[str, Any]:
-        """Name -> value of every option, the algorithm's behind the run's, as they are written to YAML.
+        """Name -> value of every option in the order of the YAML file: those of every run, then the algorithm's.
 
-        Less those of LoRA where nothing reads them, as giving them there is an error.
+        With --tuner full the lora_* options are left out, as giving one there is an error.
         """
-        own = {name: getattr(self, name) for name in RUN_OPTIONS}
-        if self.tuner == "full":
+        parts = (self, *(getattr(self, name) for name in SECTIONS))
+        flat = {name: value for part in parts for name, value in vars(part).items()}
+        own = {name: flat[name] for name in RUN_OPTIONS}
+        if self.models.tuner == "full":
             own = {name: value for name, value in own.items() if not name.startswith("lora_")}
-        fields = (field.name for field in dataclasses.fields(self.algorithm) if field.init)
-        return own | {name: getattr(self.algorithm, name) for name in fields}
+        owners = [self.algorithm, self.rollout] if self.algorithm.traits.online else [self.algorithm]
+        return own | {field.name: getattr(of, field.name) for of in owners for field in dataclasses.fields(of)}
 
     def dump(self) -> str:
-        """The options as YAML; `--config` reads the same configuration from it."""
+        """The options as YAML text, from which `--config` reads the same configuration."""
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options().items()}
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
     def to_yaml(self, path: str | Path) -> None:
-        """Writes `dump` to `path`."""
+        """Write the options as YAML to the file `path`."""
         Path(path).write_text(self.dump(), encoding="utf-8")
 
 
-RUN_OPTIONS: dict[str, Option] = options.of_model(RunConfig, bare=frozenset({"resume"}))
-# By `_resolve`, if not given.
+def _options_of(section: Any) -> dict[str, Option]:
+    """Name -> option of a section's class; empty where `section` is no such class."""
+    is_section = isinstance(section, type) and issubclass(section, _Frozen)
+    return options.of_model(section, bare=frozenset({"resume"})) if is_section else {}
+
+
+def _run_options() -> dict[str, Option]:
+    """Name -> option of a run without its algorithm's, in the order of --help: RunConfig's own, then each section's,
+    and those of SHOWN_BEHIND moved behind the option that they name."""
+    found = options.of_model(RunConfig)
+    for own in SECTIONS.values():
+        found |= own
+    names = list(found)
+    for name, before in SHOWN_BEHIND.items():
+        names.remove(name)
+        names.insert(names.index(before) + 1, name)
+    return {name: found[name] for name in names}
+
+
+SECTIONS = {name: own for name, field in RunConfig.model_fields.items() if (own := _options_of(field.annotation))}
+SHOWN_BEHIND = {"head_memory": "gradient_accumulation_steps", "seed": "save_total_limit"}
+RUN_OPTIONS = _run_options()
+
+
+ROLLOUT_OPTIONS = options.of_dataclass(RolloutOptions)
+
+
+def own_options(algorithm: type[Algorithm]) -> dict[str, Option]:
+    """Name -> option that a run has because of its algorithm: the algorithm's fields, and of an online algorithm the
+    options of sampling."""
+    return options.of_dataclass(algorithm) | (ROLLOUT_OPTIONS if algorithm().traits.online else {})
+
+
+HEADINGS = {  # first option of a section -> the heading above it in --help
+    next(iter(SECTIONS.get(name, [name]))): field.title for name, field in RunConfig.model_fields.items() if field.title
+}
+# Options whose default depends on other options: parse's `_resolve` fills them in where they are not given.
 RESOLVED = ("dataset", "reward_funcs", "lora_dropout", "gradient_accumulation_steps", "learning_rate", "output_dir")
 
 
 def one_line(value: Any) -> str:
-    """YAML of a value on one line."""
+    """The YAML of an option's value, on one line."""
     plain = list(value) if isinstance(value, tuple) else value
     quote = '"' if isinstance(value, str) and not value.isprintable() else None
     text: str = yaml.safe_dump(

@@ -1,1 +1,1 @@
-"""What an algorithm may see; imports nothing else of dsalign."""
+"""All of dsalign that an algorithm may import: data records, the contract, shared mathematics."""

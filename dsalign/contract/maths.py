@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from dsalign.contract.groups import Metric, MicroBatch
+from dsalign.contract.groups import Metric, MicroBatch, Output
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from dsalign.contract.groups import Group
 
 
 def logsigmoid(x: Tensor) -> Tensor:
@@ -38,28 +36,28 @@ def smoothed(z: Tensor, label_smoothing: float) -> Tensor:
 
 
 def pair(completions: Tensor) -> tuple[Tensor, Tensor]:
-    """[2n] a number a completion -> chosen [n], rejected [n]."""
+    """Split numbers of completions, [2n] with chosen and rejected in turn, into chosen [n] and rejected [n]."""
     chosen, rejected = completions.view(-1, 2).unbind(1)
     return chosen, rejected
 
 
 def chosen_nll(batch: MicroBatch, logps: Tensor) -> Tensor:
-    """Scalar: -sum of the chosen completions' token log-probabilities, nats."""
+    """The negative log-likelihood of all chosen completions of a batch of pairs, scalar, nats. logps: [N]."""
     return -pair(batch.sum(logps))[0].sum()
 
 
-def pair_units(groups: Sequence[Group]) -> Mapping[str, int]:
-    """The units of pair algorithms: pairs, and the tokens of chosen completions."""
-    return {"pairs": len(groups), "chosen_tokens": sum(g.lengths[0] for g in groups)}
+def pair_units(batch: MicroBatch) -> Mapping[str, int]:
+    """The units of the pair algorithms: the number of pairs, and of tokens of their chosen completions."""
+    return {"pairs": len(batch.groups), "chosen_tokens": sum(g.lengths[0] for g in batch.groups)}
 
 
 def mean(numbers: Tensor) -> Metric:
-    """(sum, count) of a tensor, detached: a metric that averages."""
+    """The metric that averages a tensor: (its sum, its number of elements), detached."""
     return numbers.detach().sum(), numbers.numel()
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
-    """rewards/{chosen,rejected,accuracies,margins} of n pairs; chosen, rejected: [n], units of reward."""
+    """The metrics rewards/{chosen,rejected,accuracies,margins} of n pairs; chosen, rejected: [n], units of reward."""
     return {
         "rewards/chosen": mean(chosen),
         "rewards/rejected": mean(rejected),
@@ -69,7 +67,8 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
 
 
 def logp_metrics(batch: MicroBatch, logps: Tensor, *, means: bool = False) -> dict[str, Metric]:
-    """logps/{chosen,rejected}: sums a completion, nats; `means`: also logps/mean_{chosen,rejected}, nats a token."""
+    """The metrics logps/{chosen,rejected}, nats a completion, of pairs whose tokens have log-probabilities `logps` [N];
+    with `means` also logps/mean_{chosen,rejected}, nats a token."""
     sums = batch.sum(logps)
     chosen, rejected = pair(sums)
     metrics: dict[str, Metric] = {"logps/chosen": mean(chosen), "logps/rejected": mean(rejected)}
@@ -79,6 +78,49 @@ def logp_metrics(batch: MicroBatch, logps: Tensor, *, means: bool = False) -> di
     return metrics
 
 
+def pair_metrics(batch: MicroBatch, out: Output, chosen: Tensor, rejected: Tensor, *, means: bool) -> dict[str, Metric]:
+    """The metrics that every pair algorithm logs for a micro-batch of n pairs.
+
+    chosen, rejected: [n], rewards of the completions. means: whether log-probabilities a token are logged too.
+    """
+    assert out.logps is not None
+    nll = chosen_nll(batch, out.logps)
+    return {
+        **reward_metrics(chosen, rejected),
+        **logp_metrics(batch, out.logps, means=means),
+        "nll_loss": (nll.detach(), pair(batch.lengths)[0].sum()),
+        **entropy_metric(out.entropy),
+    }
+
+
 def entropy_metric(entropy: Tensor | None) -> dict[str, Metric]:
-    """entropy: nats a completion token, where the model gave it."""
+    """The metric "entropy", nats a completion token; no metric where the output has no entropy."""
     return {} if entropy is None else {"entropy": mean(entropy)}
+
+
+LOG_RATIO_LIMIT = 20.0  # nats: e^20 = 4.9e8; beyond it a ratio's gradient is 0 instead of infinite or NaN
+
+
+def ratio(change: Tensor) -> Tensor:
+    """The importance ratio e^change of tokens or completions. change: new minus old log-probability, nats, any shape;
+    it is held within -+20, so that the ratio and its gradient are finite."""
+    return torch.exp(torch.clamp(change, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def token_kl(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
+    """An estimate of KL(policy || reference) from each sampled token, nats (Schulman 2020, "Approximating KL").
+
+    logps, reference: [N] log-probabilities of the token. With g = logp - reference: k1 = g, k2 = g^2 / 2 and
+    k3 = e^-g - 1 + g >= 0, in which g is held at -20 or above: further down its gradient is 0, as that of a `ratio`. As
+    a term of a loss, the expected gradient of k1 is 0 and that of k2 is the KL's.
+    """
+    gap = logps - reference
+    if estimator == "k1":
+        return gap
+    if estimator == "k2":
+        return 0.5 * gap**2
+    held = torch.clamp(gap, min=-LOG_RATIO_LIMIT)  # in both terms: of the second alone the gradient points away
+    return torch.expm1(-held) + held

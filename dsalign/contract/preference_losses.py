@@ -1,10 +1,13 @@
-"""The losses of a preference pair, as functions of log-ratios."""
+"""The losses of a preference pair, each a function of `Ratios` that returns [n] float32, one loss a pair.
+
+In the formulas z = beta (Delta_c - Delta_r), R = beta Delta and ls = log sigmoid; c is chosen, r is rejected.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,26 +20,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ratios:
-    """What a pair's loss may use; every tensor is [n], one a pair, float32, nats.
+    """The inputs of a pair's loss; every tensor is [n] float32, one number a pair, nats.
 
-    chosen, rejected: Delta = logp_policy - logp_reference, or its f-divergence transform. mean_chosen, mean_rejected:
-    Delta a token. policy: logp_policy(chosen) - logp_policy(rejected). partners: constants, sorted over the batch.
-    beta: reward a nat. label_smoothing: probability that a label is flipped. tau: discopop's temperature.
+    chosen, rejected: Delta = logp_policy - logp_reference of the completion, or its f-divergence transform.
+    mean_chosen, mean_rejected: Delta divided by the completion's length, nats a token. beta: reward a nat.
+    label_smoothing: probability that a label is flipped. tau: discopop's temperature. Two are for aot alone: policy,
+    logp_policy(chosen) - logp_policy(rejected), and partners, name -> constants that `partners` finds by rank.
     """
 
     chosen: Tensor
     rejected: Tensor
     mean_chosen: Tensor
     mean_rejected: Tensor
-    policy: Tensor
-    partners: Mapping[str, Tensor]
     beta: float
     label_smoothing: float = 0.0
     tau: float = 0.05
+    policy: Tensor | None = None
+    partners: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def sigmoid(r: Ratios) -> Tensor:
-    """arXiv:2305.18290, eq. 7; with label smoothing conservative DPO."""
+    """DPO, arXiv:2305.18290, eq. 7: -ls(z); with label smoothing conservative DPO."""
     return smoothed(r.beta * (r.chosen - r.rejected), r.label_smoothing)
 
 
@@ -46,67 +50,69 @@ def hinge(r: Ratios) -> Tensor:
 
 
 def ipo(r: Ratios) -> Tensor:
-    """arXiv:2310.12036, eq. 17, on Delta a token: (Delta_c / |c| - Delta_r / |r| - 1 / (2 beta))^2."""
+    """IPO, arXiv:2310.12036, eq. 17, on Delta a token: (Delta_c / |c| - Delta_r / |r| - 1 / (2 beta))^2."""
     return (r.mean_chosen - r.mean_rejected - 1 / (2 * r.beta)) ** 2
 
 
 def exo_pair(r: Ratios) -> Tensor:
-    """arXiv:2402.00856, eq. 16: KL of the model's preference from the smoothed label."""
+    """EXO, arXiv:2402.00856, eq. 16: KL of the model's preference, sigmoid(z), from the smoothed label."""
     z, eps = r.beta * (r.chosen - r.rejected), r.label_smoothing
     return torch.sigmoid(z) * (logsigmoid(z) - math.log1p(-eps)) + torch.sigmoid(-z) * (logsigmoid(-z) - math.log(eps))
 
 
 def nca_pair(r: Ratios) -> Tensor:
-    """arXiv:2402.05369: -ls(R_c) - ls(-R_c) / 2 - ls(-R_r) / 2."""
+    """NCA, arXiv:2402.05369: -ls(R_c) - ls(-R_c) / 2 - ls(-R_r) / 2."""
     chosen, rejected = r.beta * r.chosen, r.beta * r.rejected
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 def robust(r: Ratios) -> Tensor:
-    """arXiv:2403.00409: unbiased under labels flipped with probability eps < 1/2."""
+    """Robust DPO, arXiv:2403.00409: unbiased where labels are flipped with probability eps < 1/2."""
     z, eps = r.beta * (r.chosen - r.rejected), r.label_smoothing
     return (-(1 - eps) * logsigmoid(z) + eps * logsigmoid(-z)) / (1 - 2 * eps)
 
 
 def bco_pair(r: Ratios) -> Tensor:
-    """arXiv:2404.04656 without the running mean: -ls(R_c) - ls(-R_r)."""
+    """BCO, arXiv:2404.04656, without the running mean: -ls(R_c) - ls(-R_r)."""
     return -logsigmoid(r.beta * r.chosen) - logsigmoid(-r.beta * r.rejected)
 
 
 def sppo_hard(r: Ratios) -> Tensor:
-    """arXiv:2405.00675: (Delta_c - 1 / (2 beta))^2 + (Delta_r + 1 / (2 beta))^2."""
+    """SPPO, arXiv:2405.00675: (Delta_c - 1 / (2 beta))^2 + (Delta_r + 1 / (2 beta))^2."""
     return (r.chosen - 0.5 / r.beta) ** 2 + (r.rejected + 0.5 / r.beta) ** 2
 
 
 def apo_zero(r: Ratios) -> Tensor:
-    """arXiv:2408.06266: 1 - sigmoid(R_c) + sigmoid(R_r)."""
+    """APO-zero, arXiv:2408.06266: 1 - sigmoid(R_c) + sigmoid(R_r)."""
     return torch.sigmoid(-r.beta * r.chosen) + torch.sigmoid(r.beta * r.rejected)
 
 
 def apo_down(r: Ratios) -> Tensor:
-    """arXiv:2408.06266: sigmoid(R_c) + 1 - sigmoid(z)."""
+    """APO-down, arXiv:2408.06266: sigmoid(R_c) + 1 - sigmoid(z)."""
     return torch.sigmoid(r.beta * r.chosen) + torch.sigmoid(-r.beta * (r.chosen - r.rejected))
 
 
 def sigmoid_norm(r: Ratios) -> Tensor:
-    """DPO on Delta a token: -ls(beta (Delta_c / |c| - Delta_r / |r|)), as in arXiv:2411.15124."""
+    """Length-normalised DPO, arXiv:2411.15124: -ls(beta (Delta_c / |c| - Delta_r / |r|))."""
     return -logsigmoid(r.beta * (r.mean_chosen - r.mean_rejected))
 
 
 def discopop(r: Ratios) -> Tensor:
-    """arXiv:2406.08414: (1 - s)(-ls(z)) + exp(-z + ls(z / tau)), s = sigmoid(z / tau)."""
+    """DiscoPOP, arXiv:2406.08414: (1 - s)(-ls(z)) + s e^-z, s = sigmoid(z / tau)."""
     z = r.beta * (r.chosen - r.rejected)
     # e^-z sigmoid(z / tau) as one exponential: for z << 0 the product of its factors would be inf * 0
     return -torch.sigmoid(-z / r.tau) * logsigmoid(z) + torch.exp(-z + logsigmoid(z / r.tau))
 
 
 def aot(r: Ratios) -> Tensor:
-    """arXiv:2406.05882, paired: the k-th largest policy log-ratio against the k-th largest reference log-ratio."""
+    """AOT, arXiv:2406.05882, paired: DPO with the k-th largest log-ratio of the policy between chosen and rejected
+    against the k-th largest of the reference, over the global batch."""
+    assert r.policy is not None
     return smoothed(r.beta * (r.policy - r.partners["aot"]), r.label_smoothing)
 
 
 def aot_unpaired(r: Ratios) -> Tensor:
-    """arXiv:2406.05882, unpaired: the k-th Delta_c against the k-th Delta_r.
+    """AOT, arXiv:2406.05882, unpaired: DPO with the k-th largest Delta_c against the k-th largest Delta_r.
 
     Each side is taken against the other as a constant, so the sum has the full gradient and twice the value.
     """
@@ -116,7 +122,7 @@ def aot_unpaired(r: Ratios) -> Tensor:
 
 
 def sft(r: Ratios) -> Tensor:
-    """NLL(chosen) has a unit of its own and is added in `policy_loss`; nothing a pair."""
+    """Zero for each pair: the NLL of chosen completions is a loss a token, and `DPO.policy_loss` adds that term."""
     return torch.zeros_like(r.chosen)
 
 
@@ -142,12 +148,19 @@ LOSSES: Mapping[str, Callable[[Ratios], Tensor]] = {
 }
 SMOOTHED = frozenset({"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"})
 SORTED = frozenset({"aot", "aot_unpaired"})
-REVERSE_KL_ONLY = SORTED | {"apo_zero", "apo_down", "sft", "ipo", "sigmoid_norm"}
+BY_LENGTH = frozenset({"ipo", "sigmoid_norm"})
+# These losses read an absolute reward or a length, in which the constant of another divergence does not cancel.
+REVERSE_KL_ONLY = SORTED | BY_LENGTH | {"apo_zero", "apo_down", "nca_pair", "bco_pair", "sppo_hard", "sft"}
+LOSS_ALIASES = {"aot_pair": "aot_unpaired"}  # what ms-swift calls it
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
 def partners(sorted_of: Tensor, of: Tensor, order: Tensor) -> Tensor:
-    """[n] the k-th smallest of `sorted_of` for each element that is the k-th smallest of `of`; ties by `order`, [n]."""
+    """Partners by rank: where an element of `of` is the k-th smallest, the k-th smallest element of `sorted_of`.
+
+    sorted_of, of: [n] float64, one number a pair of the global batch. order: [n], which of two equal numbers is first.
+    Returns [n], in the order of `of`.
+    """
 
     def ranked(x: Tensor) -> Tensor:
         by_order = torch.argsort(order, stable=True)

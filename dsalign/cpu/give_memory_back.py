@@ -1,4 +1,9 @@
-"""On a CPU: freed memory goes back to the system before a backward and while the gradients are made."""
+"""Freed memory goes back to the system before a backward and while it fills the gradients.
+
+Why it does not by itself: glibc keeps freed blocks of a few MiB, such as activations, on its heap, and returns them
+only from the heap's end. A backward frees activations and allocates gradients that stay, so without this a process
+holds both at once, and in the next forward the gradients of the step before beside those of the head.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +15,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# In a backward, of the layers that are still to come: gradients grow as activations go, so the last stand closest. More
-# would save little, and every page that is given back is zeroed again in the next step.
+# The shares of the layers whose backward is still to come when memory is given back: of layers 0 to 29 before that of
+# 18, 10 and 4. Closer towards the end, as gradients take the place of activations. Three times and not more, as every
+# page that is given back is zeroed by the system once more in the next step.
 LEFT = (2 / 15, 1 / 3, 3 / 5)
 
 
 def trim_in_backward(decoder: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Freed memory goes back at the end of a forward with gradient, in its backward where LEFT of the layers are to
-    come, and within a forward that would need more than the backward before it.
+    """Give freed memory back (malloc_trim) at three moments of each step: when the decoder's forward ends, before the
+    head makes its gradient; in the backward, where LEFT of the layers are to come; and in a forward, behind each layer
+    at which the process holds more than it did in any backward before, so that forwards are not the peak.
 
-    glibc keeps activations of a few MiB on its heap when they are freed, between gradients that stay, and gives them
-    back only from the heap's end: without this a process holds both at once, and the gradients of the step before
-    beside the head's. Nothing happens under another allocator.
+    layers: of the decoder, first to last. Forwards without gradient are left alone, and so is a process whose allocator
+    is not glibc's.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None or not layers:
         return
-    most: int | None = None  # bytes resident in a backward, once there was one
+    most: int | None = None  # bytes resident in any backward so far
 
     def give_back(_: Tensor) -> None:
         nonlocal most
@@ -54,11 +60,11 @@ def trim_in_backward(decoder: nn.Module, layers: Sequence[nn.Module]) -> None:
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Bytes of this process that are in memory now (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
 
 
 def _states(output: Any) -> Tensor:
-    """What a layer or a decoder gives on: alone, or before caches and the like."""
+    """The hidden states that a layer or a decoder returns: its output, or the first part of that."""
     states: Tensor = output if isinstance(output, Tensor) else output[0]
     return states

@@ -1,9 +1,10 @@
-"""On a CPU: what is cheap to make is made again in a backward instead of being kept for it.
+"""Cheap activations are computed again in a backward instead of being kept for it.
 
-A norm, an activation and the product of a gated MLP keep their inputs alone. What the linear layers behind them would
-keep, their outputs, is made from that again, once for all of them. Of a Llama layer's 6 D + 4 I numbers a token beside
-those of its attention 2 D + 2 I stay. The idea is selective recomputation (Korthikanti et al., arXiv:2205.05198,
-section 5), here of what costs a pass over memory instead of a product.
+Cheap are a norm, an activation and the product of a gated MLP: a pass over memory each, and no matrix product. Of these
+the graph keeps the inputs alone. A linear layer after one of them would keep its input, which is the cheap output; that
+is computed again, once for all linear layers that share it. Of the 6 D + 4 I numbers a token that a Llama layer keeps
+beside its attention's (D hidden size, I intermediate size), 2 D + 2 I are left. This is selective recomputation
+(Korthikanti et al., arXiv:2205.05198, section 5).
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
-NORMS = ("LayerNorm", "RMSNorm")  # how the names of such classes end
+NORMS = ("LayerNorm", "RMSNorm")  # how the class names of norms end
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 GATED = ("gate_proj", "up_proj", "act_fn", "down_proj")  # the parts of a gated MLP, as Llama and its kin call them
 
 
 class _Again(torch.autograd.Function):
-    """compute(*inputs), made again in the backward. What follows the inputs are parameters that compute reads."""
+    """compute(*inputs), of which the graph keeps the inputs; the output is computed again in the backward.
+
+    tensors: the inputs, then parameters that `compute` reads by itself and that need a gradient too.
+    """
 
     @staticmethod
     def forward(ctx: Any, compute: Callable[..., Tensor], num_inputs: int, *tensors: Tensor) -> Tensor:
@@ -35,7 +39,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def output(ctx: Any) -> Tensor:
-        """What forward returned; made once a backward, with its graph."""
+        """The output of forward with a graph of its own; computed once in a backward, however often it is asked for."""
         if ctx.made is None:
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors[: ctx.num_inputs]]
@@ -53,8 +57,11 @@ class _Again(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """weight x / sqrt(mean(x^2) + eps) over the last dimension (arXiv:1910.07467, eq. 4), of which the graph keeps x
-    and a number a row; by the operations of transformers, in float32, but with a backward in half as many passes."""
+    """weight x / sqrt(mean(x^2) + eps) over the last dimension (arXiv:1910.07467, eq. 4), in float32.
+
+    The forward has the operations of transformers in their order, so its bits are the same. The graph keeps x and one
+    number a row, and the backward is written out, in half as many passes over memory as autograd's.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,7 +72,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def unit(ctx: Any) -> Tensor:
-        """x / sqrt(mean(x^2) + eps), made once a backward."""
+        """x / sqrt(mean(x^2) + eps), computed once in a backward."""
         if ctx.normed is None:
             x, _, scale = ctx.saved_tensors
             ctx.normed = x * scale
@@ -73,7 +80,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def output(ctx: Any) -> Tensor:
-        """What forward returned, made once a backward."""
+        """The output of forward, computed once in a backward."""
         if ctx.made is None:
             ctx.made = ctx.saved_tensors[1] * _RMSNorm.unit(ctx)
         return cast(Tensor, ctx.made)
@@ -92,7 +99,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def again(compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], parameters: tuple[Tensor, ...] = ()) -> Tensor:
-    """compute(*inputs), of which a graph keeps the inputs alone. parameters: what compute reads beside them."""
+    """compute(*inputs); where a gradient is wanted, the graph keeps the inputs and computes the output again in the
+    backward. parameters: those that `compute` reads beside its inputs."""
     tensors = (*inputs, *parameters)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return compute(*inputs)
@@ -101,16 +109,18 @@ def again(compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], parameters
 
 
 def recompute_cheap(decoder: nn.Module) -> None:
-    """Let the norms, activations and gated MLPs of a decoder keep less, and its linear layers nothing that those made.
+    """Let the norms, activations and gated MLPs of a decoder keep their inputs alone, and its linear layers no input
+    that one of those computes again.
 
-    Values stay the same to the last bit, and gradients too, but for rounding in float32, where RMSNorm has its own
-    backward. Under ZeRO-3 norms are as ever: their weights are in memory only while they run.
+    Outputs stay the same to the last bit, and gradients too except in float32, where RMSNorm's own backward rounds
+    otherwise. Under ZeRO-3 norms stay as they are, since their weights are in memory only while they run; so does a
+    module whose forward is not its class's, and one that changes its input in place.
     """
     checked = dict[type, bool]()
     for module in decoder.modules():
         kind = type(module)
         if "forward" in vars(module) or getattr(module, "inplace", False):
-            continue  # somebody else's way to compute it, or an input that is gone
+            continue  # something else has replaced the forward, or the input is overwritten
         if isinstance(module, (nn.Linear, Conv1D)):
             vars(module)["forward"] = MethodType(_linear, module)
         elif kind.__name__.endswith("RMSNorm") and (offset := _offset(module)) is not None:
@@ -125,7 +135,7 @@ def recompute_cheap(decoder: nn.Module) -> None:
 
 
 def _cheap(self: nn.Module, *args: Any, **more: Any) -> Any:
-    """The forward of a norm or an activation."""
+    """The forward of a norm or an activation of any formula; the module's own where it takes more than one input."""
     plain, parameters = partial(type(self).forward, self), tuple(self.parameters(recurse=False))
     if more or len(args) != 1 or any(hasattr(x, "ds_id") for x in parameters):
         return plain(*args, **more)
@@ -133,7 +143,7 @@ def _cheap(self: nn.Module, *args: Any, **more: Any) -> Any:
 
 
 def _rms_norm(self: Any, x: Tensor, *, offset: float) -> Tensor:
-    """The forward of an RMSNorm in float32 whose factor is offset + weight."""
+    """The forward of an RMSNorm that multiplies by offset + weight, `_RMSNorm` where all is float32."""
     if x.dtype != torch.float32 or self.weight.dtype != torch.float32 or hasattr(self.weight, "ds_id"):
         found: Tensor = _cheap(self, x)
         return found
@@ -150,7 +160,8 @@ def _eps(norm: Any) -> float | None:
 
 @torch.no_grad()
 def _offset(norm: Any) -> float | None:
-    """What an RMSNorm adds to its weight, 0 as in Llama or 1 as in Gemma; None where it computes anything else."""
+    """The constant that an RMSNorm adds to its weight, 0 as in Llama or 1 as in Gemma, found by trying both on one
+    input; None where its output is another one."""
     weight, eps = getattr(norm, "weight", None), _eps(norm)
     if weight is None or eps is None or weight.device.type == "meta" or hasattr(weight, "ds_id"):
         return None
@@ -160,19 +171,19 @@ def _offset(norm: Any) -> float | None:
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:
-    """The forward of a gated MLP."""
+    """The forward of a gated MLP, down(act(gate(x)) up(x)), whose product is computed again in a backward."""
     found: Tensor = self.down_proj(again(partial(_product, self.act_fn), (self.gate_proj(x), self.up_proj(x))))
     return found
 
 
 def _product(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    found: Tensor = type(act).forward(act, gate) * up  # as `_cheap` it would be made a third time
+    found: Tensor = type(act).forward(act, gate) * up  # by `_cheap` the activation would be computed a third time
     return found
 
 
 @torch.no_grad()
 def _is_gated(module: Any) -> bool:
-    """Whether a module with those parts computes what `_gated` does."""
+    """Whether a module with the GATED parts has the formula of `_gated`, found by comparing both on one input."""
     weight = next(module.gate_proj.parameters())
     trains, width = module.training, getattr(module.gate_proj, "in_features", None)
     if width is None or weight.device.type == "meta" or hasattr(weight, "ds_id"):
@@ -185,7 +196,7 @@ def _is_gated(module: Any) -> bool:
 
 
 def _linear(self: nn.Module, x: Tensor) -> Tensor:
-    """The forward of a linear layer, that keeps no input which is made again anyway."""
+    """The forward of a linear layer, which keeps no input that is computed again in the backward anyway."""
     plain, node = partial(type(self).forward, self), x.grad_fn
     made_by = getattr(node, "_forward_cls", None)
     if made_by not in (_Again, _RMSNorm):

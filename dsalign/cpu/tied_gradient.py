@@ -1,9 +1,11 @@
-"""A weight that both embeds tokens and predicts them: its two gradients in one piece of memory."""
+"""One gradient tensor for a weight that both embeds tokens and predicts them, as in models with tied embeddings.
+
+The head's gradient of such a weight [V, D] is dense, the embedding's is not 0 in the rows that were looked up. Autograd
+would make both dense and add them; here those rows are added to the head's gradient in place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 
 
 class _Tied(torch.autograd.Function):
-    """A weight [V, D] twice: for the embedding, whose gradient is sparse, and for the head, whose gradient is not.
+    """Two views of a weight [V, D], one for the embedding and one for the head, whose gradients this adds up.
 
-    Autograd itself adds a sparse gradient to a dense one out of place, and copies the sum once more.
+    Left to autograd, a sparse gradient and a dense one are added out of place, and the sum is copied once more.
     """
 
     @staticmethod
@@ -25,42 +27,33 @@ class _Tied(torch.autograd.Function):
     def backward(ctx: Any, of_embedding: Tensor | None, of_head: Tensor | None) -> Tensor | None:
         if of_embedding is None or of_head is None:
             return of_head if of_embedding is None else of_embedding.to_dense()
-        return of_head.add_(of_embedding)  # nobody else holds it: the head made it for this one use
+        return of_head.add_(of_embedding)  # in place: the head made this tensor for here, and nothing else holds it
 
 
-class OneGradient:
-    """A forward of an embedding and a head on a CPU, in one piece or in two, whose backward adds the gradient of the
-    rows that were looked up to that of the head, [V, D], and makes no second tensor of that size.
+def add_in_place(module: nn.Module, embedding: nn.Embedding, head: nn.Module) -> None:
+    """Let a backward of `module` hold one gradient tensor of the weight [V, D] that its `embedding` and `head` share.
 
-    As ever where they are not tied, and under ZeRO-3, which holds a weight in memory only while its module runs.
+    embedding, head: parts of `module`, which computes with them in its forward. A forward without gradient stays as it
+    is, and so does one under ZeRO-3, which holds a weight in memory only while its own module runs.
     """
-
-    def __init__(self, embedding: nn.Embedding, head: nn.Module) -> None:
-        weight: Tensor = embedding.weight
-        tied = getattr(head, "weight", None) is weight and weight.device.type == "cpu" and not hasattr(weight, "ds_id")
-        self._views: tuple[tuple[nn.Module, dict[str, Any]], ...] = ()
-        if tied and weight.requires_grad and torch.is_grad_enabled():
-            of_embedding, of_head = _Tied.apply(weight)  # type: ignore[no-untyped-call]
-            self._views = (embedding, {"weight": of_embedding, "sparse": True}), (head, {"weight": of_head})
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Within it the two modules compute with their own view of the weight."""
-        with ExitStack() as stack:
-            for module, values in self._views:
-                stack.enter_context(_seen(module, **values))
-            yield
+    vars(module)["_tied"] = embedding, head  # not by a closure: a copy of the module has copies of its own
+    module.register_forward_pre_hook(_hand_out)
+    module.register_forward_hook(_take_back, always_call=True)
 
 
-@contextmanager
-def _seen(module: nn.Module, **values: Any) -> Iterator[None]:
-    """Within it `module.<name>` is the value; what is registered under that name stays registered."""
-    own = vars(module)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del own[name]
-        own.update(before)
+def _hand_out(module: nn.Module, args: Any) -> None:
+    """Before the forward: give embedding and head a view of the weight each. The registered parameter stays."""
+    embedding, head = vars(module)["_tied"]
+    weight: Tensor = embedding.weight
+    if torch.is_grad_enabled() and weight.requires_grad and not hasattr(weight, "ds_id"):
+        of_embedding, of_head = _Tied.apply(weight)  # type: ignore[no-untyped-call]
+        vars(embedding).update(weight=of_embedding, sparse=True)
+        vars(head).update(weight=of_head)
+
+
+def _take_back(module: nn.Module, args: Any, output: Any) -> None:
+    """After the forward, also one that ended with an error: take the views away again."""
+    embedding, head = vars(module)["_tied"]
+    for part in (embedding, head):
+        vars(part).pop("weight", None)
+    embedding.sparse = False

@@ -1,1 +1,1 @@
-"""From files to the tensors of a forward pass."""
+"""From files to the tensors of a forward pass: rows/ reads, tokens/ tokenises, batches/ packs."""

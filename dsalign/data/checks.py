@@ -1,4 +1,4 @@
-"""What is worth knowing about a data set before it is trained on: pure functions of its groups."""
+"""What is worth knowing about a data set before training on it: pure functions of its token groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ BINS = 10  # of a histogram
 
 @dataclass(frozen=True)
 class Finding:
-    """severity: "error", "warning" or "note". rule: a short name that stays. advice: what it does, and what to do."""
+    """One kind of trouble in a data set.
+
+    severity: "error", "warning" or "note". rule: a short name that scripts may rely on. count: groups concerned.
+    examples: file and line of the first few. advice: what the trouble does to training, and what to do.
+    """
 
     severity: str
     rule: str
@@ -26,14 +30,18 @@ class Finding:
     advice: str
 
     def line(self) -> str:
-        """One line for people."""
+        """The finding as one line for people."""
         where = f" ({', '.join(self.examples)}{', ...' if self.count > len(self.examples) else ''})"
         return f"{self.severity}: {self.count} {self.rule}{where if self.examples else ''}: {self.advice}"
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What may be wrong with one group. holds: (group, tokens that end a turn, the tokenizer's BOS or None) -> bool."""
+class GroupRule:
+    """What may be wrong with a single group.
+
+    severity, name, advice: those of its `Finding`. holds(group, end ids, BOS id or None): whether this group has the
+    trouble.
+    """
 
     severity: str
     name: str
@@ -41,26 +49,26 @@ class Rule:
     advice: str
 
 
-RULES = (
-    Rule(
+GROUP_RULES = (
+    GroupRule(
         "error",
         "double BOS",
         lambda g, ends, bos: bos is not None and g.prompt[:2] == (bos, bos),
         "the template writes a BOS and the tokenizer another one: remove it from the template",
     ),
-    Rule(
+    GroupRule(
         "warning",
         "without end token",
         lambda g, ends, bos: any(c[-1] not in ends for c in g.completions),
         "the answer was cut, so the model does not learn to stop there: raise --max_length",
     ),
-    Rule(
+    GroupRule(
         "warning",
         "identical pairs",
         lambda g, ends, bos: len(g.completions) == 2 and g.completions[0] == g.completions[1],
         "chosen and rejected are the same: they teach nothing, leave them out",
     ),
-    Rule(
+    GroupRule(
         "warning",
         "empty answers",
         lambda g, ends, bos: any(len(c) == 1 for c in g.completions),
@@ -72,7 +80,8 @@ REPEATED = "the same row again: it counts double, and may stand on both sides of
 
 @dataclass(frozen=True)
 class Lengths:
-    """Numbers of tokens: percentiles by linear rank, and a histogram of equal bins from 0 to the largest."""
+    """Numbers of tokens in a data set: median, 95th percentile (by rank) and maximum; counts: a histogram of BINS equal
+    bins from 0 to the maximum."""
 
     p50: int
     p95: int
@@ -81,7 +90,7 @@ class Lengths:
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Lengths:
-        """Of at least one number."""
+        """The lengths of one number of tokens or more."""
         ordered = sorted(numbers)
         width = max(1, -(-(ordered[-1] + 1) // BINS))
         bins = Counter(n // width for n in ordered)
@@ -90,9 +99,10 @@ class Lengths:
 
 
 class Survey:
-    """Everything found in some groups, which are looked at one after the other and not kept: some 30 bytes a group are.
+    """Counts of everything that is looked for in some groups. Groups are visited once and not kept: some 30 bytes are
+    left of each.
 
-    end_ids: tokens that end a turn. bos: the tokenizer's, if any.
+    end_ids: tokens that end a turn. bos: the tokenizer's BOS, None = it has none.
     """
 
     def __init__(self, groups: Iterable[Group], end_ids: frozenset[int], bos: int | None) -> None:
@@ -101,7 +111,7 @@ class Survey:
         self._sides: Counter[str] = Counter()  # of pairs: how many, the tokens of each side, where one is the longer
         self._lengths = {name: array("i") for name in ("prompt", "completion", "whole")}
         for group in groups:
-            for rule in RULES:
+            for rule in GROUP_RULES:
                 if rule.holds(group, end_ids, bos):
                     self._count(rule.name, group)
             if (key := hash((group.prompt, group.completions, group.label))) in self._seen:
@@ -125,8 +135,10 @@ class Survey:
             self._sides.update(longer=chosen > rejected, shorter=chosen < rejected)
 
     def findings(self) -> list[Finding]:
-        """Errors first."""
-        rules = [(rule.severity, rule.name, rule.advice) for rule in RULES] + [("warning", "duplicates", REPEATED)]
+        """What was found, errors first, then warnings and notes."""
+        rules = [(rule.severity, rule.name, rule.advice) for rule in GROUP_RULES] + [
+            ("warning", "duplicates", REPEATED)
+        ]
         found = [
             Finding(severity, name, self._counts[name], tuple(self._examples[name]), advice)
             for severity, name, advice in rules
@@ -149,12 +161,13 @@ class Survey:
         return [Finding("warning", "length bias", num, (), advice)]
 
     def lengths(self) -> dict[str, Lengths]:
-        """Of prompts, of completions where there are some, and of a prompt with its longest completion."""
+        """Name -> lengths: "prompt", "completion" (left out where groups have none) and "whole", a prompt with its
+        longest completion."""
         return {name: Lengths.of(numbers) for name, numbers in self._lengths.items() if numbers}
 
 
 def as_json(findings: Sequence[Finding], measured: dict[str, Lengths]) -> dict[str, Any]:
-    """{"findings": [...], "lengths": {...}} with the fields' names as keys."""
+    """{"findings": [...], "lengths": {...}}, with the names of the fields as keys."""
     return {
         "findings": [asdict(f) for f in findings],
         "lengths": {name: asdict(of) for name, of in measured.items()},

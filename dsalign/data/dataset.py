@@ -1,4 +1,4 @@
-"""From a configuration to tokens: the tokenizer, its chat template, and the rows of some data sets as groups."""
+"""Data sets of a run as token groups: read, tokenised, and kept on disk where they are large."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from operator import mul
 from pathlib import Path
@@ -20,12 +21,14 @@ from filelock import FileLock
 from dsalign import data
 from dsalign.config.cache import cache_folder
 from dsalign.config.schema import RunConfig
+from dsalign.contract.groups import Group
+from dsalign.data.batches.loader import epoch_order
 from dsalign.data.rows.iterate import Skipped, iter_rows
 from dsalign.data.rows.readers import version
 from dsalign.data.rows.records import Row
 from dsalign.data.tokens.encoder import Encoder, Tally, Tokenized, tokenize_rows
-from dsalign.data.tokens.group_store import GroupStore, Packed, write
-from dsalign.data.tokens.processes import count, packed
+from dsalign.data.tokens.group_store import GroupStore, Part, Stored, write_store
+from dsalign.data.tokens.processes import num_processes, tokenised_chunks
 from dsalign.data.tokens.templates import Template
 
 logger = logging.getLogger(__name__)
@@ -33,29 +36,66 @@ STORE_FROM = 10_000  # rows: fewer are tokenised again in less time than it take
 SAID_EVERY_S = 10.0
 
 
+@dataclass(frozen=True)
+class Data:
+    """The token groups of a run, to train on and to evaluate on; the same on every rank."""
+
+    train: Sequence[Group]
+    held_out: Sequence[Group]
+
+
+def data_of(config: RunConfig, template: Template) -> Data:
+    """The groups that a run trains on and those it holds out: `val_dataset`, else the share `split_dataset_ratio` of
+    all.
+
+    Raises ValueError for rows that cannot be used, as `tokenized` does, and where the share leaves no group on one
+    side.
+    """
+
+    def groups(sources: Sequence[str], weights: Sequence[float] = ()) -> Sequence[Group]:
+        found, skipped = tokenized(config, template, sources, weights)
+        for line in what_was_lost(found, skipped):
+            logger.warning("%s: %s", " ".join(sources), line)
+        return found.groups
+
+    options = config.data
+    every = groups(options.dataset, options.dataset_weights)
+    if options.val_dataset:
+        return Data(every, groups(options.val_dataset))
+    held = round(len(every) * options.split_dataset_ratio)
+    if options.split_dataset_ratio and not 0 < held < len(every):
+        raise ValueError(
+            f"split_dataset_ratio: {options.split_dataset_ratio} of {len(every)} rows leaves {len(every) - held} for "
+            f"training and {held} for evaluation; both need at least one"
+        )
+    order = epoch_order(len(every), config.seed, -1)
+    return Data(Part(every, sorted(order[held:])), Part(every, sorted(order[:held])))
+
+
 def tokenized(
     config: RunConfig, template: Template, sources: Sequence[str], weights: Sequence[float] = ()
 ) -> tuple[Tokenized, Skipped]:
-    """The groups of some data sets, and the bad rows that were left out, where the run leaves them out.
+    """The token groups of some data sets, and the bad rows that `on_bad_row skip` left out.
 
-    From STORE_FROM rows on the groups are kept on disk, by a hash of the files and of all that makes tokens of them:
-    memory does not grow with them, one process of a machine prepares, and the next run finds them.
-    Raises ValueError for the first row that cannot be used, where it does not, or where it loses more than half of them
-    unasked; and where no row is left.
+    weights: how many times each source is read, none = once. From STORE_FROM rows on the groups are kept in the cache
+    folder, under a hash of the files and of all that makes tokens of them: memory does not grow with the data, one
+    process of a machine does the work while the others wait for it, and the next run finds it done.
+    Raises ValueError where no row is left and, unless `on_bad_row` is skip, for the first bad row and where more than
+    half of the rows are lost.
     """
     found, skipped = _tokenized(config, template, sources, weights)
     total, lost = counted(found, skipped)
-    if lost * 2 > total and config.on_bad_row == "error":
+    if lost * 2 > total and config.data.on_bad_row == "error":
         raise ValueError(
             f"data set {' '.join(sources)}: expected to use at least half of its rows, got {total - lost} of {total}: "
-            f"{'; '.join(losses(found, skipped))}; raise --max_length, use --truncation_strategy left or right, or "
-            "write --on_bad_row skip if that is meant"
+            f"{'; '.join(what_was_lost(found, skipped))}; raise --max_length, use --truncation_strategy left or right, "
+            "or write --on_bad_row skip if that is meant"
         )
     return found, skipped
 
 
 def counted(found: Tokenized, skipped: Skipped) -> tuple[int, int]:
-    """(how many rows there were, how many of them are not used)."""
+    """(number of rows read, number of those that became no group). skipped: the bad rows of the same reading."""
     return found.num_rows + skipped.count, sum(found.dropped.values()) + skipped.count
 
 
@@ -76,14 +116,14 @@ def _made_or_found(
     rows = _rows(config, sources, weights, skipped)
     first = deque(islice(rows, STORE_FROM))
     options: dict[str, Any] = {
-        "max_length": config.max_length,
-        "truncation": config.truncation_strategy,
-        "assistant_turns": config.assistant_turns,
+        "max_length": config.data.max_length,
+        "truncation": config.data.truncation_strategy,
+        "assistant_turns": config.data.assistant_turns,
     }
     if len(first) < STORE_FROM:
         return tokenize_rows(first, template, **options), skipped
     versions = [version(source) for source in sources]
-    made_of = ([digest for digest, _ in versions], weights, _how(config, template))
+    made_of = ([digest for digest, _ in versions], weights, _token_recipe(config, template))
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
     folder = cache_folder() / "data" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,9 +134,9 @@ def _made_or_found(
             times = weights or [1.0] * len(sources)
             total = sum(map(mul, known, times)) if len(known) == len(sources) else None
             encoder, tally = Encoder(template, **options), Tally()
-            processes = count(config.dataset_num_proc, total, template.tokenizer)
-            parts = packed(chain(_drained(first), rows), encoder, processes)
-            store = write(_counted(parts, encoder, tally, total), tally, skipped, folder)
+            processes = num_processes(config.data.dataset_num_proc, total, template.tokenizer)
+            parts = tokenised_chunks(chain(_drained(first), rows), encoder, processes)
+            store = write_store(_counted(parts, encoder, tally, total), tally, skipped, folder)
     counts = store.counts
     return Tokenized(store, counts.num_rows, counts.dropped, counts.truncated), counts.skipped
 
@@ -104,13 +144,13 @@ def _made_or_found(
 def _rows(config: RunConfig, sources: Sequence[str], weights: Sequence[float], skipped: Skipped) -> Iterator[Row]:
     return iter_rows(
         sources,
-        config.algorithm.data,
-        columns=config.columns,
-        system=config.system,
+        config.algorithm.traits.data,
+        columns=config.data.columns,
+        system=config.data.system,
         seed=config.seed,
         weights=weights,
-        streaming=config.streaming,
-        skipped=skipped if config.on_bad_row == "skip" else None,
+        streaming=config.data.streaming,
+        skipped=skipped if config.data.on_bad_row == "skip" else None,
     )
 
 
@@ -120,14 +160,22 @@ def _drained(rows: deque[Row]) -> Iterator[Row]:
         yield rows.popleft()
 
 
-def _how(config: RunConfig, template: Template) -> tuple[Any, ...]:
-    """All that makes tokens of files: settings, template, tokenizer, and the code itself."""
+def _token_recipe(config: RunConfig, template: Template) -> tuple[Any, ...]:
+    """All that decides which tokens a file becomes: options, template, tokenizer, and the code of this package, so that
+    a corrected template does not find old tokens."""
     tokenizer = template.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     written = template.chat_template or tokenizer.chat_template
-    rows = (config.algorithm.data, sorted(config.columns.items()), config.system, config.seed, config.on_bad_row)
-    lengths = (config.max_length, config.truncation_strategy, config.assistant_turns)
+    options = config.data
+    rows = (
+        config.algorithm.traits.data,
+        sorted(options.columns.items()),
+        options.system,
+        config.seed,
+        options.on_bad_row,
+    )
+    lengths = (options.max_length, options.truncation_strategy, options.assistant_turns)
     code = [path.read_text(encoding="utf-8") for path in sorted(Path(data.__file__).parent.rglob("*.py"))]
     ends = (sorted(template.end_ids), tokenizer.bos_token_id, tokenizer.eos_token_id)
     return rows, lengths, vocabulary, written, ends, code, transformers.__version__, tokenizers.__version__
@@ -144,10 +192,10 @@ def _found(folder: Path) -> GroupStore | None:
 
 
 def _counted(
-    parts: Iterable[tuple[Packed, Tally]], encoder: Encoder, tally: Tally, total: float | None
-) -> Iterator[Packed]:
-    """The parts, their rows counted in `tally`, with a line every SAID_EVERY_S seconds. total: about how many rows
-    there are, where that is known. Raises ValueError where no part has a group."""
+    parts: Iterable[tuple[Stored, Tally]], encoder: Encoder, tally: Tally, total: float | None
+) -> Iterator[Stored]:
+    """The parts as they come, their rows added to `tally`, with a line on the log every SAID_EVERY_S seconds. total:
+    about how many rows there are, None = unknown. Raises ValueError where no part has a group."""
     start = said = time.monotonic()
     some = False
     for part, counted in parts:
@@ -165,8 +213,8 @@ def _counted(
     encoder.check(some, tally)
 
 
-def losses(found: Tokenized, skipped: Skipped) -> list[str]:
-    """A line for what was dropped or cut, and one for bad rows; none where all is as it was stored."""
+def what_was_lost(found: Tokenized, skipped: Skipped) -> list[str]:
+    """Lines that say how many rows were dropped, truncated or bad; no line where every row became a whole group."""
     lines = []
     parts = [f"{count} dropped ({rule})" for rule, count in found.dropped.items()]
     if found.truncated:

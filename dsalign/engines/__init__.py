@@ -1,1 +1,1 @@
-"""Models by role as DeepSpeed engines."""
+"""The models of a run as DeepSpeed engines, and the collectives between ranks."""

@@ -1,4 +1,4 @@
-"""The process group, and the few collectives that are not DeepSpeed's own. Every function must run on every rank."""
+"""The process group, and the few collectives that are not DeepSpeed's own: every rank must call them, in one order."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ T = TypeVar("T")
 
 
 def threads(cores: int, local_size: int) -> int:
-    """Threads of one of `local_size` ranks that share `cores`: more would spin in each other's way, which made a step
-    five times slower where it was measured."""
+    """CPU threads of each of the `local_size` ranks that share `cores`, >= 1: with more threads than cores a step was
+    measured to take five times as long."""
     return max(1, cores // local_size)
 
 
 def init(local_rank: int, local_size: int = 1, timeout_s: float = 1800.0) -> torch.device:
-    """Join the process group that the environment describes; returns this rank's device.
+    """Join the process group that the environment describes; returns this rank's device. Collective.
 
-    local_size: ranks on this machine; on a CPU they share its cores, unless OMP_NUM_THREADS says otherwise.
+    local_rank, local_size: this rank among the ranks of this machine, and their number; on a CPU they share its cores,
+    unless OMP_NUM_THREADS says otherwise. timeout_s: seconds after which a collective without all ranks is an error.
     """
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
@@ -79,7 +80,7 @@ def total(numbers: Sequence[float], device: torch.device) -> list[float]:
 
 
 def largest(number: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers."""
+    """The largest of the integers that the ranks give."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, device=device)
@@ -88,7 +89,10 @@ def largest(number: int, device: torch.device) -> int:
 
 
 def gather(numbers: Tensor, device: torch.device) -> Tensor:
-    """1-D float64 tensors of the ranks, of any lengths, concatenated in rank order; on the CPU."""
+    """The 1-D float64 tensors of all ranks, of any lengths, concatenated in rank order; on the CPU.
+
+    device: this rank's, on which the tensors are exchanged.
+    """
     if world_size() == 1:
         return numbers.cpu()
     width = largest(len(numbers), device)
@@ -101,7 +105,7 @@ def gather(numbers: Tensor, device: torch.device) -> Tensor:
 
 
 def from_rank_0(thing: T) -> T:
-    """Rank 0's thing, on every rank; small Python objects only."""
+    """The `thing` of rank 0, returned on every rank; other ranks' is ignored. For small Python objects."""
     if world_size() == 1:
         return thing
     box: list[Any] = [thing]
@@ -111,12 +115,13 @@ def from_rank_0(thing: T) -> T:
 
 
 class ElsewhereError(ValueError):
-    """Another rank stopped, and says why."""
+    """The error of a rank that stops because another rank did; its message has that rank's cause."""
 
 
 def agree(error: Exception | None) -> None:
-    """Raise on every rank where any rank has an error: its own on the first such rank, ElsewhereError on the others, so
-    that the cause is said once. Without it the other ranks would wait in the next collective until the timeout."""
+    """Raise on every rank where any rank has an error: the error itself on the first such rank, ElsewhereError on the
+    others, so that the cause is logged once. Without this the other ranks would wait in the next collective until it
+    times out."""
     if world_size() > 1:
         texts: list[str | None] = [None] * world_size()
         td.all_gather_object(texts, None if error is None else str(error))
@@ -128,8 +133,10 @@ def agree(error: Exception | None) -> None:
 
 
 def together(build: Callable[[], T]) -> T:
-    """What `build`, which must not hold a collective, returns; where it raises ValueError or OSError on any rank, all
-    ranks stop and one says why."""
+    """Call `build` on every rank and return its result. Collective, but `build` must hold no collective itself.
+
+    Where it raises ValueError or OSError on any rank, every rank raises, as `agree` says: no rank waits for another.
+    """
     error: Exception | None = None
     try:
         built = build()

@@ -1,4 +1,4 @@
-"""Log-probabilities of the frozen reference, computed once and kept on disk: every epoch and evaluation reads them."""
+"""The log-probabilities of the frozen reference, computed once and kept on disk for every epoch, evaluation and run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,11 +20,14 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from dsalign.config.cache import cache_folder
-from dsalign.contract.groups import Group
+from dsalign.config.schema import RunConfig
+from dsalign.contract.algorithm import Algorithm, Context
+from dsalign.contract.groups import Batch, Group
 from dsalign.data.batches.loader import Loader
 from dsalign.data.tokens.group_store import LazyGroups
 from dsalign.engines import dist
-from dsalign.engines.roles import Models
+from dsalign.engines.roles import Roles
+from dsalign.models.load import resolve_dtype
 from dsalign.models.names import Source
 
 logger = logging.getLogger(__name__)
@@ -34,72 +37,169 @@ READ_BYTES = 1 << 24
 FORMAT = "1"  # of the files; another one is another key
 
 
-class Asked(LazyGroups):
-    """What `prepare` asks the reference about in the batches of a loader, put together when it is read: in the first
-    epoch each group and behind it the other one of the same prompt, so that this is computed once; later the others.
+class Recorder:
+    """A stand-in for `Context` with one rank and no models: it records the groups whose reference log-probabilities an
+    algorithm's `prepare` asks for, and returns zeros. It has no method that only online algorithms call."""
 
-    asks: the groups of a global batch -> as many others (KTO's mismatched ones).
+    def __init__(self, max_length: int) -> None:
+        self.max_length, self.state, self.step = max_length, dict[str, Any](), 0
+        self.groups: list[Group] = []
+
+    def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
+        if role == "reference":
+            self.groups += groups
+        return [torch.zeros(sum(group.lengths)) for group in groups]
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        return list(numbers)
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        return numbers
+
+    def warn(self, text: str) -> None:
+        pass
+
+
+def asked_of(algorithm: Algorithm, loader: Loader, num_batches: int, max_length: int) -> Sequence[Group]:
+    """The groups whose reference log-probabilities an algorithm needs in the loader's first `num_batches` batches, each
+    once.
+
+    Mostly these are the loader's groups: they are returned in their own order, so that the cache is the same for any
+    seed and batch size. Where `prepare` builds further groups (KTO's mismatched pairs) it is replayed to find them.
+    """
+    replayed = Replayed(algorithm, loader, max_length)
+    rows = set(map(digest, loader.groups_of(0)))
+    if rows.issuperset(map(digest, replayed.asked(0))):
+        return loader.groups
+    replayed.replay(num_batches)
+    return replayed
+
+
+class Replayed(LazyGroups):
+    """The groups whose reference log-probabilities an algorithm's `prepare` asks for, found by replaying `prepare` with
+    a `Recorder` over a loader's batches: once by `replay`, to count the groups, and again for the batch of a group that
+    is read, so that none is kept in memory. Groups of one prompt are neighbours, so its forward pass is computed once.
     """
 
-    def __init__(self, asks: Callable[[Sequence[Group]], list[Group]], loader: Loader, num_batches: int) -> None:
-        self._asks, self._loader, self._last = asks, loader, (-1, list[Group]())
-        first = min(num_batches, loader.steps_per_epoch)
-        self._starts = [loader.seen(step) + loader.seen(min(step, first)) for step in range(num_batches + 1)]
+    def __init__(self, algorithm: Algorithm, loader: Loader, max_length: int) -> None:
+        self._algorithm, self._loader, self._max_length = algorithm, loader, max_length
+        self._last: tuple[int, list[Group]] = (-1, [])
+        self._starts, self._new = [0], list[list[int]]()  # a batch's first index; its groups that are new
+
+    def asked(self, batch: int) -> list[Group]:
+        """The groups that `prepare` asks for in a batch, those of one prompt next to each other."""
+        recorder, groups = Recorder(self._max_length), self._loader.groups_of(batch)
+        recorder.step = batch
+        self._algorithm.prepare(cast(Context, recorder), Batch(groups, range(len(groups)), self._loader.seen(batch)))
+        by_prompt: dict[tuple[int, ...], list[Group]] = {}
+        for group in recorder.groups:
+            by_prompt.setdefault(tuple(group.prompt), []).append(group)
+        return [group for alike in by_prompt.values() for group in alike]
+
+    def replay(self, num_batches: int) -> None:
+        """Replay the first `num_batches` batches, to find the groups of each that no earlier batch asked for."""
+        seen = set[int]()
+        for batch in range(num_batches):
+            new: dict[int, int] = {}
+            for i, group in enumerate(self.asked(batch)):
+                new.setdefault(digest(group), i)
+            self._new.append([i for one, i in new.items() if one not in seen])
+            self._starts.append(self._starts[-1] + len(self._new[-1]))
+            seen.update(new)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def _at(self, index: int) -> Group:
-        step = bisect_right(self._starts, index) - 1
-        if self._last[0] != step:
-            own = self._loader.groups_of(step)
-            others = self._asks(own)
-            both = [group for two in zip(own, others, strict=True) for group in two]
-            self._last = step, both if step < self._loader.steps_per_epoch else others
-        return self._last[1][index - self._starts[step]]
+        batch = bisect_right(self._starts, index) - 1
+        if self._last[0] != batch:
+            asked = self.asked(batch)
+            self._last = batch, [asked[i] for i in self._new[batch]]
+        return self._last[1][index - self._starts[batch]]
 
 
 class ReferenceCache:
-    """The token log-probabilities of every group of some sets under one reference, a folder a set.
+    """The reference's log-probabilities of the completion tokens of several sets of groups, a folder on disk a set.
 
-    A group is known by its token ids: one that is put together elsewhere is computed when it is asked for.
+    Groups are found by a hash of their token ids and masks, see `digest`; a group of no set is computed when needed.
     """
 
     def __init__(self, sets: Sequence[Sequence[Group]], key: str) -> None:
-        """key: of the reference's weights and dtype, see `weights_key`."""
+        """Open the files on disk. sets: of groups, as training and held out. key: the reference's `weights_key`."""
         self.folder = cache_folder() / "reference"
         self._sets = [_CachedSet(groups, key) for groups in sets if len(groups)]
 
     def complete(self, device: torch.device) -> bool:
-        """Whether everything is there, on every rank. device: this rank's. Collective."""
+        """Whether every rank finds all log-probabilities on disk. device: this rank's. Collective."""
         return all([one.complete(device) for one in self._sets])
 
-    def fill(self, models: Models) -> int:
-        """Compute what is missing on any rank; returns how many groups that were. Collective.
+    def fill(self, roles: Roles) -> int:
+        """Compute the files that are missing on any rank; returns the number of groups computed. Collective.
 
-        A part appears under its name when it is whole, so a run that was stopped goes on where it was.
+        A file gets its name when it is whole, so a run that was stopped goes on with the next file.
         """
-        return sum(one.fill(models) for one in self._sets)
+        return sum(one.fill(roles) for one in self._sets)
 
     def get(self, group: Group) -> Tensor | None:
-        """[tokens of the group's completions] float32 nats, or None for a group that is no part of the cache."""
+        """The log-probabilities of a group's completion tokens, [completion tokens] float32, nats; None where the group
+        is in no set."""
         wanted = np.uint64(digest(group))
         found = (one.get(wanted) for one in self._sets)
         return next((logps for logps in found if logps is not None), None)
 
-    def logps(self, models: Models, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
-        """One tensor a group: read where it is part of the cache, else computed. Collective."""
+    def logps(self, roles: Roles, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+        """The reference's log-probabilities, one [completion tokens] float32 tensor a group, nats: read from disk for
+        groups of the sets, computed for any other group. batch_size: groups in a forward pass. Collective."""
         found = [self.get(group) for group in groups]
         missing = [i for i, one in enumerate(found) if one is None]
-        if dist.largest(len(missing), models.device):
-            computed = models.each_group("reference", [groups[i] for i in missing], batch_size)
+        if dist.largest(len(missing), roles.device):
+            computed = roles.each_group("reference", [groups[i] for i in missing], batch_size)
             for i, one in zip(missing, computed, strict=True):
                 found[i] = one
         return [one for one in found if one is not None]
 
 
+def cache_of(
+    config: RunConfig,
+    loader: Loader,
+    held_out: Loader | None,
+    total_batches: int,
+    reference: Source | None,
+    device: torch.device,
+) -> ReferenceCache | None:
+    """The reference cache of a run, or None where it has none.
+
+    With --ref_cache auto it has one if that saves a forward pass over the rows or the memory of a model, and the run is
+    at least one epoch long. total_batches: how many batches of `loader` the run takes. Collective.
+    """
+    if reference is None or config.algorithm.traits.roles["reference"] != "frozen" or config.algorithm.traits.online:
+        return None
+    own_model = config.models.tuner == "full" or config.models.ref_model is not None
+    epochs = total_batches / loader.steps_per_epoch
+    pays = epochs >= 1 and (own_model or epochs >= 2 or held_out is not None)
+    if config.models.ref_cache == "off" or (config.models.ref_cache == "auto" and not pays):
+        return None
+    dtype = resolve_dtype(config.models.dtype, device)
+    key = dist.together(lambda: weights_key(reference, dtype) if dist.rank() == 0 else "")
+    batches = [(loader, total_batches)]
+    if held_out is not None:
+        batches.append((held_out, held_out.steps_per_epoch))
+    sets = [asked_of(config.algorithm, *one, config.data.max_length) for one in batches]
+    return ReferenceCache(sets, dist.from_rank_0(key))
+
+
+def fill(cache: ReferenceCache, roles: Roles) -> None:
+    """Compute the log-probabilities that the cache lacks, then free the reference model, which no one needs any more.
+    Collective."""
+    computed = cache.fill(roles)
+    if dist.rank() == 0:
+        what = f"computed for {computed} rows" if computed else "read"
+        logger.info("reference log-probabilities %s: %s", what, cache.folder)
+    roles.release("reference")
+
+
 class _CachedSet:
-    """The log-probabilities of one set of groups, in files of PART groups."""
+    """The log-probabilities of one set of groups, in files of PART groups each."""
 
     def __init__(self, groups: Sequence[Group], key: str) -> None:
         self._groups = groups
@@ -121,22 +221,22 @@ class _CachedSet:
     def complete(self, device: torch.device) -> bool:
         return dist.largest(self._files.count(None), device) == 0
 
-    def fill(self, models: Models) -> int:
+    def fill(self, roles: Roles) -> int:
         computed = 0
         for part in self._parts():
-            if not dist.largest(int(self._files[part] is None), models.device):
+            if not dist.largest(int(self._files[part] is None), roles.device):
                 continue
             first = part * PART
             count = min(PART, len(self._groups) - first)
             start, end = (first + count * rank // dist.world_size() for rank in (dist.rank(), dist.rank() + 1))
-            found = models.each_group("reference", [self._groups[i] for i in range(start, end)])
+            found = roles.each_group("reference", [self._groups[i] for i in range(start, end)])
             flat = torch.cat([torch.empty(0), *found]).double()
-            self._write(part, dist.gather(flat, models.device).float())
+            self._write(part, dist.gather(flat, roles.device).float())
             computed += count
         return computed
 
     def _write(self, part: int, flat: Tensor) -> None:
-        """flat: the tokens of the part's groups."""
+        """Write a part's file where it is missing. flat: log-probabilities of its groups' tokens, one after another."""
         path = self._path(part)
         for turn in (True, False):  # rank 0, then ranks that do not see its file system
             missing = self._files[part] is None and (dist.rank() == 0) is turn
@@ -147,7 +247,7 @@ class _CachedSet:
         return int(self._starts[position + 1] - self._starts[position])
 
     def _open(self, part: int) -> Any:
-        """The part's file; None where there is none, or it does not verify, which is said."""
+        """The part's file, opened; None where there is none, or where it fails its checksum, which is logged."""
         path = self._path(part)
         if not path.exists():
             return None
@@ -163,7 +263,7 @@ class _CachedSet:
         return None
 
     def get(self, wanted: np.uint64) -> Tensor | None:
-        """The log-probabilities of the group with that digest, or None."""
+        """The log-probabilities of the group with the digest `wanted`; None where no group of the set has it."""
         at = int(np.searchsorted(self._sorted, wanted))
         if at == len(self._sorted) or self._sorted[at] != wanted:
             return None
@@ -177,7 +277,7 @@ class _CachedSet:
 
 
 def digest(group: Group) -> int:
-    """64 bits of what the model sees of a group and of which tokens count."""
+    """A 64-bit hash of a group's token ids and masks: equal where the log-probabilities must be."""
     hashed = hashlib.blake2b(digest_size=8)
     for ids in (group.prompt, *group.completions):
         hashed.update(array("i", [len(ids), *ids]).tobytes())
@@ -187,7 +287,7 @@ def digest(group: Group) -> int:
 
 
 def weights_key(source: Source, dtype: torch.dtype) -> str:
-    """A hash of every byte of a source's weights, configuration and adapter, and of the dtype they compute in."""
+    """A hash over every byte of a source's weights, configuration and adapter, and over the dtype they compute in."""
     hashed = hashlib.sha256(f"{FORMAT} {dtype}".encode())
     for path in _weight_files(source):
         hashed.update(f"{path.name} {path.stat().st_size} ".encode())

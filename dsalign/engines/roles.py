@@ -1,32 +1,43 @@
-"""The models of a run by role: forward passes over groups of any number."""
+"""The models of a run by role: forward passes and losses over any number of groups."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn import Dropout
 
 from dsalign.contract.groups import Group, Output
-from dsalign.data.batches.packing import Inputs, behind, bins, chunks, joined, num_computed, packed, rows
+from dsalign.data.batches.packing import Inputs, bins, chunks, joined, num_computed, packed, padded
 from dsalign.engines import dist
-from dsalign.models.adapters import as_started
-from dsalign.models.heads import Begun
+from dsalign.models.adapters import with_start_weights
 from dsalign.models.load import VALUE_ROLES
 from dsalign.models.logps import HeadLoss
 
-ReferenceLogps: TypeAlias = Callable[["Models", Sequence[Group], int | None], list[Tensor]]
+ReferenceLogps: TypeAlias = Callable[["Roles", Sequence[Group], int | None], list[Tensor]]
 
 
-class Models:
-    """Role -> engine. A frozen role without an engine of its own is the policy's engine, trained adapter off.
+@dataclass(frozen=True)
+class Role:
+    """A way to compute a role: the name of its engine, and whether that engine uses the weights that training started
+    from, which a LoRA engine does with its trained adapter off."""
 
-    A micro-batch has batch_size groups, or with max_tokens as many as fit into so many tokens.
+    engine: str
+    start_weights: bool = False
+
+
+class Roles:
+    """The models of a run by role. An engine holds weights and is stepped; a role is one way to compute with an engine.
+
+    engines: name -> DeepSpeed engine, which computes the role of its own name. start_weights: the roles that the
+    policy's LoRA engine computes with the weights that training started from, where they have no engine. batch_size:
+    groups in a micro-batch; max_tokens: if given, a micro-batch has as many groups as fit into so many tokens instead.
+    temperature: every log-probability is of the logits divided by it.
     """
 
     def __init__(
@@ -36,26 +47,55 @@ class Models:
         batch_size: int,
         temperature: float = 1.0,
         max_tokens: int | None = None,
+        start_weights: Collection[str] = ("reference",),
     ) -> None:
         self.engines, self.device, self.batch_size, self.temperature = dict(engines), device, batch_size, temperature
-        self.max_tokens = max_tokens
-        self._begun: dict[str, tuple[Sequence[Group], Begun]] = {}
+        self.max_tokens, self._start_weights = max_tokens, frozenset(start_weights)
+
+    def role(self, name: str) -> Role:
+        """The way to compute the role called `name`.
+
+        Raises ValueError where no engine computes it: never another model's numbers in its place.
+        """
+        if name in self.engines:
+            return Role(name)
+        if name in self._start_weights and isinstance(self.engines["policy"].module.model, PeftModel):
+            return Role("policy", start_weights=True)
+        raise ValueError(
+            f"{name}: expected its model in memory, found none; a reference is given back once its log-probabilities "
+            "are cached: run with --ref_cache off if other groups are asked about"
+        )
+
+    def stepped(self, trained: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Name of each engine that is stepped -> the roles among `trained` that it computes, in the order given."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name in trained:
+            engine = self.role(name).engine
+            found[engine] = (*found.get(engine, ()), name)
+        return found
 
     def forward(self, role: str, groups: Sequence[Group], *, entropy: bool = False) -> Output:
-        """One forward pass of the role's model over these groups, with gradient unless torch says otherwise."""
+        """Compute one forward pass of the role's model over `groups`, with gradient unless under torch.no_grad.
+
+        entropy: whether the output has entropies too. Collective at ZeRO-3, which gathers weights.
+        """
         engine, started = self._engine(role)
         inputs = self._inputs(role, engine, groups)
         with started:
             if role in VALUE_ROLES:
                 return Output.of(role, engine(inputs))
-            logps, entropies = engine(inputs, entropy, self.temperature, begun=self._begun_of(role, groups))
+            logps, entropies = engine(inputs, entropy, self.temperature)
             return Output.of(role, logps, entropies)
 
     def loss(
         self, role: str, groups: Sequence[Group], of: Callable[[slice, Output], Tensor], *, entropy: bool = False
     ) -> Tensor:
-        """The sum of of(some neighbouring groups, what the role's model gives for them) over all groups, scalar with
-        gradient: `forward` and the loss in one, which lets the head take the loss's gradient part by part."""
+        """Compute one forward pass of the role's model over `groups`, and return the sum of `of` over slices of
+        neighbouring groups, a scalar with gradient. Taking a slice at a time lets the head keep few logits.
+
+        of: (slice of `groups`, the model's output for it) -> the loss of that slice, a scalar. The values and scores of
+        a value head come as one slice. entropy, collectives: as in `forward`.
+        """
         engine, started = self._engine(role)
         inputs = self._inputs(role, engine, groups)
         with started:
@@ -67,45 +107,17 @@ class Models:
                 return of(part, Output.of(role, logps, entropies))
 
             sizes = [sum(g.lengths) for g in groups]
-            begun = self._begun_of(role, groups)
-            found: Tensor = engine(inputs, entropy, self.temperature, HeadLoss(sizes, of_targets), begun)
+            found: Tensor = engine(inputs, entropy, self.temperature, HeadLoss(sizes, of_targets))
             return found
-
-    def beside(self, role: str, groups: Sequence[Group], others: Sequence[Group]) -> list[Tensor]:
-        """`each_group` of others, which have the prompts of `groups` in the same order. Where those make one
-        micro-batch, which is next, its pass is begun here, and the prompts are computed once. Collective."""
-        whole = len(self.micro_batches(role, groups, range(len(groups)))) == 1
-        if not (whole and self._can_begin(role)):
-            return self.each_group(role, others)
-        if not groups:
-            return []  # no other rank waits for this one in a pass
-        module = self.engines[role].module
-        begun: Begun = module.begin(packed(groups, self.device))
-        logps = module.behind(begun, behind(others, self.device), self.temperature)
-        begun.prefix.forget()
-        self._begun[role] = groups, begun
-        return list(logps.split([sum(g.lengths) for g in others]))
-
-    def _can_begin(self, role: str) -> bool:
-        """Whether a pass may stop before the head and go on later: on a CPU, outside of ZeRO-3 and autocast, without
-        dropout, which completions beside the trained ones would see in their prompts."""
-        engine = self.engines.get(role)
-        if engine is None or self.device.type != "cpu" or not engine.module.shares:
-            return False
-        drops = any(isinstance(part, Dropout) and part.p for part in engine.module.modules())
-        return not drops and engine.zero_optimization_stage() < 3 and not engine.torch_autocast_enabled()
-
-    def _begun_of(self, role: str, groups: Sequence[Group]) -> Begun | None:
-        """The pass over these very groups, where one was begun; any other is dropped."""
-        of, begun = self._begun.pop(role, ((), None))
-        same = len(of) == len(groups) and all(a is b for a, b in zip(of, groups, strict=True))
-        return begun if same else None
 
     def micro_batches(
         self, role: str, groups: Sequence[Group], positions: Sequence[int], batch_size: int | None = None
     ) -> list[Sequence[int]]:
-        """The groups at `positions`, cut for forward passes of the role's model; batch_size: groups a pass whatever
-        their length. Collective: as many as on the rank with the most, empty ones where this one has fewer."""
+        """Cut `positions` of `groups` into micro-batches for forward passes of the role's model. Collective.
+
+        batch_size: if given, groups in each, whatever max_tokens is. Every rank gets as many micro-batches as the rank
+        with the most, the last ones empty where it has fewer.
+        """
         parts: Sequence[Sequence[int]]
         if self.max_tokens is None or batch_size is not None:
             parts = chunks(positions, batch_size or self.batch_size)
@@ -117,8 +129,10 @@ class Models:
         return [*parts, *[positions[:0]] * (count - len(parts))]
 
     def each_group(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
-        """No gradient, float32, on the CPU: a group's token log-probabilities, its values, or its scores. Collective:
-        ranks with fewer groups run empty passes, because a ZeRO-3 forward gathers parameters from all."""
+        """The role's output for each group, without gradient: one float32 tensor a group, on the CPU, with the
+        log-probabilities of its completion tokens, its values, or its scores. batch_size: as in `micro_batches`.
+        Collective: ranks with fewer groups run empty forward passes, as each gathers weights from all ranks at ZeRO-3.
+        """
         engine, _ = self._engine(role)
         training = engine.module.training
         engine.module.eval()
@@ -135,16 +149,17 @@ class Models:
         return [one for one in found if one is not None]
 
     def _inputs(self, role: str, engine: Any, groups: Sequence[Group]) -> Inputs:
-        return (packed if engine.module.shares else rows)(groups, self.device, ends=role == "reward")
+        return (packed if engine.module.shares else padded)(groups, self.device, ends=role == "reward")
 
-    def _engine(self, role: str) -> tuple[Any, AbstractContextManager[None]]:
-        if role in self.engines:
-            return self.engines[role], nullcontext()
-        policy = self.engines["policy"]
-        assert isinstance(policy.module.model, PeftModel), f"{role}: no engine, and no adapter to turn off"
-        return policy, as_started(policy.module)
+    def _engine(self, name: str) -> tuple[Any, AbstractContextManager[None]]:
+        """The engine that computes the role called `name`, and the context in which its forward passes must run."""
+        role = self.role(name)
+        engine = self.engines[role.engine]
+        if not role.start_weights:
+            return engine, nullcontext()
+        return engine, with_start_weights(engine.module)
 
     def release(self, role: str) -> None:
-        """Give back the memory of a role that is not asked again."""
+        """Free the engine of a role that is not computed again; a role without an engine of its own stays."""
         self.engines.pop(role, None)
         gc.collect()

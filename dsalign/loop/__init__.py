@@ -1,1 +1,1 @@
-"""The one training loop and what stands around it."""
+"""The one training loop, for every algorithm, and its surroundings: evaluation, logging, checkpoints."""

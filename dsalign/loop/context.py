@@ -1,86 +1,106 @@
-"""The models by role, as `prepare` and the trainer use them: forward passes over groups of any number."""
+"""The context that an algorithm's `prepare` is given, over the engines of a run."""
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dsalign.contract.groups import Group, Sampling
+from dsalign.contract.groups import Batch, Group, Scores
+from dsalign.contract.rollouts import RolloutOptions
+from dsalign.data.batches.loader import Stream
 from dsalign.engines import dist
-from dsalign.engines import engine as engines
-from dsalign.engines.roles import Models, ReferenceLogps
-from dsalign.loop import loss as fused
-from dsalign.models.heads import unwrap
-from dsalign.rollout.sampler import noise, sample
+from dsalign.engines.roles import ReferenceLogps, Roles
+from dsalign.loop import loss
+from dsalign.rollout.generate import generate
 
 logger = logging.getLogger(__name__)
+DRAWN = "second stream"  # the key of `state` under which the groups drawn by `more` are counted
 
 
 class RunContext:
-    """`dsalign.algos.Context` over real engines. rewards: groups -> one [completions] tensor a group. reference: where
-    the reference's log-probabilities are computed beforehand, what looks them up."""
+    """The `dsalign.contract.algorithm.Context` of one run; its methods are described there.
+
+    rewards: (groups, how many a forward pass takes) -> their scores; None = no reward. reference: reads the reference's
+    log-probabilities from a cache; None = the reference's model computes them. rollout: the options of sampling, None =
+    completions are read from rows. stream: the source of further prompts, None = `more` has none.
+    """
 
     def __init__(
         self,
-        models: Models,
+        roles: Roles,
         *,
         seed: int,
         max_length: int,
         state: dict[str, Any],
         end_ids: frozenset[int] = frozenset(),
         total_batches: int = 1,
-        rewards: Callable[[Sequence[Group], int], list[Tensor]] | None = None,
+        rewards: Callable[[Sequence[Group], int], Scores] | None = None,
         reference: ReferenceLogps | None = None,
         decode: Callable[[Sequence[int]], str] = str,
+        rollout: RolloutOptions | None = None,
+        stream: Stream | None = None,
     ) -> None:
-        self._models, self._seed, self.max_length, self.state = models, seed, max_length, state
+        self._roles, self._seed, self.max_length, self.state = roles, seed, max_length, state
         self.end_ids, self.total_batches, self._rewards, self._decode = end_ids, total_batches, rewards, decode
-        self._reference = reference
+        self._reference, self._stream, self._online = reference, stream, rollout is not None
+        self.rollout = rollout or RolloutOptions()
         self._said: set[str] = set()
-        self.at(0)
+        self.step = 0
 
     def at(self, step: int) -> RunContext:
-        """The context of prepared batch `step`."""
+        """This same context, set to prepared batch number `step`, from 0."""
         self.step = step
-        self.generator = torch.Generator().manual_seed(hash((self._seed, step)) % 2**63)
         return self
 
-    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A context manager for an evaluation: meanwhile `state` is a copy and `more` has no prompts, so that training
+        goes on as if there had been no evaluation."""
+        state, stream = self.state, self._stream
+        self.state, self._stream = copy.deepcopy(state), None
+        try:
+            yield
+        finally:
+            self.state, self._stream = state, stream
+
+    def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
         if role == "reference" and self._reference is not None:
-            return self._reference(self._models, groups, batch_size)
-        return self._models.each_group(role, groups, batch_size)
+            return self._reference(self._roles, groups, self._size(groups))
+        return self._roles.each_group(role, groups, self._size(groups))
 
-    def logps_beside(self, role: str, own: Sequence[Group], groups: Sequence[Group]) -> list[Tensor]:
-        return self._models.beside(role, own, groups)
+    def values(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
+        return self._roles.each_group(role, groups, self._size(groups))
 
-    def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
-        return self._models.each_group(role, groups, batch_size)
+    def _size(self, groups: Sequence[Group]) -> int | None:
+        """How many groups a forward pass without gradient takes: with sampling local_rollout_forward_batch_size divided
+        by the completions of a group, >= 1; else None, as many as a micro-batch of training."""
+        if not self._online:
+            return None
+        most = max((len(group.completions) for group in groups), default=1)
+        return max(1, self.rollout.local_rollout_forward_batch_size // max(1, most))
 
     def generate(
-        self, role: str, groups: Sequence[Group], sampling: Sampling, batch_size: int
+        self, role: str, groups: Sequence[Group], samples: int, first: int = 0
     ) -> tuple[list[Group], list[Tensor]]:
-        requests = [(group, i) for group in groups for i in range(sampling.samples)]
-        found: list[tuple[tuple[int, ...], Tensor]] = []
-        with engines.generating(self._models.engines[role]) as module:
-            for start in range(0, len(requests), batch_size):
-                part = requests[start : start + batch_size]
-                draws = [noise(self._seed, self.step, g.index, i, sampling.max_new_tokens) for g, i in part]
-                prompts = [g.prompt for g, _ in part]
-                stacked = torch.stack(draws).to(self._models.device)
-                found += sample(unwrap(module.model), prompts, stacked, sampling, self.end_ids)
-        answers = [found[i : i + sampling.samples] for i in range(0, len(found), sampling.samples)]
-        filled = [replace(g, completions=tuple(ids for ids, _ in a)) for g, a in zip(groups, answers, strict=True)]
-        return filled, [torch.cat([logps for _, logps in a]) for a in answers]
+        keys: dict[str, Any] = {"samples": samples, "first": first, "seed": self._seed, "step": self.step}
+        return generate(self._roles, role, groups, self.rollout, end_ids=self.end_ids, **keys)
 
-    def scores(self, groups: Sequence[Group], batch_size: int) -> list[Tensor]:
+    def scores(self, groups: Sequence[Group]) -> Scores:
         if self._rewards is None:
             raise ValueError("reward: expected a reward model or function, got none; give --reward_model")
-        return self._rewards(groups, batch_size)
+        return self._rewards(groups, self._size(groups) or 1)
+
+    def more(self, count: int) -> Batch:
+        if self._stream is None or count < 1:
+            return Batch([], ())
+        start = self.state.get(DRAWN, 0)
+        self.state[DRAWN] = start + count
+        return self._stream.batch(start, count)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decode(ids)
@@ -93,13 +113,13 @@ class RunContext:
         gamma: float,
         lam: float,
     ) -> list[Tensor]:
-        return fused.gae(rewards, values, lengths, gamma, lam, self._models.device)
+        return loss.gae(rewards, values, lengths, gamma, lam, self._roles.device)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
-        return dist.total(numbers, self._models.device)
+        return dist.total(numbers, self._roles.device)
 
     def gather(self, numbers: Tensor) -> Tensor:
-        return dist.gather(numbers, self._models.device)
+        return dist.gather(numbers, self._roles.device)
 
     def warn(self, text: str) -> None:
         if text not in self._said and dist.rank() == 0:

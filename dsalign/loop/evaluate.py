@@ -1,50 +1,50 @@
-"""The same losses without gradient, over a whole data set: sums over the set divided by the counts of the set."""
+"""Evaluation: the training losses without gradient, summed over a held-out set and divided by the set's units."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from typing import Any
 
 import torch
 
+from dsalign.contract.algorithm import Algorithm, loss_of
 from dsalign.data.batches.loader import Loader
 from dsalign.data.batches.packing import cut
 from dsalign.engines import dist
-from dsalign.engines.roles import Models
+from dsalign.engines.roles import Roles
 from dsalign.loop.context import RunContext
 from dsalign.loop.metrics import Sums
 
 
-def evaluate(algorithm: Any, models: Models, ctx: RunContext, loader: Loader) -> dict[str, float]:
-    """{"eval/loss": ..., "eval/<metric>": ...} over the loader's groups. Collective; `ctx.state` is left as it was."""
-    trained = [role for role, how in algorithm.roles.items() if how == "train"]
+def evaluate(algorithm: Algorithm, roles: Roles, ctx: RunContext, loader: Loader) -> dict[str, float]:
+    """The metrics {"eval/loss": ..., "eval/<metric>": ...} of an algorithm over all groups of `loader`, with the models
+    in evaluation mode. `ctx.state` is left as it was. Collective."""
+    traits = algorithm.traits
     sums = Sums()
     terms: Counter[str] = Counter()
     units: Counter[str] = Counter()
-    state, ctx.state = ctx.state, copy.deepcopy(ctx.state)
-    training = {role: models.engines[role].module.training for role in trained}
-    for role in trained:
-        models.engines[role].module.eval()
-    with torch.no_grad():
+    modules = [roles.engines[name].module for name in roles.stepped(traits.trained)]
+    training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    with torch.no_grad(), ctx.evaluation():
         for index in range(loader.steps_per_epoch):
-            batch = loader.batch(index)
-            prepared = algorithm.prepare(ctx.at(index), batch)
+            prepared = algorithm.prepare(ctx.at(index), loader.batch(index))
+            everything = range(len(prepared.groups))
             sums.add(prepared.metrics)
-            units.update(algorithm.units(prepared.groups))
-            for role in trained:
-                for part in models.micro_batches(role, prepared.groups, range(len(prepared.groups))):
-                    micro = cut(prepared, part, models.device)
-                    out = models.forward(role, micro.groups, entropy="entropy" in algorithm.needs)
-                    loss = getattr(algorithm, f"{role}_loss")(out, micro)
+            units.update(algorithm.units(cut(prepared, everything, torch.device("cpu"))))
+            for role in traits.trained:
+                for part in roles.micro_batches(role, prepared.groups, everything):
+                    micro = cut(prepared, part, roles.device)
+                    loss = loss_of(
+                        algorithm, role, roles.forward(role, micro.groups, entropy="entropy" in traits.needs), micro
+                    )
                     sums.add(loss.metrics)
                     for unit, term in loss.terms.items():
                         terms[unit] += float(term)  # type: ignore[assignment]
-    for role in trained:
-        models.engines[role].module.train(training[role])
-    ctx.state = state
+    for module, was in zip(modules, training, strict=True):
+        module.train(was)
     names = sorted(units)
-    flat = dist.total([float(x) for n in names for x in (terms[n], units[n])], models.device)
+    flat = dist.total([float(x) for n in names for x in (terms[n], units[n])], roles.device)
     loss_value = sum(flat[2 * i] / flat[2 * i + 1] for i in range(len(names)) if flat[2 * i + 1])
-    means = {"loss": loss_value, **sums.reduced(models.device)}
-    return {f"eval/{name}": value for name, value in means.items()}
+    means = {"loss": loss_value, **sums.reduced(roles.device)}
+    return {f"eval/{name}": value for name, value in {**means, **algorithm.derived(means)}.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 
 import torch
@@ -12,20 +13,21 @@ from dsalign.engines import dist
 
 
 class Sums:
-    """Adds (sum, count) pairs by name, in float64, and reads the device only when asked for the means."""
+    """Totals of metrics by name, as (sum, count) in float64. They stay on the device until the means are read, so that
+    adding does not wait for a GPU."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
 
     def add(self, metrics: Metrics) -> None:
-        """Add a loss's or a prepared batch's metrics."""
+        """Add the (sum, count) of each metric of a loss or a prepared batch."""
         for name, (total, count) in metrics.items():
             old_total, old_count = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (old_total + _double(total), old_count + _double(count))
 
     def reduced(self, device: torch.device) -> dict[str, float]:
-        """Means over all ranks; a metric that nothing was counted for is absent. Collective: every rank must have added
-        the same names, which holds because the same loss ran everywhere, if on empty micro-batches."""
+        """The mean of each metric over all ranks; a metric with count 0 is left out. Collective: every rank must have
+        added the same names, which holds as every rank runs the same losses, if on empty micro-batches."""
         names = sorted(self._sums)
         flat = dist.total([float(x) for name in names for x in self._sums[name]], device)
         return {n: flat[2 * i] / flat[2 * i + 1] for i, n in enumerate(names) if flat[2 * i + 1] > 0}
@@ -35,19 +37,46 @@ def _double(number: Tensor | float) -> Tensor | float:
     return number.double() if isinstance(number, Tensor) else float(number)
 
 
+class Spread:
+    """The variance (n - 1) of the metrics in `OF` over the optimizer steps of one prepared batch, logged as NAME_var.
+
+    A policy ratio that varies from step to step is a sign of too many passes over a batch.
+    """
+
+    OF = ("val/ratio",)
+
+    def __init__(self) -> None:
+        self._updates: dict[str, list[float]] = {}
+
+    def of(self, metrics: Mapping[str, float], *, last: bool) -> dict[str, float]:
+        """Add the metrics of an optimizer step. After the `last` step over a batch returns the variances, none where
+        there was one step alone; returns none before it."""
+        for name in self.OF:
+            if name in metrics:
+                self._updates.setdefault(name, []).append(metrics[name])
+        if not last:
+            return {}
+        updates, self._updates = self._updates, {}
+        return {f"{name}_var": statistics.variance(values) for name, values in updates.items() if len(values) > 1}
+
+
 class Window:
-    """The mean of each metric over the optimizer steps between two logged lines."""
+    """The mean of each metric over the optimizer steps since the last log line, each step with the same weight."""
 
     def __init__(self) -> None:
         self._steps: dict[str, list[float]] = {}
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """The metrics of one optimizer step."""
+        """Add the metrics of one optimizer step."""
         for name, value in metrics.items():
             self._steps.setdefault(name, []).append(value)
 
+    def __bool__(self) -> bool:
+        """Whether a step was added since `take` was last called."""
+        return bool(self._steps)
+
     def take(self) -> dict[str, float]:
-        """The means; the window is empty afterwards."""
+        """The mean of each metric over the steps that have it; the window is empty afterwards."""
         means = {name: sum(values) / len(values) for name, values in self._steps.items()}
         self._steps = {}
         return means

@@ -1,20 +1,72 @@
-"""How long a run is and how its steps are taken."""
+"""The inputs of the training loop from a configuration: its batches, their number, and the context of `prepare`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dsalign.config.schema import RunConfig
+from dsalign.contract.groups import Group, Scores
+from dsalign.data.batches.loader import Loader, Stream
+from dsalign.data.tokens.templates import Template
+from dsalign.engines import dist
+from dsalign.engines.reference_cache import ReferenceCache
+from dsalign.engines.roles import Roles
+from dsalign.loop.context import RunContext
+from dsalign.models.tokenizer import decoder
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is and how its steps are taken. learning_rates: role -> peak rate."""
+def loader_of(config: RunConfig, groups: Sequence[Group], *, shuffle: bool) -> Loader:
+    """The loader of the global batches of `groups`. A batch holds the groups of all mini_batches optimizer steps of one
+    pass over it.
 
-    total_batches: int
-    world_size: int
-    seed: int
-    learning_rates: Mapping[str, float]
-    schedule: str
-    warmup_ratio: float
-    max_grad_norm: float  # 0 = no clipping
-    fp16: bool = False
+    Raises ValueError where the algorithm needs more groups than a batch, or the data set, has.
+    """
+    return Loader(
+        groups,
+        global_batch=config.global_batch(dist.world_size()) * config.algorithm.traits.mini_batches,
+        seed=config.seed,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        shuffle=shuffle,
+        min_groups=config.algorithm.traits.min_groups,
+    )
+
+
+def batches_of(config: RunConfig, loader: Loader) -> int:
+    """How many global batches a run prepares: those of all epochs, or fewer where max_steps needs no more."""
+    total = config.optim.num_train_epochs * loader.steps_per_epoch
+    if config.optim.max_steps is None:
+        return total
+    steps_per_batch: int = config.algorithm.traits.passes
+    return min(total, -(-config.optim.max_steps // steps_per_batch))
+
+
+def context_of(
+    config: RunConfig,
+    roles: Roles,
+    loader: Loader,
+    template: Template,
+    rewards: Callable[[Sequence[Group], int], Scores] | None,
+    cache: ReferenceCache | None,
+    total_batches: int,
+    state: dict[str, Any],
+) -> RunContext:
+    """The context that the run's `prepare` is given.
+
+    rewards: (groups, how many a forward pass takes) -> their scores; None = no reward. cache: of the reference, if the
+    run has one. state: the algorithm's memory, `Progress.state`.
+    """
+    return RunContext(
+        roles,
+        seed=config.seed,
+        max_length=config.data.max_length,
+        state=state,
+        end_ids=template.end_ids,
+        total_batches=total_batches,
+        rewards=rewards,
+        reference=cache.logps if cache is not None else None,
+        decode=decoder(template.tokenizer),
+        rollout=config.rollout if config.algorithm.traits.online else None,
+        stream=Stream(loader),
+    )

@@ -1,10 +1,9 @@
-"""LoRA through PEFT: a new adapter, or an earlier run's adapter trained on; and the start weights as reference."""
+"""LoRA through PEFT: a new adapter, or training continued on an earlier one; and the start weights as reference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,51 +14,42 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from dsalign.config.schema import ModelOptions
 from dsalign.models.names import Source
 
-TRAINED, START = "default", "start"  # adapter names: what is trained, and a frozen copy of what it started from
+TRAINED, START = "default", "start"  # names of the trained adapter, and of a frozen copy of it as training started
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wq", "wk", "wv")
 
 
-@dataclass(frozen=True)
-class LoraOptions:
-    """rank > 0; alpha: the update is scaled by alpha / rank; dropout in [0, 1); targets: ALL (every linear layer but
-    the head), DEFAULT (query, key, value) or names of layers."""
-
-    rank: int
-    alpha: int
-    dropout: float
-    targets: Sequence[str]
-
-
 def merge(model: PreTrainedModel, adapter: Path | None) -> PreTrainedModel:
-    """The model with an adapter folder merged into its weights."""
+    """The model with the adapter in the folder `adapter` merged into its weights; None = the model as it is."""
     if adapter is None:
         return model
     merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return merged
 
 
-def add(model: PreTrainedModel, source: Source, lora: LoraOptions, seed: int) -> PeftModel:
-    """A PEFT model whose adapter `default` is trained: new, or the source's adapter with a frozen copy of its start.
+def add(model: PreTrainedModel, source: Source, options: ModelOptions, seed: int) -> PeftModel:
+    """A PEFT model whose adapter TRAINED is trained: a new one, or the source's adapter beside START, its frozen copy.
 
-    A source's adapter keeps its rank, alpha and layers; its dropout is what `lora` says.
-    Raises ValueError where no layer has one of the target names.
+    A source's adapter keeps its rank, alpha and layers and takes the dropout of `options`. seed: of a new adapter.
+    Raises ValueError where a name in lora_target_modules is no layer's.
     """
+    dropout = options.lora_dropout
     if source.adapter is not None:
         peft_model = PeftModel.from_pretrained(model, source.adapter, adapter_name=TRAINED, is_trainable=True)
         peft_model.load_adapter(source.adapter, adapter_name=START, is_trainable=False)
         peft_model.set_adapter(TRAINED)
-        peft_model.peft_config[TRAINED].lora_dropout = lora.dropout
+        peft_model.peft_config[TRAINED].lora_dropout = dropout
         for layer in peft_model.modules():
             if isinstance(layer, LoraLayer) and TRAINED in layer.lora_dropout:
-                layer.lora_dropout[TRAINED] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
+                layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
         return peft_model
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=_targets(model, lora.targets),
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=dropout,
+        target_modules=_targets(model, options.lora_target_modules),
         task_type=TaskType.CAUSAL_LM,
     )
     with torch.random.fork_rng(devices=[]):
@@ -85,11 +75,11 @@ def _targets(model: PreTrainedModel, targets: Sequence[str]) -> str | list[str]:
 
 
 @contextmanager
-def as_started(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes with the weights that training started from: the trained adapter off, a frozen copy of
-    an adapter it started from on.
+def with_start_weights(model: nn.Module) -> Iterator[None]:
+    """A context in which the model computes with the weights that training started from: the trained adapter is off,
+    and where training continues an earlier adapter, that adapter's frozen copy is on.
 
-    PEFT's own switches also flip requires_grad, which would detach the hooks of a ZeRO engine.
+    PEFT's own switches would change requires_grad too, which detaches the hooks of a ZeRO engine.
     """
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]

@@ -1,12 +1,14 @@
-"""Attention over packed rows in which what completions begin with is computed once: a token sees that, and its own."""
+"""Attention over packed rows, in which a group's prompt stands once and its completions follow one after another.
+
+A token of a completion sees the prompt and what stands before it in its own completion, and nothing of another
+completion or another group, as if each completion stood in a row of its own.
+"""
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,32 +21,21 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from dsalign.data.batches.packing import Span
 
-logger = logging.getLogger(__name__)
-PREFIX = "dsalign_"  # before the name of the attention that a row without spans goes to
+PREFIX = "dsalign_"  # dsalign_sdpa: ours for a packed row, transformers' sdpa for any other
 BASES = {"sdpa": sdpa_mask, "eager": eager_mask}
-ATTENDS = frozenset({"full_attention", "sliding_attention"})  # kinds of layer for which `allowed` is the whole truth
-OTHER_MATHEMATICS = ("s_aux", "position_bias", "sinks")  # what a layer may ask for beside softmax(q k) v
+ATTENDS = frozenset({"full_attention", "sliding_attention"})  # kinds of layer that mix tokens as `allowed` says only
+OTHER_MATHEMATICS = ("s_aux", "position_bias", "sinks")  # arguments of layers that compute more than softmax(q k) v
 
 
 class SharedPrefix:
-    """Which token of one packed row sees which: the mask of all layers of a forward pass, built once.
+    """The attention mask of one packed row, built once for all layers of a forward pass.
 
-    spans: the groups of the row in order. read: the positions whose last hidden state is looked at, None = all. before:
-    that of a row with the same prompts, computed with `keep`; this row then has completions alone, which see the
-    prompts of that one. unsupported: what a layer asked for that is not computed here, or "".
+    spans: the groups in the row, in order. read: [n] int64, the positions whose last hidden state feeds the head,
+    None = all. unsupported: names of the features that a layer asked for and that are not computed here, "" = none.
     """
 
-    def __init__(
-        self,
-        spans: Sequence[Span],
-        device: torch.device,
-        *,
-        read: Tensor | None = None,
-        keep: bool = False,
-        before: SharedPrefix | None = None,
-    ) -> None:
-        self.spans, self.read, self.unsupported, self._before = spans, read, "", before
-        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] | None = {} if keep else None
+    def __init__(self, spans: Sequence[Span], device: torch.device, *, read: Tensor | None = None) -> None:
+        self.spans, self.read, self.unsupported = spans, read, ""
         self.lengths = [span.stem + sum(span.branches) for span in spans]
         branches = [[0] * s.stem + [i for i, n in enumerate(s.branches, 1) for _ in range(n)] for s in spans]
         groups = [[i] * n for i, n in enumerate(self.lengths)]
@@ -54,14 +45,12 @@ class SharedPrefix:
         self._dense: dict[int | None, list[Tensor | None]] = {}
         self._blocks: dict[int | None, BlockMask] = {}
 
-    def last(self, spans: Sequence[Span]) -> list[int]:
-        """Where in this row the prompts of those spans end, which are of a row behind it."""
-        starts = accumulate(self.lengths[:-1], initial=0)
-        return [start + span.stem - 1 for start, span in zip(starts, spans, strict=True)]
-
     def allowed(self, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
-        """mask_mod(batch, head, i, j) of FlexAttention: whether token i sees token j. window: tokens back, itself
-        among them; None = all."""
+        """The function mask_mod(batch, head, i, j) of FlexAttention: whether token i sees token j.
+
+        window: how many tokens a sliding window holds, token i included, counted along i's own completion and prompt;
+        None = no window.
+        """
 
         def mask_mod(batch: Any, head: Any, i: Tensor, j: Tensor) -> Tensor:
             path = (self.branch[j] == 0) | (self.branch[j] == self.branch[i])
@@ -71,47 +60,21 @@ class SharedPrefix:
         return mask_mod
 
     def dense(self, window: int | None) -> list[Tensor | None]:
-        """A [t, t] bool mask a group of t tokens, or of the completions' tokens alone [c, t] where the prompts stand in
-        the row before; None where it is the causal one."""
+        """The masks of the groups, one a group: [t, t] bool for its t tokens, row i true where token i sees a token;
+        None where that is plain causal attention."""
         if window not in self._dense:
             mask_mod, start = self.allowed(window), 0
             found: list[Tensor | None] = []
             for span, length in zip(self.spans, self.lengths, strict=True):
                 i = torch.arange(start, start + length, device=self.branch.device)
-                causal = len(span.branches) < 2 and (window is None or length <= window) and self._before is None
-                asking = i if self._before is None else i[span.stem :]
-                found.append(None if causal else mask_mod(None, None, asking[:, None], i[None, :]))
+                causal = len(span.branches) < 2 and (window is None or length <= window)
+                found.append(None if causal else mask_mod(None, None, i[:, None], i[None, :]))
                 start += length
             self._dense[window] = found
         return self._dense[window]
 
-    def by_group(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """What each group of the row attends with in a layer, all [1, heads, tokens, D]."""
-        if self._kept is not None:
-            self._kept[layer] = key.detach(), value.detach()
-        if self._before is None:
-            yield from zip(*(_split(x, self.lengths) for x in (query, key, value)), strict=True)
-            return
-        counts = [sum(span.branches) for span in self.spans]
-        parts = zip(*(_split(x, counts) for x in (query, key, value)), strict=True)
-        for (q, k, v), (prompt_k, prompt_v) in zip(parts, self._before.prompts(layer, self.spans), strict=True):
-            yield q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
-
-    def prompts(self, layer: nn.Module, spans: Sequence[Span]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys and values kept in a layer, of the prompts of those spans, which are of a row behind this one."""
-        assert self._kept is not None, "this row was computed without `keep`"
-        whole = (_split(x, self.lengths) for x in self._kept[layer])
-        for span, k, v in zip(spans, *whole, strict=True):
-            yield k[:, :, : span.stem], v[:, :, : span.stem]
-
-    def forget(self) -> None:
-        """Give back the kept keys and values."""
-        self._kept = None
-
     def blocks(self, window: int | None) -> BlockMask:
-        """The whole row's mask for FlexAttention."""
+        """The mask of the whole row, in the form in which FlexAttention skips blocks that no token sees."""
         if window not in self._blocks:
             size = len(self.branch)
             self._blocks[window] = create_block_mask(
@@ -121,14 +84,15 @@ class SharedPrefix:
 
 
 def _split(x: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
-    """[1, heads, T, D] by its tokens."""
+    """Queries, keys or values of a row, [1, H, T, D], cut into those of each group, [1, H, t, D]."""
     found: Sequence[Tensor] = x.split(list(lengths), dim=2)  # type: ignore[no-untyped-call]
     return found
 
 
 def can_share(model: PreTrainedModel) -> bool:
-    """Whether the attention of all layers of a model can be replaced by the one here: softmax over what `allowed`
-    says, in every layer. The start-up check then compares numbers."""
+    """Whether every layer of a model mixes tokens by softmax(q k) v over a causal or a sliding window, and by nothing
+    else, so that the attention here can take its place. That it gives the model's own numbers, the check at start-up
+    sees."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ATTENDS)
     chunked = getattr(config, "attention_chunk_size", None) is not None
@@ -137,7 +101,7 @@ def can_share(model: PreTrainedModel) -> bool:
 
 
 def share(model: PreTrainedModel) -> bool:
-    """Let a model take packed rows with shared prompts; without spans it computes as before. False where it cannot."""
+    """Let a model compute packed rows; all other rows it computes as before. Returns whether it can (`can_share`)."""
     if not can_share(model):
         return False
     model.set_attn_implementation(f"{PREFIX}{model.config.get_text_config()._attn_implementation}")
@@ -145,7 +109,8 @@ def share(model: PreTrainedModel) -> bool:
 
 
 def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that transformers calls in every layer; query [B, H, T, D], the output [B, T, H, D]."""
+    """The attention function that transformers calls in every layer. base: the name of transformers' own attention for
+    rows that are not packed. query: [B, H, T, D]; the output is [B, T, H, D], with None in place of weights."""
 
     def attend(
         module: nn.Module,
@@ -171,23 +136,20 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if wanted:  # not raised: under ZeRO-3 a forward that ends half way leaves the engine in disorder
             shared_prefix.unsupported = ", ".join(wanted)
         how = shared_prefix, dropout, scaling, sliding_window, softcap
-        if query.device.type == "cpu":
-            out = _by_group(module, query, key, value, *how)
-        else:
-            out = _by_blocks(query, key, value, *how)
+        compute = _by_group if query.device.type == "cpu" else _by_blocks
+        out = compute(query, key, value, *how)
         return out.transpose(1, 2).contiguous(), None
 
     return attend
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:
-    """The eager attention of the file that the layer is defined in."""
+    """The eager attention function of the file that defines the layer: each architecture in transformers has one."""
     function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
     return function
 
 
 def _by_group(
-    layer: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -197,9 +159,14 @@ def _by_group(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """[1, H, T, D], group by group: no token meets one of another group, not even masked."""
+    """Attention of a packed row on a CPU, one group at a time: scores between two groups are not even computed.
+
+    query, key, value: [1, H, T, D], key and value with fewer heads where queries share them. scaling: of the scores,
+    None = 1 / sqrt(D). softcap: scores are held within -+softcap. Returns [1, H, T, D].
+    """
     found = []
-    for (q, k, v), mask in zip(prefix.by_group(layer, query, key, value), prefix.dense(window), strict=True):
+    parts = (_split(x, prefix.lengths) for x in (query, key, value))
+    for q, k, v, mask in zip(*parts, prefix.dense(window), strict=True):
         if softcap is not None:
             found.append(_capped(q, k, v, mask, dropout, scaling, softcap))
             continue
@@ -214,7 +181,8 @@ def _by_group(
 def _capped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, softcap: float
 ) -> Tensor:
-    """Attention whose scores are held within -+softcap: c tanh(s / c), arXiv:2408.00118, section 2."""
+    """Attention with capped scores, softcap tanh(scores / softcap) (arXiv:2408.00118, section 2), which PyTorch's
+    scaled_dot_product_attention does not have. mask: [t, t] bool, None = causal."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
@@ -239,7 +207,8 @@ def _by_blocks(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """[1, H, T, D] by FlexAttention, which skips blocks of the row that no token sees."""
+    """Attention of a packed row on a GPU, as `_by_group` has it, by FlexAttention: blocks of 128 x 128 tokens in which
+    no token sees another are skipped."""
     if dropout:
         prefix.unsupported = "attention dropout"
 

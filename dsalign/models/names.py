@@ -1,4 +1,4 @@
-"""Registered short names of models, and what a model argument means: a folder, a hub name or a short name."""
+"""What --model and its like name: a folder, a short name that is registered here, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ HUB_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from. weights: a folder or hub name that transformers opens. adapter: a PEFT folder on top of
-    it, or None. value_head: the folder that may hold a value head, or None for a hub name."""
+    """Where the weights of a model come from.
+
+    weights: a folder or a hub name that transformers opens. adapter: a PEFT folder whose adapter goes on top of them,
+    or None. value_head: the folder in which a value head may be, None for a hub name.
+    """
 
     weights: str
     adapter: Path | None = None
@@ -35,9 +38,10 @@ class Source:
 
 
 def resolve(name: str) -> Source:
-    """What `name` stands for.
+    """The source of weights that `name` stands for. The embedded model is converted on its first use.
 
-    The base of an adapter is a hub name, an absolute path or one relative to the working directory, as in PEFT.
+    The folder of an adapter names its base: a hub name, an absolute path, or a path relative to the working directory,
+    as in PEFT.
     Raises ValueError for something that looks like a folder and is none, for a folder without a model, and for an
     adapter whose base is missing or an adapter itself.
     """

@@ -1,54 +1,46 @@
-"""Tokenizers and chat templates of a model."""
+"""The tokenizer, chat template and end tokens of a model."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from dsalign.config.schema import RunConfig
+from dsalign.config.schema import ModelOptions, RunConfig
 from dsalign.data.tokens.templates import Template, load_template
 from dsalign.models.names import Source
 
 logger = logging.getLogger(__name__)
 
 
-def text(config: RunConfig, source: Source, options: LoadOptions) -> tuple[PreTrainedTokenizerBase, Template]:
-    """The tokenizer of a source, and the template that a run writes conversations in.
+def template_of(config: RunConfig, source: Source) -> Template:
+    """The template in which a run writes conversations, with its tokenizer. source: of the main role's model.
 
-    Raises ValueError where one of them cannot be used.
+    Raises ValueError where tokenizer or chat template cannot be used.
     """
-    tokenizer = load_tokenizer(source, options)
-    template, warning = load_template(tokenizer, config.template, end_token_ids(source, tokenizer))
+    tokenizer = load_tokenizer(source, config.models)
+    template, warning = load_template(tokenizer, config.data.template, end_token_ids(source, tokenizer))
     if warning:
         logger.warning(warning)
-    template = replace(template, vocab_size=vocab_size(source, options))
+    template = replace(template, vocab_size=vocab_size(source, config.models))
     if template.chat_template is not None:
         tokenizer.chat_template = template.chat_template  # final/ is to be prompted as it was trained
-    return tokenizer, template
+    return template
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """How weights are read. dtype and attn_impl: "auto" or a name; dropout off sets every dropout of the model to 0.
-    head_bytes: memory for logits, None = the device's default."""
-
-    device: torch.device
-    dtype: str = "auto"
-    attn_impl: str = "auto"
-    trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
-    dropout: bool = False
-    head_bytes: int | None = None
-    seed: int = 42
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """A function that turns token ids into text, without special tokens."""
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def load_tokenizer(source: Source, options: LoadOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights, or of the adapter's folder where that has one."""
+def load_tokenizer(source: Source, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source: its adapter's where the adapter's folder has one, else that beside the weights.
+
+    Raises ValueError where it cannot be opened.
+    """
     where = source.weights
     if source.adapter is not None and (source.adapter / "tokenizer_config.json").exists():
         where = str(source.adapter)
@@ -58,7 +50,7 @@ def load_tokenizer(source: Source, options: LoadOptions) -> PreTrainedTokenizerB
 
 @contextmanager
 def named(source: Source) -> Iterator[None]:
-    """What cannot be opened is the user's to mend: say which model it was."""
+    """A context in which an error of opening a model becomes a ValueError that names the source."""
     try:
         yield
     except (OSError, ImportError) as error:
@@ -66,7 +58,7 @@ def named(source: Source) -> Iterator[None]:
 
 
 def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a turn: the tokenizer's EOS and generation_config.eos_token_id."""
+    """All token ids that end a turn: the tokenizer's EOS token, then those of generation_config.json, each once."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
         extra = GenerationConfig.from_pretrained(source.weights).eos_token_id
@@ -76,8 +68,11 @@ def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[i
     return tuple(dict.fromkeys(found))
 
 
-def vocab_size(source: Source, options: LoadOptions) -> int | None:
-    """How many token ids the model of a source has embeddings for, None where its configuration does not say."""
+def vocab_size(source: Source, options: ModelOptions) -> int | None:
+    """The number of token ids for which a source's model has embeddings; None where its configuration has no number.
+
+    Raises ValueError where the configuration cannot be opened.
+    """
     with named(source):
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     found: int | None = getattr(config.get_text_config(), "vocab_size", None)

@@ -1,1 +1,1 @@
-"""What a run says and leaves to read."""
+"""What a run says on the console, and what it leaves to read."""

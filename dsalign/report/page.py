@@ -1,4 +1,4 @@
-"""report.html: the curves of a run from its metrics.jsonl, as plain SVG that opens anywhere."""
+"""report.html: the curves of a run, drawn from its metrics.jsonl as SVG, so that the page opens without a network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LEFT_OUT = frozenset({"step", "epoch", "num_tokens"})
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Metric -> [(step, value), ...] of a metrics.jsonl; a step that was logged twice (a resumed run) counts once, with
-    its last value."""
+    """Metric -> [(step, value), ...] from a metrics.jsonl, by step. A step that stands there twice, as a resumed run's
+    may, counts with its last value."""
     found: dict[str, dict[float, float]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -24,7 +24,8 @@ def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def write_report(output_dir: Path, title: str) -> Path:
-    """Write output_dir/report.html from its metrics.jsonl, with the resolved configuration below; returns its path."""
+    """Write output_dir/report.html: a curve for each metric of metrics.jsonl, and config.yaml below. Returns its
+    path."""
     series = read_metrics(output_dir / "metrics.jsonl")
     first = [n for n in ("loss", "eval/loss") if n in series]
     names = first + sorted(n for n in series if n not in first)
@@ -61,7 +62,7 @@ def _figure(name: str, points: Sequence[tuple[float, float]]) -> str:
 
 
 def _polyline(points: Sequence[tuple[float, float]], low: float, high: float) -> str:
-    """SVG coordinates: y grows downwards; a flat curve lies in the middle."""
+    """Points as SVG coordinates: y grows downwards there, and a flat curve lies in the middle."""
     first, last = points[0][0], points[-1][0]
 
     def place(x: float, y: float) -> str:

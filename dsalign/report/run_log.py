@@ -1,4 +1,4 @@
-"""What a run says: one line a logging step on rank 0, metrics.jsonl always, and trackers where asked for."""
+"""The log of a run: a line on the console, metrics.jsonl and samples.jsonl, and trackers where they are asked for."""
 
 from __future__ import annotations
 
@@ -43,8 +43,13 @@ NOT_ON_THE_LINE = (  # only in metrics.jsonl
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
-class Report:
-    """Writes on rank 0 and is silent elsewhere. A tracker that fails is dropped with a warning; training goes on."""
+class RunLog:
+    """Writes on rank 0 and is silent on other ranks. A tracker that fails is dropped with a warning: training goes on.
+
+    output_dir: where metrics.jsonl and samples.jsonl are. trackers: names in TRACKERS. total_steps: of the run, for the
+    time that is left. resumed: the files are continued, not begun anew.
+    Raises ValueError where a tracker is not installed.
+    """
 
     def __init__(
         self, output_dir: Path, trackers: Sequence[str], *, rank: int, total_steps: int, resumed: bool
@@ -61,7 +66,7 @@ class Report:
             self._trackers = {name: TRACKERS[name](output_dir) for name in trackers}
 
     def say(self, text: str) -> None:
-        """One line on rank 0."""
+        """Print one line, on rank 0."""
         if self._rank != 0:
             return
         try:
@@ -70,8 +75,12 @@ class Report:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def start(self, step: int, num_tokens: float) -> None:
-        """Rates and the time to go count from here. What a killed run wrote of later steps, which are taken again, is
-        cut off: a step stands in each file once."""
+        """Training begins behind optimizer step `step`, with num_tokens trained on before: rates and the time left
+        count from here.
+
+        A run that was killed wrote steps behind its last checkpoint, which are now taken again: their lines are cut
+        off, so that a step stands in each file once.
+        """
         if self._rank == 0 and self._resumed:
             _cut(self._output_dir / METRICS, lambda at: at <= step)
             _cut(self._output_dir / SAMPLES, lambda at: at < step)  # of the rollout that comes next
@@ -79,7 +88,8 @@ class Report:
         self._first_step, self._last_tokens = step, num_tokens
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A line on the console, a line in metrics.jsonl, a point in every tracker."""
+        """Metrics of an optimizer step: a line on the console, one in metrics.jsonl, a point in every tracker. With
+        num_tokens among them tokens/s and the time left are added."""
         if self._rank != 0:
             return
         now = time.monotonic()
@@ -105,7 +115,8 @@ class Report:
                 del self._trackers[name]
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Sampled completions: a line each on the console, and all of them in samples.jsonl."""
+        """Sampled completions of the rollout at `step`, each with its score: a line each on the console, and whole in
+        samples.jsonl."""
         if self._rank != 0 or not samples:
             return
         with (self._output_dir / SAMPLES).open("a", encoding="utf-8") as file:
@@ -116,7 +127,8 @@ class Report:
 
 
 def _cut(path: Path, keep: Callable[[int], bool]) -> None:
-    """Drop the lines of steps that are not to keep, and one that a kill broke off; the file stays the same file."""
+    """Drop the lines of steps that `keep` refuses, and a last line that a kill broke off. The file is not replaced, as
+    it is open."""
     if not path.exists():
         return
     kept = []
@@ -133,19 +145,20 @@ def _cut(path: Path, keep: Callable[[int], bool]) -> None:
 
 
 def number(x: float) -> str:
-    """Four decimals at most, with an exponent where the number is tiny or huge."""
+    """A number for people: four decimals at most, with an exponent where it is tiny or huge."""
     return f"{x:.2e}" if x and not 1e-3 <= abs(x) < 1e5 else f"{x:.4f}".rstrip("0").rstrip(".")
 
 
 def duration(seconds: float) -> str:
-    """1h02m, 3m05s or 12s."""
+    """Seconds for people: 1h02m, 3m05s or 12s."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 def quiet(rank: int) -> None:
-    """Keep DeepSpeed's, transformers' and datasets' chatter down to warnings on rank 0 and errors elsewhere."""
+    """Let DeepSpeed, transformers, datasets and their like log errors alone, and dsalign lines of information on rank 0
+    alone."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("dsalign").setLevel(logging.INFO if rank == 0 else logging.ERROR)
     for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "torch.distributed", "accelerate"):

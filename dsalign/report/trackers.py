@@ -1,4 +1,5 @@
-"""TensorBoard, Weights & Biases and trackio beside the log."""
+"""Trackers beside metrics.jsonl: TensorBoard, Weights & Biases and trackio, each imported only where it is asked
+for."""
 
 from __future__ import annotations
 

@@ -1,19 +1,26 @@
-"""How a reward model with a vocabulary or a template of its own reads what the policy wrote: as text."""
+"""How a frozen reward model with a vocabulary or template of its own reads completions: as text, in that template."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group
-from dsalign.data.tokens.templates import Template
+from dsalign.data.tokens.templates import Template, load_template
+from dsalign.models.names import Source
+from dsalign.models.tokenizer import decoder, end_token_ids, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Groups of the policy's token ids as groups of the reward model's.
+class Retemplate:
+    """A function from groups in the policy's token ids to groups in the reward model's token ids, by way of text.
 
-    template: the reward model's. decode: the policy's ids as text without special tokens. end_ids: the policy's.
+    template: of the reward model, with its tokenizer. decode: from token ids of the policy to text without special
+    tokens. end_ids: the policy's end tokens.
     """
 
     template: Template
@@ -21,8 +28,9 @@ class Reading:
     end_ids: frozenset[int]
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
-        """Each conversation in the reward model's template and ids; a completion that was cut has no end token there
-        either, unless it is empty as text. Raises ValueError where the template refuses a conversation."""
+        """Each group's conversation, written by the reward model's template and tokenizer. A completion that was cut
+        off gets no end token there either, unless it is empty as text. Raises ValueError where the template refuses a
+        conversation."""
         items = [(group.turns, [self.decode(ids) for ids in group.completions]) for group in groups]
         encoded = self.template.encode_many(items, [group.tools for group in groups]) if items else []
         return [
@@ -33,3 +41,28 @@ class Reading:
         pairs = zip(group.completions, completions, strict=True)
         read = [ids if sampled[-1] in self.end_ids or len(ids) == 1 else ids[:-1] for sampled, ids in pairs]
         return replace(group, prompt=tuple(prompt), completions=tuple(map(tuple, read)))
+
+
+def retemplate_of(config: RunConfig, sources: Mapping[str, Source], policy: Template) -> Retemplate | None:
+    """The `Retemplate` that rewrites groups for a run's frozen reward model, whose vocabulary or template is not the
+    policy's. None where groups need no rewriting: the reward model has the policy's vocabulary, and the policy's
+    template or none; or the run has no frozen reward model.
+
+    policy: the policy's template. Raises ValueError where the reward model's tokenizer or template cannot be used.
+    """
+    if "reward" not in sources or "reward" in config.algorithm.traits.trained:
+        return None
+    source = sources["reward"]
+    tokenizer = load_tokenizer(source, config.models)
+    same = tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    if same and tokenizer.chat_template in (None, policy.tokenizer.chat_template):
+        return None
+    template, warning = load_template(tokenizer, None, end_token_ids(source, tokenizer))
+    logger.warning(
+        "reward model %s: its %s is not the policy's, so it reads completions as text, in its own template",
+        config.models.reward_model,
+        "template" if same else "vocabulary",
+    )
+    if warning:
+        logger.warning("reward model: %s", warning)
+    return Retemplate(template, decoder(policy.tokenizer), policy.end_ids)

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsalign.contract.groups import Group
+from dsalign.config.schema import RunConfig
+from dsalign.contract.groups import Group, Scores
+from dsalign.data.tokens.templates import Template
+from dsalign.models.tokenizer import decoder
 from dsalign.rewards.functions import call, load_function
 
 if TYPE_CHECKING:
-    from dsalign.engines.roles import Models
+    from dsalign.engines.roles import Roles
 
 
 class Rewards:
@@ -20,7 +23,7 @@ class Rewards:
 
     def __init__(
         self,
-        models: Models,
+        roles: Roles,
         functions: Sequence[str],
         weights: Sequence[float],
         decode: Callable[[Sequence[int]], str],
@@ -30,8 +33,8 @@ class Rewards:
 
         Raises ValueError where a function is missing, there is no source, or the weights are not one a source.
         """
-        self._models, self._decode, self._reading = models, decode, reading
-        self._has_model = "reward" in models.engines
+        self._roles, self._decode, self._reading = roles, decode, reading
+        self._has_model = "reward" in roles.engines
         self._functions = [(name, load_function(name)) for name in functions]
         count = self._has_model + len(self._functions)
         if count == 0:
@@ -40,16 +43,18 @@ class Rewards:
         if len(self._weights) != count:
             raise ValueError(f"reward_weights: expected one for each of {count} rewards, got {len(self._weights)}")
 
-    def __call__(self, groups: Sequence[Group], batch_size: int) -> list[Tensor]:
-        """One [completions] float32 tensor a group. Collective."""
-        sources: list[list[Tensor]] = []
+    def __call__(self, groups: Sequence[Group], batch_size: int) -> Scores:
+        """What the groups' completions are worth; batch_size: groups in a forward of the reward model. Collective."""
+        sources: dict[str, list[Tensor]] = {}
         if self._has_model:
             read = self._reading(groups) if self._reading else groups
-            sources.append(self._models.each_group("reward", read, batch_size))
+            sources["reward_model"] = self._roles.each_group("reward", read, batch_size)
         for name, function in self._functions:
-            sources.append(self._call(name, function, groups))
-        parts = zip(*sources, strict=True)
-        return [sum((w * x for w, x in zip(self._weights, p, strict=True)), torch.zeros(())) for p in parts]
+            short = name.rpartition(":")[2]
+            sources[name if short in sources else short] = self._call(name, function, groups)
+        parts = zip(*sources.values(), strict=True)
+        total = [sum((w * x for w, x in zip(self._weights, p, strict=True)), torch.zeros(())) for p in parts]
+        return Scores(total, sources)
 
     def _call(self, name: str, function: Any, groups: Sequence[Group]) -> list[Tensor]:
         each = [(g, c) for g in groups for c in g.completions]
@@ -60,3 +65,17 @@ class Rewards:
         rewards = call(name, function, [g.prompt_text for g, _ in each], texts, columns)
         sizes = [len(g.completions) for g in groups]
         return list(torch.split(torch.tensor(rewards, dtype=torch.float32), sizes))
+
+
+def rewards_of(
+    config: RunConfig,
+    roles: Roles,
+    policy: Template,
+    retemplate: Callable[[Sequence[Group]], Sequence[Group]] | None,
+) -> Rewards | None:
+    """The rewards of a run, None where its algorithm asks for none. policy: the template of the policy, whose tokenizer
+    gives reward functions their text."""
+    if config.algorithm.traits.roles.get("reward") != "frozen":
+        return None
+    options = config.models
+    return Rewards(roles, options.reward_funcs, options.reward_weights, decoder(policy.tokenizer), retemplate)

@@ -1,1 +1,1 @@
-"""Sampling completions from the policy that is being trained."""
+"""Sampling of completions from the policy that is being trained."""

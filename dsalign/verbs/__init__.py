@@ -1,1 +1,1 @@
-"""Commands beside training, one file each."""
+"""The commands of dsalign: train, and data with its report."""

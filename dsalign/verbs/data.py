@@ -1,4 +1,4 @@
-"""`dsalign data check` and `dsalign data show`: a data set as a run would see it, without a run."""
+"""The commands `dsalign data check` and `dsalign data show`: a data set as a run would see it, without a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERBS = ("check", "show")
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. n: rows to show."""
+    """A `dsalign data` command, parsed. verb: check or show. ids: whether token ids are shown. n: rows to show."""
 
     verb: str
     config: RunConfig
@@ -37,9 +37,9 @@ class Request:
 
 
 def read(argv: Sequence[str]) -> Request | None:
-    """What `dsalign data ARGV` asks for; None where it is help.
+    """The request that `dsalign data ARGV` makes; None for a request of help.
 
-    Raises ConfigError for options that do not hold, ValueError for other words.
+    Raises ConfigError for options of a run that cannot be read, ValueError for an unknown verb or a wrong --n.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--json", action="store_true")
@@ -58,18 +58,18 @@ def read(argv: Sequence[str]) -> Request | None:
 
 
 def run(request: Request | None) -> int:
-    """Does it; returns 0, or 2 where the data set has an error.
+    """Carry out a request; None prints the usage. Returns the exit code: 0, or 2 where `check` finds an error.
 
-    Raises ValueError for a data set of which nothing can be used.
+    Raises ValueError for a data set with no usable row.
     """
     if request is None:
         print(USAGE)
         return 0
     # Not at the top of the file: transformers takes longer to import than a typo may.
-    doctor: Any = importlib.import_module("dsalign.verbs.data_report")
+    data_report: Any = importlib.import_module("dsalign.verbs.data_report")
     if request.verb == "show":
-        doctor.show(request.config, count=request.n, as_json=request.as_json, ids=request.ids)
+        data_report.show(request.config, count=request.n, as_json=request.as_json, ids=request.ids)
         return 0
-    report = doctor.examine(request.config)
+    report = data_report.examine(request.config)
     print(json.dumps(report.as_json(), ensure_ascii=False) if request.as_json else report.text())
     return 2 if report.has_errors() else 0

@@ -1,4 +1,4 @@
-"""What `dsalign data` does once its words are read."""
+"""The report of `dsalign data check` and the table of `dsalign data show`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,22 +15,21 @@ from transformers import PreTrainedTokenizerBase
 
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group
-from dsalign.data import checks
-from dsalign.data import dataset as prepare
+from dsalign.data import checks, dataset
 from dsalign.data.checks import Finding, Lengths, Survey
 from dsalign.data.rows.iterate import Skipped
 from dsalign.data.tokens.encoder import Tokenized
 from dsalign.data.tokens.templates import Template
 from dsalign.models.names import resolve
-from dsalign.models.tokenizer import LoadOptions, text
+from dsalign.models.tokenizer import template_of
 from dsalign.report.run_log import quiet
 
 WIDTH = 40  # characters of the longest bar of a histogram
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `dsalign data check` found."""
+class DataReport:
+    """The findings of `dsalign data check` on the training data sets of a run."""
 
     sources: Sequence[str]
     tokenized: Tokenized
@@ -58,7 +56,7 @@ class Report:
         }
 
     def text(self) -> str:
-        """The same for people."""
+        """The report as lines of text: counts, lengths with a histogram, notes and findings."""
         dropped = [f"{n} dropped ({rule})" for rule, n in self.tokenized.dropped.items()]
         counts = ", ".join([f"{len(self.tokenized.groups)} kept", *dropped, f"{self.tokenized.truncated} truncated"])
         lines = [f"{' '.join(self.sources)}: {self.tokenized.num_rows + self.skipped.count} rows, {counts}"]
@@ -77,40 +75,44 @@ def _histogram(of: Lengths) -> Iterator[str]:
             yield f"  {i * width:>6} {'#' * -(-count * WIDTH // most)} {count}"
 
 
-def examine(config: RunConfig) -> Report:
-    """Read, tokenise and check the data sets of a run. Bad rows are counted and become an error of the report, or with
-    on_bad_row skip a warning.
+def examine(config: RunConfig) -> DataReport:
+    """Read, tokenise and check the training data sets of a run. Bad rows are counted and become an error of the report,
+    or with on_bad_row skip a warning.
 
-    Raises ValueError where no row is left, or what stands behind a bad row cannot be read.
+    Raises ValueError where no row is left, or where a bad row makes the rest of its file unreadable.
     """
-    tokenizer, template = _text(config)
-    lenient = config.model_copy(update={"on_bad_row": "skip"})
-    tokenized, skipped = prepare.tokenized(lenient, template, config.dataset, config.dataset_weights)
+    template = _template(config)
+    lenient = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "skip"})})
+    tokenized, skipped = dataset.tokenized(lenient, template, config.data.dataset, config.data.dataset_weights)
     groups = tokenized.groups
-    survey = Survey(groups, template.end_ids, tokenizer.bos_token_id)
+    survey = Survey(groups, template.end_ids, template.tokenizer.bos_token_id)
     findings = survey.findings()
     if skipped:
-        severity = "warning" if config.on_bad_row == "skip" else "error"
+        severity = "warning" if config.data.on_bad_row == "skip" else "error"
         findings.insert(0, Finding(severity, "bad rows", skipped.count, (), f"the first: {skipped.first}"))
-    total, lost = prepare.counted(tokenized, skipped)
+    total, lost = dataset.counted(tokenized, skipped)
     if lost * 2 > total:
-        severity = "warning" if config.on_bad_row == "skip" else "error"
+        severity = "warning" if config.data.on_bad_row == "skip" else "error"
         advice = f"more than half of {total}: raise --max_length, or use --truncation_strategy left or right"
         findings.insert(0, Finding(severity, "rows not used", lost, (), advice))
     notes = config.algorithm.notes(groups)
-    return Report(config.dataset, tokenized, skipped, findings, survey.lengths(), notes, config.max_length)
+    return DataReport(
+        config.data.dataset, tokenized, skipped, findings, survey.lengths(), notes, config.data.max_length
+    )
 
 
-def _text(config: RunConfig) -> tuple[PreTrainedTokenizerBase, Template]:
+def _template(config: RunConfig) -> Template:
     quiet(0)
-    options = LoadOptions(torch.device("cpu"), trust_remote_code=config.trust_remote_code)
-    return text(config, resolve(config.model), options)
+    return template_of(config, resolve(config.models.model))
 
 
 def show(config: RunConfig, *, count: int, as_json: bool, ids: bool, out: IO[str] = sys.stdout) -> None:
-    """The first `count` groups, their prompt dim, what is learnt from in colour, or without colours in brackets."""
-    tokenizer, template = _text(config)
-    tokenized, _ = prepare.tokenized(config, template, config.dataset[:1])
+    """Print the first `count` groups of the first data set to `out`: the prompt dim, and completions in colour where
+    their tokens are trained on, in brackets where the output has no colours. as_json: one JSON list instead. ids: with
+    token ids."""
+    template = _template(config)
+    tokenizer = template.tokenizer
+    tokenized, _ = dataset.tokenized(config, template, config.data.dataset[:1])
     chosen = tokenized.groups[:count]
     if as_json:
         print(json.dumps([_plain(g, tokenizer) for g in chosen], ensure_ascii=False), file=out)
@@ -137,7 +139,7 @@ def _masks(group: Group) -> Sequence[Sequence[bool]]:
 
 
 def _runs(completion: Sequence[int], mask: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
-    """Neighbouring tokens that count, or do not, together."""
+    """The runs of neighbouring tokens with the same mask, in order: (mask, token ids)."""
     run: list[int] = []
     for i, (token, counts) in enumerate(zip(completion, mask, strict=True)):
         run.append(token)
@@ -157,7 +159,8 @@ def _coloured(
 
 
 def _plain(group: Group, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """{"where", "prompt", "prompt_ids", "completions": [{"text", "ids", "mask"}], "label", "margin"}."""
+    """A group as a dictionary for JSON, with keys where, prompt, prompt_ids, completions (a list of {"text", "ids",
+    "mask"}), label and margin."""
     completions = zip(group.completions, _masks(group), strict=True)
     return {
         "where": group.where,

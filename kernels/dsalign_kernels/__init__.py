@@ -1,11 +1,15 @@
-"""Fused operations of dsalign: each has a plain-torch twin of the same name in `reference`."""
+"""Operations of a language model's head and of alignment losses, by Triton kernels on a GPU.
+
+`selective_logps`, `linear_logps`, `linear_loss` and `gae` also run in torch, on any device. `preference`,
+`clipped_policy` and `clipped_value` are kernels alone. Nothing here imports dsalign.
+"""
 
 from dsalign_kernels.head import chunk_rows
 from dsalign_kernels.linear_logps import Scheme, default_bytes, linear_logps, linear_loss, scheme
-from dsalign_kernels.policy import clipped_policy, clipped_value, gae
-from dsalign_kernels.preference import preference
-from dsalign_kernels.reference import Advantages, Clipped, Logps, Preference, Recipe
-from dsalign_kernels.rows import Impl, uses_triton
+from dsalign_kernels.policy import Clipped, clipped_policy, clipped_value, gae
+from dsalign_kernels.preference import Preference, Recipe, preference
+from dsalign_kernels.reference import Advantages, Logps
+from dsalign_kernels.rows import Impl, has_triton, uses_triton
 from dsalign_kernels.selective_logps import selective_logps
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "clipped_value",
     "default_bytes",
     "gae",
+    "has_triton",
     "linear_logps",
     "linear_loss",
     "preference",

@@ -1,5 +1,5 @@
-"""The head by whole rows of logits, a chunk at a time: for a GPU, where one kernel reads a row once and writes its
-gradient over it. Computes no N x V elements unless they are kept."""
+"""The head by chunks of whole rows of logits, for a GPU: a matrix product makes a chunk's logits, one kernel reads them
+and writes their gradient over them. No more than a chunk is in memory, unless all N x V elements are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from dsalign_kernels.head import Found, Kept, Operands, add_product, chunk_rows,
 def scan(
     x: Operands, *, entropy: bool, top: bool, jacobian: bool, buffer: Tensor | None, most_bytes: int
 ) -> tuple[Found, Kept]:
-    """buffer: N x V elements to keep the gradient in; None: chunks of most_bytes, and nothing is kept."""
+    """The forward: statistics of every row, and d logp / d hidden where `jacobian`.
+
+    buffer: N x V elements of the states' dtype, which then hold d logp / d logits for `weight_gradient`; None: the rows
+    go by in chunks of up to most_bytes of logits, and nothing is kept.
+    """
     size, vocabulary = len(x.hidden), len(x.weight)
     step = max(1, chunk_rows(vocabulary, x.hidden.element_size(), most_bytes) if buffer is None else size)
     work = (x.hidden.new_empty(min(size, step) * vocabulary) if buffer is None else buffer).view(-1, vocabulary)
@@ -36,7 +40,11 @@ def weight_gradient(
     x: Operands, lses: Tensor, kept: Kept, g: Tensor, weight: Tensor | None, bias: Tensor | None, *, add: bool,
     most_bytes: int,
 ) -> None:  # fmt: skip
-    """The gradients of sum g logp into weight [V, D] and bias [V], or added to them. g: [N] float32."""
+    """Write the gradients of sum_n g[n] logp[n] into weight [V, D] and bias [V], or with `add` add them.
+
+    g: [N] float32, the loss's derivative in each log-probability; lses: [N] float32 and kept: of `scan`. Where nothing
+    was kept, logits are computed again, a slice of the vocabulary of up to most_bytes at a time. None: not wanted.
+    """
     for columns, bracket in _brackets(x, lses, kept.tiles, most_bytes):
         if weight is not None:
             add_product(bracket.t(), x.hidden, g, weight[columns], add=add)
@@ -46,7 +54,8 @@ def weight_gradient(
 
 
 def _brackets(x: Operands, lses: Tensor, kept: Tensor | None, most_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """([slice of the vocabulary], d logp / d logits [N, columns]): whole where kept, else slice after slice."""
+    """(slice of the vocabulary, d logp / d logits [N, columns]): the whole vocabulary where it was kept, else slice
+    after slice."""
     if kept is not None:
         yield slice(0, len(x.weight)), kept
         return
@@ -60,7 +69,7 @@ def _brackets(x: Operands, lses: Tensor, kept: Tensor | None, most_bytes: int) -
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """hidden [n, D] x weight [V, D]^T + bias [V] into out [n, V]."""
+    """Write hidden [n, D] x weight [V, D]^T + bias [V] into out [n, V], and return it."""
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
     return torch.addmm(bias, hidden, weight.t(), out=out)  # rounded once

@@ -1,9 +1,9 @@
-"""The head by tiles of the vocabulary, in plain torch: for a CPU, whose caches hold a tile of logits, not rows of them.
+"""The head by tiles of the vocabulary, in plain torch, for a CPU: its caches hold a tile of logits, not whole rows.
 
-A softmax goes on from tile to tile, as in attention (arXiv:2205.14135, algorithm 1): sums hold the terms e^(z - peak)
-of the tiles so far, and shrink where a tile has a higher peak. The target's own term is kept apart, so that neither
-1 - p nor the Jacobian W[y] - p W is a difference of near numbers. Tiles are [columns, N]: products of few rows are
-fastest so.
+The softmax goes on from tile to tile, as in attention (arXiv:2205.14135, algorithm 1): running sums hold the terms
+e^(z - peak) of the tiles so far, and are scaled down where a tile has a higher peak. The target's own term is kept
+apart, so that neither 1 - p nor the Jacobian W[y] - p W is a difference of near numbers. A tile is [columns of the
+vocabulary, N rows], transposed: products of few rows are fastest so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ LN2 = math.log(2.0)
 def scan(
     x: Operands, *, entropy: bool, top: bool, jacobian: bool, buffer: Tensor | None, most_bytes: int
 ) -> tuple[Found, Kept]:
-    """buffer: N x V elements to keep the gradient in; None: tiles of most_bytes, and only the targets' own is kept."""
+    """The forward: statistics of every row, and d logp / d hidden where `jacobian`.
+
+    buffer: N x V elements of the states' dtype, which then hold d logp / d logits for `weight_gradient`; None: tiles go
+    by in up to most_bytes, and of d logp / d logits the elements at the targets alone are kept.
+    """
     size = len(x.hidden)
     step = max(1, size if buffer is not None else min(size, MOST_ROWS))
     columns = _columns(step, x, most_bytes)
@@ -47,7 +51,11 @@ def weight_gradient(
     x: Operands, lses: Tensor, kept: Kept, g: Tensor, weight: Tensor | None, bias: Tensor | None, *, add: bool,
     most_bytes: int,
 ) -> None:  # fmt: skip
-    """The gradients of sum g logp into weight [V, D] and bias [V], or added to them. g: [N] in the dtype of lses."""
+    """Write the gradients of sum_n g[n] logp[n] into weight [V, D] and bias [V], or with `add` add them.
+
+    g: [N] in the dtype of lses, the loss's derivative in each log-probability; lses: [N] and kept: of `scan`. Where no
+    tiles were kept they are computed again, up to most_bytes at a time. None: not wanted.
+    """
     for columns, p, factor in _tiles(x, lses, kept, most_bytes):
         if weight is not None:
             add_product(p, x.hidden, g * factor, weight[columns], add=add)
@@ -68,14 +76,15 @@ def weight_gradient(
 
 
 def _columns(size: int, x: Operands, most_bytes: int) -> int:
-    """Of a tile of `size` rows: a multiple of 64 where there are so many."""
+    """How many columns of the vocabulary a tile of `size` rows has: a multiple of 64 where there are so many."""
     most = min(most_bytes, TILE_BYTES * max(1, size // MOST_ROWS))
     fit = max(1, most // (max(1, size) * wide(x.hidden.dtype).itemsize))
     return min(len(x.weight), fit - fit % 64 if fit > 64 else fit)
 
 
 def _tiles(x: Operands, lses: Tensor, kept: Kept, most_bytes: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(columns, p [columns, N] without the targets' own, factor [N]): d logp / d logits is their product."""
+    """(columns of the vocabulary, p [columns, N], factor [N]) of each tile: d logp / d logits is p times factor, but
+    for the elements at the targets, which are 0 in p."""
     size, vocabulary = len(x.hidden), len(x.weight)
     step = _columns(size, x, most_bytes)
     block = None if kept.tiles is not None else _Block(x, entropy=False, jacobian=True)
@@ -91,13 +100,17 @@ def _tiles(x: Operands, lses: Tensor, kept: Kept, most_bytes: int) -> Iterator[t
 
 
 def _without_own(p: Tensor, here: Tensor, index: Tensor) -> Tensor:
-    """p [columns, n] in place, 0 at the targets that are in the tile; here, index: of `_Block._own`."""
+    """Set p [columns, n] to 0, in place, at the targets that lie in the tile; here, index: of `_Block._own`."""
     return p.scatter_(0, index, torch.where(here, 0.0, p.gather(0, index)[0])[None])
 
 
 class _Block:
-    """Some rows, and their sums over the tiles so far. Logits are in units of log 2, as torch's 2^x is several times
-    faster than its e^x; rest and below leave out the target's own term."""
+    """A block of n rows, and their running softmax sums over the tiles so far.
+
+    Logits are in units of log 2, as torch's 2^x is several times faster than its e^x. Per row: peak, the largest logit
+    so far; picked, the target's logit; rest, the sum of 2^(z - peak) and below, that of 2^(z - peak) (peak - z) for the
+    entropy, both without the target's own term; mean [n, D], the sum of 2^(z - peak) W[v] for the Jacobian.
+    """
 
     def __init__(self, x: Operands, *, entropy: bool, jacobian: bool) -> None:
         self.x, self.dtype, self.kind = x, x.hidden.dtype, wide(x.hidden.dtype)
@@ -117,7 +130,8 @@ class _Block:
         self.peaks: list[Tensor] = []  # of each tile, as its terms were written
 
     def add(self, first: int, columns: int, work: Tensor, *, keep: bool) -> None:
-        """The tile of the vocabulary that begins at `first`, in the first elements of `work`, which keep its terms."""
+        """Take in the tile of up to `columns` columns that begins at `first`. Its logits are computed in the first
+        elements of `work`; with `keep` these hold its terms 2^(z - peak) afterwards."""
         weight, z = self._logits(slice(first, first + columns), work)
         here, index = self._own(first, len(weight))
         slopes = self._capped(z, here, index if self.mean is not None or keep else None)
@@ -146,7 +160,7 @@ class _Block:
                 self.mean.add_(torch.mm(p.t(), weight))
 
     def again(self, columns: slice, lses: Tensor, work: Tensor) -> Tensor:
-        """p [columns, N] of a tile, without the targets' own, once more."""
+        """The probabilities p [columns, N] of a tile, computed once more, 0 at the targets; lses: [N], of `found`."""
         weight, z = self._logits(columns, work)
         here, index = self._own(columns.start, len(weight))
         slopes = self._capped(z, here, index)
@@ -154,7 +168,7 @@ class _Block:
         return (p if slopes is None else p.mul_(slopes)).to(self.dtype)
 
     def _logits(self, columns: slice, work: Tensor) -> tuple[Tensor, Tensor]:
-        """(the tile's weight, what the softcap or the softmax is taken of [columns, n])."""
+        """(the tile's rows of the weight, the head's output [columns, n], of which the softcap or softmax is taken)."""
         weight, bias = self.x.weight[columns], self.x.bias
         out = work[: len(weight) * self.states.shape[1]].view(len(weight), self.states.shape[1])
         if bias is None:
@@ -165,12 +179,13 @@ class _Block:
         return weight, out if self.folded else out.to(self.kind).mul_(self.factor)
 
     def _own(self, first: int, size: int) -> tuple[Tensor, Tensor]:
-        """(whether a row's target is in the tile [n], its place there [1, n])."""
+        """(whether each row's target lies in the tile [n] bool, its place there [1, n], 0 where it does not)."""
         here = (self.targets >= first) & (self.targets < first + size)
         return here, torch.where(here, self.targets - first, 0)[None]
 
     def _capped(self, z: Tensor, here: Tensor, index: Tensor | None) -> Tensor | None:
-        """Caps z in place where the model does; its slopes [columns, n] where an index is given."""
+        """Apply the model's softcap, if it has one, to z in place; gives its derivatives [columns, n] where an index is
+        given, else None."""
         softcap, slopes = self.x.how.softcap, None
         if softcap is None:
             return None
@@ -182,22 +197,23 @@ class _Block:
         return slopes
 
     def _total(self) -> tuple[Tensor, Tensor]:
-        """(the target's own term, the sum of all)."""
+        """(the target's own term 2^(picked - peak), the sum of all terms), [n] each."""
         own = torch.where(self.inside, (self.picked - self.peak).exp2(), 0.0)
         return own, self.rest + own
 
     def factors(self) -> Tensor | None:
-        """Of the tiles that were kept: [T, n]."""
+        """What the terms of each of the T kept tiles are to be multiplied by, [T, n]: each was written with the peak of
+        its time. None where no tiles were kept."""
         if not self.peaks:
             return None
         return (torch.stack(self.peaks) - self.peak).exp2_() * (self.coefficient / self._total()[1])
 
     def own(self) -> Tensor:
-        """d logp / d logit at the target [n]: scale / temperature (1 - p) slope."""
+        """d logp / d x at the target, [n]: scale / temperature (1 - p) times the softcap's slope."""
         return -self.coefficient * self.inside * self.slope * self.rest / self._total()[1]
 
     def found(self, *, top: bool) -> Found:
-        """After the last tile."""
+        """The statistics of the block's rows, after the last tile."""
         own, total = self._total()
         # Relative to the peak both terms are small: less is rounded away than in z - lse.
         logps = (self.picked - self.peak) * LN2 - total.log()

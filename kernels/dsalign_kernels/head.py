@@ -1,4 +1,4 @@
-"""What both ways through the head share: its operands, what is found, and what is kept for the weight's gradient."""
+"""What both implementations of the head, `by_rows` for a GPU and `by_tiles` for a CPU, take, give and keep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from dsalign_kernels.rows import Transform
 
 @dataclass(frozen=True)
 class Operands:
-    """hidden [N, D], weight [V, D], bias [V] or None, targets [N], and what lies between the product and the logits."""
+    """The inputs of the head: hidden states [N, D], weight [V, D], bias [V] or None, target token ids [N] int64, and
+    how the product becomes logits."""
 
     hidden: Tensor
     weight: Tensor
@@ -23,12 +24,13 @@ class Operands:
     how: Transform
 
     def rows(self, part: slice) -> Operands:
-        """Those of some rows."""
+        """The same head over some of the N rows."""
         return Operands(self.hidden[part], self.weight, self.bias, self.targets[part], self.how)
 
 
 class Found(NamedTuple):
-    """logps, log-sum-exp, entropy or None, top or None: all [N]. jacobian: d logp / d hidden [N, D], or None."""
+    """What a forward through the head computes: the fields of `Logps`, [N] each, entropies and tops None unless asked
+    for; jacobian: d logp / d hidden, [N, D] in the dtype of the states, None where they need no gradient."""
 
     logps: Tensor
     lses: Tensor
@@ -38,9 +40,11 @@ class Found(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """d logp / d logits for the weight's gradient, as each way writes it; tiles None: computed again from the states.
+    """What a forward keeps of d logp / d logits [N, V] for the weight's gradient.
 
-    tiles: N x V elements. factors [T, N]: what multiplies the rows of each tile. own [N]: the gradient at the target.
+    tiles: its N x V elements, in the layout of the implementation; None where the backward computes them again from the
+    hidden states. Of `by_tiles` alone: factors [T, N], what the rows of each of T tiles are still to be multiplied by;
+    own [N], the element at each row's target, which the tiles leave out.
     """
 
     tiles: Tensor | None
@@ -49,25 +53,28 @@ class Kept(NamedTuple):
 
 
 def joined(parts: Sequence[Sequence[Tensor | None]]) -> Iterator[Any]:
-    """Each field of some parts of the rows, of all rows; None where it was not asked for."""
+    """Each field's tensors of consecutive parts of the rows, concatenated to one of all rows; None stays None."""
     return (None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True))
 
 
 def chunk_rows(vocabulary: int, itemsize: int, head_bytes: int) -> int:
-    """Rows of logits in one chunk: a multiple of 128 where there are so many."""
+    """How many rows of logits, itemsize bytes each element, fit into head_bytes: at least 1, and a multiple of 128
+    where more than 128 fit, as matrix products are fastest so."""
     fit = max(1, head_bytes // (vocabulary * itemsize))
     return fit - fit % 128 if fit > 128 else fit
 
 
 def by_row(x: Tensor, g: Tensor) -> Tensor:
-    """x [N, D] times g [N], computed in the dtype of g and rounded once to that of x."""
+    """Row i of x [N, D] times g[i], computed in the dtype of g [N] and rounded once to that of x."""
     return torch.mul(x, g[:, None], out=torch.empty_like(x))
 
 
 def add_product(a: Tensor, states: Tensor, g: Tensor, out: Tensor, *, add: bool) -> None:
-    """a [C, N] x (g [N] states [N, D]) into out [C, D], or added to it without rounding to 16 bits first.
+    """Write sum_n a[:, n] g[n] states[n] into out [C, D], or with `add` add it, without rounding to 16 bits first.
 
-    Float16 holds g divided by its largest number; the product is multiplied with it again.
+    a: [C, N], some columns of d logp / d logits, transposed; g: [N] float32, the loss's derivative in each
+    log-probability; states: [N, D]. In float16 g is divided by its largest number, so that small ones don't vanish, and
+    the product multiplied by it again.
     """
     largest = None
     if states.dtype == torch.float16 and len(g):

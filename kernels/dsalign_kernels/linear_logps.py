@@ -1,9 +1,11 @@
-"""The log-probability of one target a row, from hidden states and the head's weight: no N x V tensor is kept.
+"""The log-probability of one target token a row, from hidden states and the head's weight, without all N x V logits.
 
-The log-probability is one number a token, so its gradient in the token's hidden state is one row of D numbers,
-J = (W[y] - p W) / T. It is computed in the forward, where p is at hand; dHidden = g J then holds for any loss, and a
-frozen head's weight is not read again. With a trained head, dWeight = ([v = y] - p)^T (g hidden): the bracket is kept
-where it fits into memory, and computed again, a slice of the vocabulary at a time, where it does not.
+A log-probability is one number a token, so its gradient in the token's hidden state is one row of D numbers,
+J = (W[y] - p W) / temperature. The forward computes J, as it has p at hand; the gradient of any loss in the hidden
+states is then g J, with g the loss's derivative in each log-probability, and a frozen head's weight is not read again.
+A trained head's gradient is ([v = y] - p)^T (g hidden): the bracket, N x V elements, is kept where it fits into memory,
+and computed again in the backward, a slice of the vocabulary at a time, where it does not, as cut cross-entropy
+(arXiv:2411.09009) always does.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ KEEP_RATIO = 6  # brackets are kept up to so many times the work space
 
 @dataclass(frozen=True)
 class Scheme:
-    """What runs, in matrix products of N x D x V: forward and backward together."""
+    """How the head is computed, and its cost: matrix products of N x D x V, forward and backward together."""
 
     name: str  # "forward", "frozen", "kept", "recomputed", "local"
     products: int
@@ -45,9 +47,12 @@ def scheme(
     head_bytes: int,
     largest_part: int | None = None,
 ) -> Scheme:
-    """The one place that decides. gradient: whether hidden states or weight need one; trained: whether the weight does;
-    rows_: N; dtype: of a logit; head_bytes: the work space; largest_part: rows of the largest part of a loss that adds
-    over parts, None where it does not. "local" is for `linear_loss`, the others are for `linear_logps`."""
+    """How N = rows_ rows go through a head of this vocabulary: the one place that decides. README.md has the table.
+
+    dtype: of a logit. gradient: whether hidden states or weight need one; trained: whether the weight does. head_bytes:
+    the work space for logits. largest_part: the rows of the largest part of a loss that adds over parts; None where the
+    loss does not. "local" is for `linear_loss`, the other schemes for `linear_logps`.
+    """
     if not gradient:
         return Scheme("forward", 1)
     if not trained:
@@ -76,11 +81,12 @@ def linear_logps(
     head_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> Logps:
-    """`selective_logps` of hidden x weight^T + bias, differentiable in all three.
+    """`selective_logps` of the logits hidden x weight^T + bias, differentiable in hidden, weight and bias.
 
     hidden: [N, D]; weight: [V, D] and bias: [V] of the same dtype; targets: [N] int64 in [0, V) or ignore_index.
-    head_bytes: memory for one chunk of logits; None: 512 MiB on a GPU, 48 MiB on a CPU, where a tile of 16 MiB does
-    unless logits are kept. The logits of a chunk have hidden's dtype; statistics and sums of weight gradients over
+    entropy, top, scale, softcap, temperature: as for `selective_logps`.
+    head_bytes: memory for one chunk of logits; None: 512 MiB on a GPU and 48 MiB on a CPU, which uses 16 MiB of it
+    unless logits are kept. A chunk's logits have the dtype of hidden; statistics and sums of weight gradients over
     chunks are float32, or by torch float64 for float64.
     Raises ValueError where shapes, dtypes or `impl` do not fit.
     """
@@ -114,11 +120,13 @@ def linear_loss(
     ignore_index: int = IGNORE_INDEX,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The sum over i of loss(i, logps, entropy), scalar float32, where the loss of a part reads its own rows alone.
+    """The sum of loss(i, logps, entropy) over parts i of the rows, scalar float32, differentiable in hidden, weight and
+    bias; the loss of a part must read the part's own rows alone.
 
-    hidden, weight, bias, targets: as for `linear_logps`. parts: [number of rows of each part], together N, in order.
-    loss: called once a part, in order, in the forward, with gradient; its logps are [parts[i]] float32. Its gradient is
-    taken at once, while the logits are there: three matrix products, no second look at the logits.
+    hidden, weight, bias, targets and what follows: as for `linear_logps`. parts: the number of rows of each part, in
+    order, together N. loss: called in the forward, once a part in order, with the part's index, its log-probabilities
+    [parts[i]] float32 and their entropy or None; it returns a scalar. Its gradient is taken at once, while the part's
+    logits are in memory: three matrix products in all, and the logits are not computed again.
     Raises ValueError where the parts are not all rows, and where shapes, dtypes or `impl` do not fit.
     """
     if sum(parts) != len(hidden):
@@ -133,12 +141,12 @@ def linear_loss(
 
 
 def default_bytes(device: torch.device) -> int:
-    """The work space where the caller names none."""
+    """Bytes of the work space for logits on this device, where the caller names none."""
     return DEFAULT_MIB.get(device.type, DEFAULT_MIB["cuda"]) * 2**20
 
 
 def _way(triton: bool) -> ModuleType:
-    """by_rows, or by_tiles: the same functions."""
+    """The implementation: `by_rows`, or `by_tiles` with the same functions."""
     if not triton:
         return by_tiles
     from dsalign_kernels import by_rows  # noqa: PLC0415  # triton is published for Linux alone
@@ -244,7 +252,7 @@ class _LinearLoss(torch.autograd.Function):
 def _coefficient(
     loss: Callable[[int, Tensor, Tensor | None], Tensor], index: int, logps: Tensor, entropy: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(d loss / d logps [n], the loss)."""
+    """(the loss's derivative in each of the part's log-probabilities [n], the loss without gradient)."""
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         value = loss(index, leaf, entropy)

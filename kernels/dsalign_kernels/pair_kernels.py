@@ -1,26 +1,35 @@
-"""Triton: preference losses from token log-probabilities, with their gradient and metrics, in one launch.
+"""Triton kernels: preference losses from token log-probabilities, with their gradient and metrics, in one launch.
 
-One program a pair, or a completion. Each writes its own numbers to a row; whoever comes last adds the rows up, in their
-order: the result does not depend on which program was fastest, and nothing is copied to the host.
+A program computes a pair, or a labelled completion, and writes its numbers to its row of a table. The program that
+finishes last adds the rows up in their order: the sums do not depend on which program was fastest, and nothing is
+copied to the host.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsalign_kernels.reference import MOST_LOSSES, Recipe
+if TYPE_CHECKING:
+    from dsalign_kernels.preference import Recipe
 
-BLOCK, WARPS = 1024, 4  # tokens read at a time
+BLOCK, WARPS = 1024, 4  # tokens that a program reads at a time, and its warps
 ROWS = 16  # pairs added up at a time, by the last program
 COLUMNS = 16  # numbers of a pair: the least power of two that holds them
+# Formulas and papers stand in dsalign/contract/preference_losses.py; sigmoid_norm with a margin is SimPO's
+# (arXiv:2405.14734, eq. 6), odds_ratio ORPO's (arXiv:2403.07691, eq. 7).
 LOSSES = (
     "none", "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
     "apo_down", "sigmoid_norm", "discopop", "odds_ratio",
 )  # fmt: skip
+LABEL_LOSSES = ("kto",)
+MOST_LOSSES = 3  # that a recipe adds up
+KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)  # a minimum or maximum of NaN and a number would else be the number
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 _done: dict[tuple[torch.device, int], Tensor] = {}  # programs that have finished; the last one makes it 0 again
@@ -74,10 +83,8 @@ def _smoothed(z, eps):
 
 @triton.jit
 def _loss(c, r, mc, mr, beta, eps, gamma, tau, LOSS: tl.constexpr):
-    """(loss, its derivatives in c, r, mc, mr). c, r: log-ratios of chosen and rejected; mc, mr: the same a token.
-
-    The formulas are those of `reference.PAIR_LOSSES`; LOSS is an index of LOSSES.
-    """
+    """(loss of a pair, its derivatives in c, r, mc and mr); LOSS: an index of LOSSES, whose comment has sources.
+    c, r: Delta of chosen and rejected completion, nats, or its f-divergence; mc, mr: Delta a token."""
     zero = c * 0.0
     loss, dc, dr, dmc, dmr = zero, zero, zero, zero, zero
     z, a, b = beta * (c - r), beta * c, beta * r
@@ -85,7 +92,7 @@ def _loss(c, r, mc, mr, beta, eps, gamma, tau, LOSS: tl.constexpr):
         loss, dz = _smoothed(z, eps)
         dc, dr = beta * dz, -beta * dz
     elif LOSS == 2:  # hinge
-        loss = tl.maximum(1.0 - z, 0.0)
+        loss = tl.maximum(1.0 - z, 0.0, propagate_nan=KEEP_NAN)
         dz = tl.where(z < 1.0, -beta, 0.0)
         dc, dr = dz, -dz
     elif LOSS == 3:  # ipo
@@ -137,30 +144,31 @@ def _loss(c, r, mc, mr, beta, eps, gamma, tau, LOSS: tl.constexpr):
 
 @triton.jit
 def _log_odds(mean):
-    """(log e^a / (1 - e^a), its derivative), a = min(mean, -2^-24)."""
-    a = tl.minimum(mean, -5.9604644775390625e-08)
+    """(log(e^a / (1 - e^a)), its derivative in mean), a = min(mean, -2^-24): a mean of 0 has infinite odds."""
+    a = tl.minimum(mean, -5.9604644775390625e-08, propagate_nan=KEEP_NAN)
     rest = _log1mexp(a)
     return a - rest, tl.where(mean <= -5.9604644775390625e-08, tl.exp(-rest), 0.0)
 
 
 @triton.jit
 def _diverged(x, alpha, DIVERGENCE: tl.constexpr):
-    """(what an f-divergence puts in the place of a log-ratio, its derivative); arXiv:2309.16240."""
+    """(what an f-divergence puts in the place of Delta = x, its derivative in x); arXiv:2309.16240. Exponents are held
+    at 80, where e^x still fits float32."""
     value, slope = x, x * 0.0 + 1.0
     if DIVERGENCE == 1:  # forward_kl
-        power = tl.exp(tl.minimum(-x, 80.0))
+        power = tl.exp(tl.minimum(-x, 80.0, propagate_nan=KEEP_NAN))
         value, slope = -power, tl.where(-x <= 80.0, power, 0.0)
     elif DIVERGENCE == 2:  # js
         value, slope = _logsigmoid(x), tl.sigmoid(-x)
     elif DIVERGENCE == 3:  # alpha
-        power = tl.exp(tl.minimum((alpha - 1.0) * x, 80.0))
+        power = tl.exp(tl.minimum((alpha - 1.0) * x, 80.0, propagate_nan=KEEP_NAN))
         value, slope = power / (alpha - 1.0), tl.where((alpha - 1.0) * x <= 80.0, power, 0.0)
     return value, slope
 
 
 @triton.jit
 def _start(lengths, index, BLOCK: tl.constexpr):
-    """The first token of completion `index`: the lengths of all before it, added up."""
+    """The position of completion `index`'s first token: the lengths of all completions before it, added up."""
     found = tl.zeros([BLOCK], tl.int64)
     for first in range(0, index, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -170,7 +178,8 @@ def _start(lengths, index, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sums(logps, reference, start, length, shorter, HAS_REFERENCE: tl.constexpr, BLOCK: tl.constexpr):
-    """(log-probabilities of the first `shorter` tokens, of the rest; log-ratios of the first, of the rest): sums."""
+    """Four sums over a completion's tokens: log-probabilities of the first `shorter` tokens and of the rest, then
+    log-ratios to the reference of the first `shorter` and of the rest."""
     head, tail = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     ratio_head, ratio_tail = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for first in range(0, length, BLOCK):
@@ -187,7 +196,7 @@ def _sums(logps, reference, start, length, shorter, HAS_REFERENCE: tl.constexpr,
 
 @triton.jit
 def _fill(gradient, start, length, shorter, head, tail, plain, BLOCK: tl.constexpr):
-    """head + plain to the tokens up to `shorter`, tail + plain beyond."""
+    """Write a completion's gradient: head + plain at the first `shorter` tokens, tail + plain at the rest."""
     for first in range(0, length, BLOCK):
         at = first + tl.arange(0, BLOCK)
         tl.store(gradient + start + at, tl.where(at < shorter, head, tail) + plain, mask=at < length)
@@ -195,7 +204,8 @@ def _fill(gradient, start, length, shorter, head, tail, plain, BLOCK: tl.constex
 
 @triton.jit
 def _add_up(table, totals, done, programs, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """The last program adds the rows of the table [programs, COLUMNS]."""
+    """The program that finishes last writes the sums of the table [programs, COLUMNS] to totals [COLUMNS]. done: int32,
+    how many programs have finished; it is 0 again afterwards."""
     tl.debug_barrier()  # all of this program's row is written
     if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
         column = tl.arange(0, COLUMNS)
@@ -304,7 +314,11 @@ def preference(
     *,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(totals [COLUMNS] of the columns of `preference.PAIRED` or `LABELLED`, sums [S], gradient [N] or None)."""
+    """(totals, sums, gradient) of a launch; inputs as for `dsalign_kernels.preference`, dense and on one device.
+
+    totals: [COLUMNS] float32, the loss and the metrics in the order of `preference.PAIRED` or `LABELLED`. sums: [S]
+    float32, each completion's log-probability. gradient: [N] float32, of the loss in logps; None unless wanted.
+    """
     programs = len(lengths) // (2 if desirable is None else 1)
     table = torch.empty(max(programs, 1), COLUMNS, dtype=torch.float32, device=logps.device)
     totals = torch.empty(COLUMNS, dtype=torch.float32, device=logps.device)
@@ -335,7 +349,7 @@ def preference(
 
 
 def _counter(device: torch.device) -> Tensor:
-    """One a stream: launches on one stream follow each other."""
+    """The count of finished programs, 0 between launches: one a stream, as a stream's launches follow each other."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if (device, stream) not in _done:
         _done[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)

@@ -1,7 +1,8 @@
-"""Triton: the softmax statistics of rows of logits, and the gradient of their log-probabilities, written in place.
+"""Triton kernels: softmax statistics of rows of logits, and the gradient of the targets' log-probabilities.
 
-The first pass over a row keeps a running maximum and a running sum in every lane, so that nothing crosses lanes inside
-the loop (one exponential an element); the second reads the row again while it is still in the L2 cache.
+The first pass over a row keeps a running maximum and a running sum of exponentials (arXiv:1805.02867) in every lane of
+the block, so that nothing crosses lanes inside the loop and each element costs one exponential. The second pass, where
+the gradient is wanted, writes it over the row while the row is still in the L2 cache.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -26,7 +27,8 @@ BLOCKS = {
 
 @triton.jit
 def _transformed(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """What follows the head: scale x, or softcap tanh(scale x / softcap)."""
+    """The logits of the head's output x: scale x, or softcap tanh(scale x / softcap). The caller has divided scale and
+    softcap by the temperature."""
     x = x * scale
     if HAS_SOFTCAP:
         x = softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)
@@ -35,7 +37,7 @@ def _transformed(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _gradient(x, lse, target, weight, cols, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """weight x d logp / d x = weight ([col = target] - p) dz/dx."""
+    """weight d logp / d x = weight ([col = target] - p) dz / dx, of some columns of a row."""
     z = _transformed(x, scale, softcap, HAS_SOFTCAP)
     p = tl.exp2((z - lse) * LOG2E)
     grad = (tl.where(cols == target, 1.0, 0.0) - p) * (weight * scale)
@@ -129,7 +131,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def blocks(kind: str, device: torch.device) -> dict[str, int]:
-    """Columns at a time and warps of a kernel on this device; kind: "read", "write" or "gradient"."""
+    """A kernel's BLOCK, the columns it reads at a time, and num_warps on this device; kind: "read", "write" or
+    "gradient"."""
     block, warps = BLOCKS[_architecture(device)[0]][kind]
     return {"BLOCK": block, "num_warps": warps}
 
@@ -146,9 +149,10 @@ def stats(
     temperature: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """logps [N], log-sum-exp [N], entropy [N] or None, top [N] bool or None, of logits [N, V] with dense rows.
+    """(logps, log-sum-exp, entropy or None, top or None), [N] each, of logits [N, V] whose rows are dense in memory.
 
-    write: the logits become d logp / d logits in place.
+    targets: [N] int64. entropy, top: whether they are wanted. write: the logits are overwritten by the derivative of
+    each row's log-probability in them. scale, softcap, temperature, ignore_index: as in `rows.Transform`.
     """
     size = len(logits)
     logps, lses = (torch.empty(size, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -179,9 +183,10 @@ def gradient(
     temperature: float,
     ignore_index: int,
 ) -> Tensor:
-    """weights x d logp / d logits [N, C] into `out`, which may be the logits; weights [N] float32, 1 where None.
+    """Write weights x d logp / d logits [N, C] into `out`, and return it; out may be the logits themselves.
 
-    first: the vocabulary index of the first column, where the logits are a slice of the vocabulary.
+    targets: [N] int64; lses: [N] float32, log-sum-exp of the whole rows; weights: [N] float32, 1 where None. first: the
+    vocabulary index of the first column, where the logits are a slice of the vocabulary, C columns of it.
     """
     if len(logits):
         _grad_kernel[(len(logits),)](

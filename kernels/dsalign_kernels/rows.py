@@ -1,4 +1,7 @@
-"""Rows of logits, by Triton on a GPU and by torch elsewhere: statistics, and the gradient of the log-probabilities."""
+"""Statistics of rows of logits and the gradient of their targets' log-probabilities, by Triton or by torch.
+
+Also the choice between both, which all operations share: `uses_triton`, `has_triton`, `need_triton`.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,11 @@ LOG2E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class Transform:
-    """From the head's output x to logits: softcap tanh(scale x / softcap) / temperature; no softcap: scale x /
-    temperature. Rows whose target is ignore_index give 0 and no gradient."""
+    """What lies between the head's output x and the logits z of the softmax.
+
+    z = softcap tanh(scale x / softcap) / temperature (arXiv:2408.00118, section 2), or scale x / temperature without a
+    softcap; all three > 0. Rows whose target is ignore_index have log-probability 0 and no gradient.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -34,15 +40,31 @@ class Transform:
     ignore_index: int = IGNORE_INDEX
 
 
-def uses_triton(impl: Impl, tensor: Tensor) -> bool:
-    """Whether a kernel does it on the tensor's device; float64 is by torch always, as the kernels compute in float32.
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on tensors of this device: a GPU, or any in Triton's interpreter (the environment
+    variable TRITON_INTERPRET is 1, as in the tests); and only where the triton package is installed."""
+    return row_kernels is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
-    Raises ValueError where Triton is asked for and cannot run on this device, or `impl` is no implementation.
+
+def need_triton(operation: str, device: torch.device) -> None:
+    """Raises ValueError where an operation that is a Triton kernel alone can't run on tensors of this device."""
+    if not has_triton(device):
+        raise ValueError(
+            f"{operation}: expected tensors on a GPU and the triton package, got tensors on {device}; there the "
+            "algorithm's own loss in dsalign/algos computes the same"
+        )
+
+
+def uses_triton(impl: Impl, tensor: Tensor) -> bool:
+    """Whether an operation that has a Triton kernel and a torch implementation runs the kernel on this tensor.
+
+    "auto": on a GPU; "triton" and "torch" insist. A float64 tensor is always for torch: the kernels compute in float32.
+    Raises ValueError where "triton" can't run on the tensor's device, or `impl` is none of the three.
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl: expected "auto", "triton" or "torch", got {impl!r}')
     device = tensor.device
-    able = row_kernels is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    able = has_triton(device)
     if impl == "triton" and not able:
         raise ValueError(f'impl="triton": expected a GPU and the triton package, got a tensor on {device}; use "auto"')
     wanted = impl == "triton" or (impl == "auto" and device.type == "cuda")
@@ -50,20 +72,23 @@ def uses_triton(impl: Impl, tensor: Tensor) -> bool:
 
 
 def check(logits_rows: int, targets: Tensor, shapes: str) -> None:
-    """Raises ValueError unless targets is [N] int64 or int32 with N = logits_rows."""
+    """Raises ValueError unless targets is [logits_rows] int64 or int32; shapes: the other inputs, for the message."""
     if targets.shape != (logits_rows,) or targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"expected {shapes} and targets [N] int64, got targets {tuple(targets.shape)} {targets.dtype}")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What statistics of logits are computed in: float32, or float64 for float64."""
+    """The dtype that statistics of logits of this dtype are computed in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def stats(
     logits: Tensor, targets: Tensor, how: Transform, *, entropy: bool, top: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """logps, log-sum-exp, entropy or None, top or None of the rows of logits [N, V]: all [N]."""
+    """(logps, log-sum-exp, entropy, top) of the rows of logits [N, V] at targets [N]: the fields of `Logps`, all [N].
+
+    entropy and top are None unless they are asked for. triton: by the kernel, else by torch in chunks of rows.
+    """
     if triton:
         return row_kernels.stats(logits, targets, entropy=entropy, top=top, write=False, **vars(how))
     size, device, kind = len(logits), logits.device, wide(logits.dtype)
@@ -93,7 +118,10 @@ def stats(
 def gradient(
     logits: Tensor, out: Tensor, targets: Tensor, lses: Tensor, weights: Tensor, how: Transform, *, triton: bool
 ) -> Tensor:
-    """weights [N] x d logp / d logits [N, V] into `out`, which may be the logits."""
+    """Write weights x d logp / d logits [N, V] into `out`, and return it; out may be the logits themselves.
+
+    lses: [N] float32, what `stats` found; weights: [N] float32, the loss's derivative in each log-probability.
+    """
     if triton:
         return row_kernels.gradient(logits, out, targets, lses, weights, **vars(how))
     kind = wide(logits.dtype)
@@ -117,7 +145,7 @@ def gradient(
 
 
 def _transformed(z: Tensor, how: Transform) -> Tensor:
-    """In place."""
+    """The head's output z becomes the logits of the softmax, in place."""
     if how.softcap is not None:
         return z.mul_(how.scale / how.softcap).tanh_().mul_(how.softcap / how.temperature)
     factor = how.scale / how.temperature
@@ -130,14 +158,17 @@ def _exp(z: Tensor) -> Tensor:
 
 
 def _slope(z: Tensor, how: Transform) -> Tensor:
-    """1 - tanh^2, from z = softcap tanh(.) / temperature."""
+    """The softcap's derivative 1 - tanh^2, from the logits z = softcap tanh(.) / temperature."""
     assert how.softcap is not None
     return z.mul(how.temperature / how.softcap).square_().neg_().add_(1.0)
 
 
 def _chunks(logits: Tensor, *, owned: bool) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, work space for them [n, V], empty where it is owned), each of up to CHUNK_BYTES. One work space for all:
-    the allocator of a CPU gives freed memory back, and every page is zeroed again."""
+    """Chunks of the rows of logits [N, V], each of up to CHUNK_BYTES: (which rows, work space for them [n, V]).
+
+    The work space is the same memory for all chunks: the allocator of a CPU gives freed memory back to the system,
+    which zeroes every page again. It is empty where `owned`: then the caller works in the logits.
+    """
     kind = wide(logits.dtype)
     size = max(1, CHUNK_BYTES // (kind.itemsize * max(1, logits.shape[1])))
     work = logits.new_empty(0 if owned else min(size, len(logits)), logits.shape[1], dtype=kind)

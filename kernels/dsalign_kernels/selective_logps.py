@@ -1,4 +1,5 @@
-"""The log-probability of one target a row, from logits: one read forward, a read and a write backward."""
+"""The log-probability of one target token a row of logits. The forward reads the logits once, the backward reads them
+and writes their gradient; no softmax of all rows is kept between both."""
 
 from __future__ import annotations
 
@@ -25,13 +26,16 @@ def selective_logps(
     in_place: bool = False,
     impl: Impl = "auto",
 ) -> Logps:
-    """Log-probabilities in float32 (float64 of float64 logits, by torch), differentiable in the logits.
+    """Log-probabilities of the targets, differentiable in the logits: float32, or float64 of float64 logits, by torch.
 
-    logits: [N, V] float; targets: [N] int64 in [0, V) or ignore_index; temperature > 0. Beyond the logits the forward
-    keeps 4 bytes a row and the backward allocates their gradient; with in_place it writes over the logits instead:
-    then nothing else may read them again, and there is one backward. Raises ValueError where shapes, dtypes or `impl`
-    do not fit.
-    logp = z_y - log sum_v e^(z_v); d logp / d z_v = [v = y] - p_v; entropy = sum_v p_v (log sum_w e^(z_w) - z_v).
+    logp = z_y - log sum_v e^(z_v); d logp / d z_v = [v = y] - p_v; entropy = sum_v p_v (log sum_w e^(z_w) - z_v), with
+    z = softcap tanh(scale x / softcap) / temperature of the logits x, or scale x / temperature without a softcap.
+
+    logits: [N, V] float; targets: [N] int64 in [0, V), or ignore_index, which gives 0 and no gradient. entropy, top:
+    whether `Logps` has these fields. scale, softcap, temperature: > 0.
+    in_place: the backward writes the gradient over the logits instead of into new memory; then nothing else may read
+    them, and there is one backward. Beside the logits the forward keeps 4 bytes a row.
+    Raises ValueError where shapes, dtypes or `impl` do not fit.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits [N, V] and targets [N], got {tuple(logits.shape)} and {tuple(targets.shape)}")

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsalign.contract.groups import Batch, Group, MicroBatch, Output, Prepared
+from dsalign.contract.algorithm import loss_of
+from dsalign.contract.groups import Batch, Group, MicroBatch, Output, Prepared, Scores
+from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.packing import cut
 from dsalign.loop import loss as fused
 
@@ -88,26 +90,36 @@ class Ranks:
 
 
 class FakeContext:
-    """`dsalign.algos.Context` over a `Model`; remembers what it was asked and told."""
+    """`dsalign.contract.algorithm.Context` over a `Model`; remembers what it was asked and told."""
 
     def __init__(self, model: Model, *, ranks: Ranks | None = None, rank: int = 0, max_length: int = 64) -> None:
         self.model, self.rank, self.max_length = model, rank, max_length
         self.ranks = ranks or Ranks(1)
-        self.step, self.state = 0, dict[str, Any]()
-        self.generator = torch.Generator().manual_seed(0)
+        self.step, self.total_batches, self.state = 0, 1, dict[str, Any]()
+        self.end_ids, self.rollout = frozenset[int](), RolloutOptions()
         self.asked: list[tuple[str, list[Group]]] = []
         self.warnings: list[str] = []
 
-    def logps(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+    def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
         self.asked.append((role, list(groups)))
         return [torch.tensor(np.concatenate(given(self.model, role, g))).to(torch.get_default_dtype()) for g in groups]
 
-    def logps_beside(self, role: str, own: Sequence[Group], groups: Sequence[Group]) -> list[Tensor]:
-        assert [g.prompt for g in own] == [g.prompt for g in groups]
-        return self.logps(role, groups)
-
-    def values(self, role: str, groups: Sequence[Group], batch_size: int | None = None) -> list[Tensor]:
+    def values(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
         raise AssertionError("no algorithm trained on rows prepares values")
+
+    def generate(
+        self, role: str, groups: Sequence[Group], samples: int, first: int = 0
+    ) -> tuple[list[Group], list[Tensor]]:
+        raise AssertionError("no algorithm trained on rows samples completions")
+
+    def scores(self, groups: Sequence[Group]) -> Scores:
+        raise AssertionError("no algorithm trained on rows asks for scores")
+
+    def more(self, count: int) -> Batch:
+        raise AssertionError("no algorithm trained on rows asks for further prompts")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
 
     def gae(self, rewards: Any, values: Any, lengths: Any, gamma: float, lam: float) -> list[Tensor]:
         return fused.gae(rewards, values, lengths, gamma, lam, CPU)
@@ -166,8 +178,7 @@ def output(model: Model, groups: Sequence[Group]) -> Output:
 
 def divided(algorithm: Any, role: str, out: Output, micro: MicroBatch) -> Tensor:
     """The loss of a global batch that is one micro-batch of one rank, each term over its count as the trainer does."""
-    loss = getattr(algorithm, f"{role}_loss")(out, micro)
-    units = algorithm.units(micro.groups)
+    loss, units = loss_of(algorithm, role, out, micro), algorithm.units(micro)
     return sum((term / units[unit] for unit, term in loss.terms.items() if units[unit]), torch.zeros(()))
 
 

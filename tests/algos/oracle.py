@@ -23,7 +23,17 @@ ORPO_CEILING = -(2.0**-24)  # the largest mean log-probability whose odds are fi
 LARGEST_EXPONENT = 80.0  # of the f-divergences: e^80 still fits float32
 
 USES_SMOOTHING = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"}
-REFUSES_DIVERGENCE = {"aot", "aot_unpaired", "apo_zero", "apo_down", "sft", "ipo", "sigmoid_norm"}
+BY_LENGTH = {"ipo", "sigmoid_norm"}
+REFUSES_DIVERGENCE = {
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "sft",
+} | BY_LENGTH
 
 
 # ---- scalars -------------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import oracle
 import pytest
-from fakes import Drawn, Ids, prepared_on
+from fakes import CPU, Drawn, Ids, prepared_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import random_groups
 
 from dsalign.algos.kto import KTO, mismatch_shift
 from dsalign.contract.groups import Group
+from dsalign.data.batches.packing import micro_batch
 
 MODEL = Drawn(gap_low=-0.25, gap_high=0.5)  # the policy is above the reference: z0 > 0
 
@@ -53,7 +54,7 @@ def test_prompt_i_meets_the_completion_of_example_i_plus_shift() -> None:
 def test_equal_prompts_everywhere_are_warned_of() -> None:
     groups = [labelled(i, (4,), (i + 10, 2), "a") for i in range(3)]
     ((_, ctx),) = prepared_on(KTO(), groups, MODEL)
-    assert ctx.warnings == ["kto: 3 of 3 mismatched completions answer an equal prompt; z0 is biased upwards"]
+    assert ctx.warnings == ["kto: some mismatched completions answer an equal prompt, which biases z0 upwards"]
 
 
 def test_a_mismatched_completion_is_cut_to_fit() -> None:
@@ -107,12 +108,19 @@ def test_apo_zero_unpaired_needs_no_mismatched_pairs() -> None:
 
 
 def test_kto_needs_two_examples_and_apo_zero_unpaired_one() -> None:
-    assert KTO().min_groups == 2
-    assert KTO(loss_type="apo_zero_unpaired").min_groups == 1
+    assert KTO().traits.min_groups == 2
+    assert KTO(loss_type="apo_zero_unpaired").traits.min_groups == 1
 
 
 def test_units_are_examples_of_both_classes() -> None:
-    assert KTO().units(random_groups("labels", 5)) == {"examples": 5}
+    assert KTO().units(micro_batch(random_groups("labels", 5), CPU)) == {"examples": 5}
+
+
+def test_margins_are_the_difference_of_both_means_and_absent_without_one_of_them() -> None:
+    """0.5 - -0.25; the trainer leaves a mean out that nothing was counted for."""
+    both = {"rewards/chosen": 0.5, "rewards/rejected": -0.25}
+    assert KTO().derived(both) == {"rewards/margins": 0.75}
+    assert [KTO().derived({name: both[name]}) for name in both] == [{}, {}]
 
 
 def rows(desirable: int, undesirable: int) -> list[Group]:

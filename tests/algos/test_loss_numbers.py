@@ -13,6 +13,7 @@ from fakes import CPU, divided, metrics_of, output, prepared_on, table
 from support import ALGORITHMS, from_rows, random_groups
 
 from dsalign import algos
+from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Group, Output
 from dsalign.data.batches.packing import cut, micro_batch
 
@@ -229,7 +230,7 @@ def test_simpo() -> None:
 @pytest.mark.parametrize("name", [name for name in from_rows() if name != "rm"])
 def test_entropy_is_reported_only_where_the_model_gives_it(name: str) -> None:
     algorithm = algos.load(name)()
-    groups = random_groups(algorithm.data, 3)
+    groups = random_groups(algorithm.traits.data, 3)
     ((prepared, _),) = prepared_on(algorithm, groups, lambda role, prompt, completion: np.full(len(completion), -1.0))
     micro = cut(prepared, range(3), CPU)
     assert "entropy" not in algorithm.policy_loss(Output(logps=torch.full((len(micro.segment),), -1.0)), micro).metrics
@@ -239,16 +240,16 @@ def test_entropy_is_reported_only_where_the_model_gives_it(name: str) -> None:
 def test_a_rank_without_rows_has_loss_0_and_a_zero_gradient(name: str) -> None:
     """Three ranks share two groups: the last one still prepares, counts 0 units, and its backward reaches a weight."""
     algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
-    groups = random_groups(algorithm.data, 2)
+    groups = random_groups(algorithm.traits.data, 2)
     found = prepared_on(algorithm, groups, lambda role, prompt, ids: np.full(len(ids), -1.0), world=3)
     prepared, _ = found[2]
     micro = cut(prepared, [], CPU)
-    assert (list(prepared.groups), set(algorithm.units([]).values())) == ([], {0})
-    (role,) = (role for role, how in algorithm.roles.items() if how == "train")
+    assert (list(prepared.groups), set(algorithm.units(micro).values())) == ([], {0})
+    (role,) = algorithm.traits.trained
     weight = torch.ones(3, requires_grad=True)
     nothing = weight[torch.zeros(0, dtype=torch.int64)]
     out = Output.of(role, nothing, nothing.detach())
-    loss = getattr(algorithm, f"{role}_loss")(out, micro)
+    loss = loss_of(algorithm, role, out, micro)
     assert [float(term.detach()) for term in loss.terms.values()] == [0.0] * len(loss.terms)
     (sum(loss.terms.values()) + 0.0 * nothing.sum()).backward()
     assert weight.grad.tolist() == [0.0, 0.0, 0.0]
@@ -259,12 +260,12 @@ def test_an_empty_rank_reports_the_names_of_the_others() -> None:
     """The means are taken over names that every rank must know, in the same order."""
     for name in from_rows():
         algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
-        groups = random_groups(algorithm.data, 2)
+        groups = random_groups(algorithm.traits.data, 2)
         names = []
         for prepared, _ in prepared_on(algorithm, groups, lambda role, prompt, ids: np.full(len(ids), -1.0), world=3):
             micro = cut(prepared, range(len(prepared.groups)), CPU)
             n, s = len(micro.segment), len(micro.lengths)
             out = Output(logps=torch.zeros(n), entropy=torch.zeros(n), scores=torch.zeros(s))
-            (role,) = (role for role, how in algorithm.roles.items() if how == "train")
-            names.append([*prepared.metrics, *getattr(algorithm, f"{role}_loss")(out, micro).metrics])
+            (role,) = algorithm.traits.trained
+            names.append([*prepared.metrics, *loss_of(algorithm, role, out, micro).metrics])
         assert names[0] == names[1] == names[2]

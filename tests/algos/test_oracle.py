@@ -277,15 +277,14 @@ def test_dpo_averages_over_pairs_and_adds_nll_over_tokens_once():
         ("js", 1.0, "sigmoid", 0.339183538932),
         ("alpha", 0.5, "sigmoid", 0.114244198312),
         ("alpha", 1.0, "sigmoid", 0.201413277983),
-        ("forward_kl", 1.0, "bco_pair", 0.813895540653),
+        ("forward_kl", 1.0, "discopop", 0.029879330392),
     ],
 )
 def test_dpo_f_divergences_by_hand(kind: str, alpha: float, name: str, expected: float):
     """forward_kl: h = -e^-1 + e^2 = 7.021176658, log(1 + e^-3.510588329).
     js: h = -0.313261688 + 2.126928011 = 1.813666323, log(1 + e^-0.906833162).
     alpha 0.5: (e^-0.5 - e^1) / -0.5 = 4.223502337, log(1 + e^-2.111751169); alpha 1: h = 3 as ever.
-    bco_pair: R_c = -0.183939721, R_r = -3.694528049: log(1 + e^0.183939721) + log(1 + e^-3.694528049)
-    = 0.789340320 + 0.024555221.
+    discopop at tau 0.05: sigmoid(70.2) is 1, so e^-3.510588329.
     """
     value = dpo(POLICY, REFERENCE, name, f_divergence_type=kind, f_alpha_divergence_coef=alpha)
     assert value == close(expected)

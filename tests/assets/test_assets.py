@@ -1,4 +1,4 @@
-"""The demo rows, found by name, read by the readers of every file and fit to learn from; and the demo reward."""
+"""The rows that come with dsalign: kinds, names, lengths and licence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from support import read_rows
 
 from dsalign import algos, assets
-from dsalign.assets.rewards import FUNCTIONS, friendly
 from dsalign.config.schema import RUN_OPTIONS
 from dsalign.data.rows.formats import KINDS
 from dsalign.data.rows.records import Row, RowError
@@ -33,7 +32,7 @@ def ratio(one: list[str], other: list[str], size: Callable[[str], int]) -> float
 def test_every_kind_of_row_has_a_file() -> None:
     assert assets.names() == ("demo:demonstrations", "demo:labels", "demo:pairs", "demo:prompts")
     assert {name.removeprefix("demo:") for name in assets.names()} == set(KINDS)
-    assert {algos.load(name).data for name in algos.names()} <= set(KINDS)
+    assert {algos.load(name)().traits.data for name in algos.names()} <= set(KINDS)
     assert assets.find("demo:labels") == Path(assets.__file__).parent / "labels.jsonl"
 
 
@@ -110,28 +109,6 @@ def test_files_are_plain_lines_of_json(kind: str) -> None:
     lines = text.removesuffix("\n").split("\n")
     assert [json.dumps(json.loads(line), ensure_ascii=False) for line in lines] == lines
     assert len({tuple(json.loads(line)) for line in lines}) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "reward"),
-    [
-        ("Rain is likely.", 0.0),
-        ("Sure, rain is likely.", 0.5),  # one phrase of two
-        ("Thank you. THANKS! Sure, rain is likely.", 1.0),
-        ("I hope you are glad. Please come, you are welcome.", 1.0),  # four phrases count as two
-        ("Measure it, shopeless pleased one.", 0.0),  # whole words only
-        ("Look it up, stupid.", -1.0),
-        ("Sure. Look it up.", -0.5),
-        (" \n", -1.0),
-        ("word " * 40, 0.0),
-        ("word " * 60, -0.5),  # 20 beyond 40
-        ("stupid " * 200, -2.0),
-    ],
-)
-def test_the_reward_that_comes_along(text: str, reward: float) -> None:
-    """warmth - rudeness - excess of each completion, whatever the prompt and the other columns."""
-    assert friendly(["Please?"], [text], label=["x"]) == [reward]
-    assert FUNCTIONS[assets.REWARD] is friendly
 
 
 def test_the_licence_is_told() -> None:

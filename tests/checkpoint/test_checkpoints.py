@@ -9,10 +9,11 @@ import pytest
 import run_cases
 import torch
 from run_cases import Run
-from support import RankPool, tiny_tokenizer
+from support import RankPool, section, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from dsalign.checkpoint.checkpoints import PROGRESS_FILE, Store, checkpoints, find
+from dsalign.checkpoint.checkpoints import PROGRESS_FILE, Checkpoints, checkpoints, find
+from dsalign.config.schema import OutputOptions
 
 
 @pytest.mark.parametrize("algo", ["sft", "dpo"])
@@ -126,15 +127,8 @@ def test_find_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     """Every key that differs, with both values; the same ones are not named."""
-    store = Store(
-        tmp_path,
-        {},
-        tiny_tokenizer(),
-        {},
-        {"seed": 2, "rows": 8, "tuner": "lora", "ranks": 4},
-        keep=2,
-        adapters_only=False,
-    )
+    fingerprint = {"seed": 2, "rows": 8, "tuner": "lora", "ranks": 4}
+    store = Checkpoints(section(OutputOptions), {}, tiny_tokenizer(), {}, fingerprint, adapters_only=False)
     with pytest.raises(ValueError, match="comes from a run with other settings") as error:
         store.load(checkpoint(tmp_path, 3))
     assert str(error.value).endswith(": seed was 1, is 2; tuner was full, is lora; ranks was None, is 4")
@@ -142,8 +136,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_an_engines_state_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 3)
-    store = Store(
-        tmp_path, {"policy": None}, tiny_tokenizer(), {"policy": ""}, {"seed": 1}, keep=2, adapters_only=False
-    )
+    engines, bases = {"policy": None}, {"policy": ""}
+    store = Checkpoints(section(OutputOptions), engines, tiny_tokenizer(), bases, {"seed": 1}, adapters_only=False)
     with pytest.raises(ValueError, match=r"^resume: .*/checkpoint-3 has no DeepSpeed state for the policy$"):
         store.load(folder)

@@ -12,16 +12,15 @@ from peft import PeftModel
 from plain import plain_logps, plain_scores
 from run_cases import Run, export_into_a_file, exported
 from safetensors.torch import load_file
-from support import RankPool, random_groups, tiny_folder
+from support import RankPool, random_groups, section, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
 
+from dsalign.config.schema import ModelOptions
 from dsalign.data.batches.packing import Inputs
 from dsalign.models import load
 from dsalign.models.names import resolve
-from dsalign.models.tokenizer import LoadOptions
 
 GROUPS = {"sft": random_groups("demonstrations", 3, seed=5), "rm": random_groups("pairs", 3, seed=5)}
-OPTIONS = LoadOptions(device=torch.device("cpu"))
 
 
 def open_folder(folder: Path, tuner: str) -> Any:
@@ -72,7 +71,7 @@ def test_export_says_what_the_engine_said(
 def test_an_exported_reward_model_is_read_again(tuner: str, tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
     """`load_frozen` of the folder as a reward model: backbone, adapter and value head, ZeRO-3 to plain."""
     said = two_ranks.run(exported, Run("rm", tiny, 3, tuner), tmp_path, GROUPS["rm"])
-    model = load.load_frozen("reward", resolve(str(tmp_path)), OPTIONS).eval()
+    model = load.load_frozen("reward", resolve(str(tmp_path)), section(ModelOptions), device=torch.device("cpu")).eval()
     nothing = torch.empty(0, dtype=torch.int64)
     for group, scores in zip(GROUPS["rm"], said, strict=True):
         rows = [torch.tensor([[*group.prompt, *c]]) for c in group.completions]

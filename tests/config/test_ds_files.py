@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsalign.config import ds_files
-from dsalign.engines import engine as engines
+from dsalign.engines import engine
 
 
 def test_names_are_sorted_and_complete() -> None:
@@ -20,10 +20,10 @@ def test_names_are_sorted_and_complete() -> None:
 @pytest.mark.parametrize("name", ds_files.names())
 def test_every_file_is_what_its_name_says(name: str) -> None:
     """The stage of its name, off-loading where it says so, and nothing that has a flag."""
-    settings = ds_files.read(name)
-    engines.check(settings, name)
-    assert engines.stage(settings) == int(name[4])
+    settings = ds_files.settings(name)
+    assert engine.read(name) == settings
     zero = settings["zero_optimization"]
+    assert zero["stage"] == int(name[4])
     assert zero.get("offload_optimizer", {}).get("device") == {"offload": "cpu", "nvme": "nvme"}.get(name[6:])
 
 
@@ -31,7 +31,7 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     assert ds_files.find(str(mine)) == mine
-    assert ds_files.read(str(mine)) == {"zero_optimization": {"stage": 1}}
+    assert ds_files.settings(str(mine)) == {"zero_optimization": {"stage": 1}}
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
@@ -45,11 +45,11 @@ def test_what_is_not_json_is_named_with_its_line(tmp_path: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text('{\n"bf16": {},\n}')
     with pytest.raises(ValueError, match=r"^deepspeed: .*mine\.json:3: not JSON: "):
-        ds_files.read(str(mine))
+        ds_files.settings(str(mine))
 
 
 def test_a_list_is_refused(tmp_path: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text("[]")
     with pytest.raises(ValueError, match=r"^deepspeed: .*mine\.json must hold a JSON object, got list$"):
-        ds_files.read(str(mine))
+        ds_files.settings(str(mine))

@@ -66,14 +66,3 @@ def test_what_is_not_installed_is_named() -> None:
     told = "no_such_module: expected it beside dsalign, found nothing; run: pip install no_such_module"
     with pytest.raises(ModuleNotFoundError, match=told), lazy.put_off("no_such_module"):
         pass
-
-
-def test_what_is_hidden_is_not_found_and_comes_back(heavy: str) -> None:
-    with lazy.without(heavy):
-        with pytest.raises(ModuleNotFoundError):
-            importlib.import_module(heavy)
-        assert importlib.util.find_spec(heavy) is None
-    real = importlib.import_module(heavy)
-    with lazy.without(heavy):
-        assert importlib.import_module(heavy) is real, "it is there already"
-    assert sys.modules[heavy] is real

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError
 
 from dsalign import algos, assets
 from dsalign.config import flags, options
-from dsalign.config import parse as config
-from dsalign.config.help import help_text
 from dsalign.config.parse import ConfigError, Parsed, parse
 from dsalign.config.schema import RUN_OPTIONS, RunConfig
 
@@ -47,14 +41,16 @@ def yaml_file(folder: Path, text: str, name: str = "run.yaml") -> str:
 def test_defaults() -> None:
     """Section by section what a run is without a further word."""
     config = made("--algo", "dpo")
-    assert (config.tuner, config.dtype, config.attn_impl, config.deepspeed) == ("lora", "auto", "auto", "zero2")
-    assert (config.lora_rank, config.lora_alpha, config.lora_target_modules) == (8, 32, ("ALL",))
-    assert (config.max_length, config.truncation_strategy, config.split_dataset_ratio) == (2048, "delete", 0.0)
-    assert (config.num_train_epochs, config.batch_size, config.gradient_accumulation_steps) == (1, 1, 16)
-    assert (config.weight_decay, config.adam_beta1, config.adam_beta2, config.adam_epsilon) == (0.01, 0.9, 0.95, 1e-8)
-    assert (config.max_grad_norm, config.lr_scheduler_type, config.warmup_ratio) == (1.0, "cosine", 0.05)
-    assert (config.save_steps, config.logging_steps, config.save_total_limit, config.seed) == (500, 5, 2, 42)
-    assert (config.output_dir, config.resume, config.report_to, config.preset) == ("output/dpo", None, (), "dsalign")
+    models, data, optim, output = config.models, config.data, config.optim, config.output
+    assert (models.tuner, models.dtype, models.attn_impl) == ("lora", "auto", "auto")
+    assert (models.lora_rank, models.lora_alpha, models.lora_target_modules) == (8, 32, ("ALL",))
+    assert (data.max_length, data.truncation_strategy, data.split_dataset_ratio) == (2048, "delete", 0.0)
+    assert (optim.deepspeed, optim.num_train_epochs) == ("zero2", 1)
+    assert (optim.batch_size, optim.gradient_accumulation_steps) == (1, 16)
+    assert (optim.weight_decay, optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon) == (0.01, 0.9, 0.95, 1e-8)
+    assert (optim.max_grad_norm, optim.lr_scheduler_type, optim.warmup_ratio) == (1.0, "cosine", 0.05)
+    assert (output.save_steps, output.logging_steps, output.save_total_limit, config.seed) == (500, 5, 2, 42)
+    assert (output.output_dir, output.resume, output.report_to) == ("output/dpo", None, ())
     assert config.algorithm == algos.load("dpo")()
 
 
@@ -73,9 +69,9 @@ def test_defaults() -> None:
 def test_an_algorithm_has_its_own_learning_rate_and_dropout(
     algo: str, full: float, lora: float, dropout: float
 ) -> None:
-    assert made("--algo", algo).learning_rate == lora
-    assert made("--algo", algo, "--tuner", "full").learning_rate == full
-    assert made("--algo", algo).lora_dropout == dropout
+    assert made("--algo", algo).optim.learning_rate == lora
+    assert made("--algo", algo, "--tuner", "full").optim.learning_rate == full
+    assert made("--algo", algo).models.lora_dropout == dropout
 
 
 @pytest.mark.parametrize(
@@ -89,11 +85,11 @@ def test_an_algorithm_has_its_own_learning_rate_and_dropout(
 def test_the_algorithm_is_all_that_must_be_given(algo: str, rows: str, tmp_path: Path) -> None:
     """The embedded model and the demo rows of the algorithm's kind; --model and --dataset take over."""
     parsed = parse(["--algo", algo], world_size=1)
-    assert (parsed.config.model, parsed.config.dataset) == ("smollm2-135m-instruct", (rows,))
+    assert (parsed.config.models.model, parsed.config.data.dataset) == ("smollm2-135m-instruct", (rows,))
     assert (parsed.origins["model"], parsed.origins["dataset"]) == ("default", f"{algo} default")
     assert parse(["--config", yaml_file(tmp_path, parsed.config.dump())], world_size=1).config == parsed.config
     own = parse(["--algo", algo, *BASE], world_size=1)
-    assert (own.config.model, own.config.dataset) == ("m", ("rows",))
+    assert (own.config.models.model, own.config.data.dataset) == ("m", ("rows",))
     assert (own.origins["model"], own.origins["dataset"]) == ("flag --model", "flag --dataset")
 
 
@@ -101,11 +97,11 @@ def test_the_demo_prompts_bring_options(tmp_path: Path) -> None:
     """Short answers, one pass, a line a step where the demo rows are read because none were named; a flag or named rows
     take over."""
     parsed = parse(["--algo", "ppo"], world_size=1)
-    assert (parsed.config.algorithm.max_new_tokens, parsed.origins["max_new_tokens"]) == (64, "demo:prompts")
-    assert (parsed.config.algorithm.num_ppo_epochs, parsed.config.logging_steps) == (1, 1)
+    assert (parsed.config.rollout.max_new_tokens, parsed.origins["max_new_tokens"]) == (64, "demo:prompts")
+    assert (parsed.config.algorithm.num_ppo_epochs, parsed.config.output.logging_steps) == (1, 1)
     assert parsed.origins["logging_steps"] == "demo:prompts"
-    assert parse(["--algo", "ppo", "--max_new_tokens", "9"], world_size=1).config.algorithm.max_new_tokens == 9
-    assert parse(["--algo", "ppo", "--dataset", "demo:prompts"], world_size=1).config.algorithm.max_new_tokens == 512
+    assert parse(["--algo", "ppo", "--max_new_tokens", "9"], world_size=1).config.rollout.max_new_tokens == 9
+    assert parse(["--algo", "ppo", "--dataset", "demo:prompts"], world_size=1).config.rollout.max_new_tokens == 512
     again = parse(["--config", yaml_file(tmp_path, parsed.config.dump())], world_size=1)
     assert again.config == parsed.config
     assert set(assets.OPTIONS) <= set(assets.names())
@@ -114,21 +110,21 @@ def test_the_demo_prompts_bring_options(tmp_path: Path) -> None:
 def test_ppo_without_a_reward_has_one(tmp_path: Path) -> None:
     """demo:friendly where neither a reward model nor a function is given, also by null; the YAML says so."""
     parsed = parse(["--algo", "ppo"], world_size=1)
-    assert (parsed.config.reward_funcs, parsed.origins["reward_funcs"]) == (("demo:friendly",), "ppo default")
-    assert (parsed.config.dataset, parsed.origins["dataset"]) == (("demo:prompts",), "ppo default")
+    assert (parsed.config.models.reward_funcs, parsed.origins["reward_funcs"]) == (("demo:friendly",), "ppo default")
+    assert (parsed.config.data.dataset, parsed.origins["dataset"]) == (("demo:prompts",), "ppo default")
     assert parse(["--config", yaml_file(tmp_path, parsed.config.dump())], world_size=1).config == parsed.config
     null = yaml_file(tmp_path, "algo: ppo\nreward_funcs: null\n", "null.yaml")
-    assert parse(["--config", null], world_size=1).config.reward_funcs == ("demo:friendly",)
-    assert made("--algo", "ppo", "--reward_funcs", "x.py:f").reward_funcs == ("x.py:f",)
+    assert parse(["--config", null], world_size=1).config.models.reward_funcs == ("demo:friendly",)
+    assert made("--algo", "ppo", "--reward_funcs", "x.py:f").models.reward_funcs == ("x.py:f",)
     for flag in ("--reward_model", "--reward_model_id_or_path", "--reward_model_type"):
-        assert made("--algo", "ppo", flag, "r").reward_funcs == ()
-    assert made("--algo", "dpo").reward_funcs == ()
+        assert made("--algo", "ppo", flag, "r").models.reward_funcs == ()
+    assert made("--algo", "dpo").models.reward_funcs == ()
 
 
 @pytest.mark.parametrize(("batch", "ranks", "steps"), [(1, 1, 16), (3, 1, 6), (2, 4, 2), (4, 8, 1)])
 def test_accumulation_makes_a_global_batch_of_at_least_16(batch: int, ranks: int, steps: int) -> None:
     """ceil(16 / (batch x ranks)): 16/1, 16/3, 16/8, 16/32."""
-    assert made("--algo", "sft", f"--batch_size={batch}", world_size=ranks).gradient_accumulation_steps == steps
+    assert made("--algo", "sft", f"--batch_size={batch}", world_size=ranks).optim.gradient_accumulation_steps == steps
 
 
 @pytest.mark.parametrize(
@@ -150,11 +146,15 @@ def test_accumulation_makes_a_global_batch_of_at_least_16(batch: int, ranks: int
 def test_the_documented_commands(algo: str, flags: str, own: Mapping[str, float]) -> None:
     verb = ["sft"] if algo == "sft" else ["rlhf", "--rlhf_type", algo]
     config = parse([*verb, *f"{DOCUMENTED} {flags}".split()], world_size=1).config
-    assert (config.algo, config.model, config.tuner) == (algo, "llama3-8b-instruct", "lora")
-    assert config.dataset == ("shareai-llama3-dpo-zh-en-emoji",)
-    assert (config.num_train_epochs, config.batch_size, config.gradient_accumulation_steps) == (2, 1, 16)
-    assert (config.learning_rate, config.warmup_ratio, config.save_total_limit) == (5e-5, 0.03, 2)
-    assert (config.lora_target_modules, config.gradient_checkpointing) == (("ALL",), True)
+    assert (config.algo, config.models.model, config.models.tuner) == (algo, "llama3-8b-instruct", "lora")
+    assert config.data.dataset == ("shareai-llama3-dpo-zh-en-emoji",)
+    assert (config.optim.num_train_epochs, config.optim.batch_size, config.optim.gradient_accumulation_steps) == (
+        2,
+        1,
+        16,
+    )
+    assert (config.optim.learning_rate, config.optim.warmup_ratio, config.output.save_total_limit) == (5e-5, 0.03, 2)
+    assert (config.models.lora_target_modules, config.models.gradient_checkpointing) == (("ALL",), True)
     assert {name: getattr(config.algorithm, name) for name in own} == own
 
 
@@ -163,7 +163,7 @@ def test_flags_win_over_later_files_over_earlier_files_over_defaults(tmp_path: P
     two = yaml_file(tmp_path, "# a comment\nbeta: 0.3\nseed: 2\n", "two.yaml")
     parsed = parse(["--config", one, two, "--beta=0.4"], world_size=1)
     config = parsed.config
-    assert (config.algorithm.beta, config.seed, config.max_length, config.save_steps) == (0.4, 2, 10, 500)
+    assert (config.algorithm.beta, config.seed, config.data.max_length, config.output.save_steps) == (0.4, 2, 10, 500)
     shown = ("beta", "seed", "max_length", "save_steps", "rpo_alpha", "learning_rate", "output_dir")
     assert [parsed.origins[name] for name in shown] == [
         "flag --beta",
@@ -210,9 +210,13 @@ def test_yaml_written_is_read_again_as_the_same_configuration(tmp_path: Path) ->
     first.to_yaml(tmp_path / "resolved.yaml")
     again = parse(["--config", str(tmp_path / "resolved.yaml")], world_size=64).config
     assert again == first
-    assert again.dataset == ("a", "b", f"{tmp_path}/rows.jsonl#5")
-    assert again.columns == {"q": "prompt", "good": "chosen"}
-    assert (again.ref_model, again.resume, again.gradient_accumulation_steps) == ("two words", "latest", 8)
+    assert again.data.dataset == ("a", "b", f"{tmp_path}/rows.jsonl#5")
+    assert again.data.columns == {"q": "prompt", "good": "chosen"}
+    assert (again.models.ref_model, again.output.resume, again.optim.gradient_accumulation_steps) == (
+        "two words",
+        "latest",
+        8,
+    )
 
 
 def test_yaml_of_a_full_run_has_no_lora_options(tmp_path: Path) -> None:
@@ -233,9 +237,14 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), mi
     seed=st.integers(0, 9**9),
 )
 def test_yaml_keeps_any_text_and_number(model: str, system: str, rate: float, seed: int) -> None:
-    config = made("--algo", "sft").model_copy(
-        update={"model": model, "system": system, "learning_rate": rate, "seed": seed, "dataset": (f"x,{system}",)}
-    )
+    config = made("--algo", "sft")
+    changes = {
+        "seed": seed,
+        "models": config.models.model_copy(update={"model": model}),
+        "data": config.data.model_copy(update={"system": system, "dataset": (f"x,{system}",)}),
+        "optim": config.optim.model_copy(update={"learning_rate": rate}),
+    }
+    config = config.model_copy(update=changes)
     given, problems = flags.parse_yaml(config.dump(), "run.yaml", {})
     assert problems == []
     read = {one.name: config_option(one.name).read(one.raw) for one in given if one.name in config_names()}
@@ -259,9 +268,17 @@ def test_text_becomes_the_type_of_its_option(tmp_path: Path) -> None:
         "columns:\n  question: prompt\nmax_steps: ~\nbatch-size: '2'\nresume: true\n",
     )
     config = made("--algo", "sft", "--config", file)
-    assert (config.learning_rate, config.gradient_checkpointing, config.batch_size) == (1e-4, True, 2)
-    assert (config.lora_target_modules, config.val_dataset) == (("q", "v"), ("a", "b"))
-    assert (config.columns, config.max_steps, config.resume) == ({"question": "prompt"}, None, "latest")
+    assert (config.optim.learning_rate, config.models.gradient_checkpointing, config.optim.batch_size) == (
+        1e-4,
+        True,
+        2,
+    )
+    assert (config.models.lora_target_modules, config.data.val_dataset) == (("q", "v"), ("a", "b"))
+    assert (config.data.columns, config.optim.max_steps, config.output.resume) == (
+        {"question": "prompt"},
+        None,
+        "latest",
+    )
 
 
 def test_flags_in_all_their_forms() -> None:
@@ -269,29 +286,37 @@ def test_flags_in_all_their_forms() -> None:
         "--algo=sft", "--gradient-checkpointing", "--trust_remote_code", "false", "--batch-size=2", "--resume=false",
         "--local_rank=0", "--lora_target_modules", "q,k", "v", "--system=--quiet=1 please", "--max_steps", "none",
     )  # fmt: skip
-    assert (config.gradient_checkpointing, config.trust_remote_code, config.batch_size) == (True, False, 2)
-    assert (config.lora_target_modules, config.system) == (("q", "k", "v"), "--quiet=1 please")
-    assert (config.max_steps, config.resume) == (None, None)
+    assert (config.models.gradient_checkpointing, config.models.trust_remote_code, config.optim.batch_size) == (
+        True,
+        False,
+        2,
+    )
+    assert (config.models.lora_target_modules, config.data.system) == (("q", "k", "v"), "--quiet=1 please")
+    assert (config.optim.max_steps, config.output.resume) == (None, None)
 
 
 def test_null_asks_for_the_default_of_what_is_resolved_later(tmp_path: Path) -> None:
     one = yaml_file(tmp_path, "learning_rate: 1\noutput_dir: here\n", "one.yaml")
     two = yaml_file(tmp_path, "learning_rate:\ngradient_accumulation_steps: null\ndataset: ~\n", "two.yaml")
     config = parse(["--algo", "sft", "--config", one, two], world_size=1).config
-    assert config.dataset == ("demo:demonstrations",)
-    assert (config.learning_rate, config.gradient_accumulation_steps, config.output_dir) == (1e-4, 16, "here")
+    assert config.data.dataset == ("demo:demonstrations",)
+    assert (config.optim.learning_rate, config.optim.gradient_accumulation_steps, config.output.output_dir) == (
+        1e-4,
+        16,
+        "here",
+    )
 
 
 def test_a_model_type_stands_for_a_model_that_is_not_given() -> None:
     parsed = parse(["--algo", "dpo", *BASE, "--ref_model_type", "short"], world_size=1)
-    assert (parsed.config.ref_model, parsed.origins["ref_model"]) == ("short", "flag --ref_model_type")
+    assert (parsed.config.models.ref_model, parsed.origins["ref_model"]) == ("short", "flag --ref_model_type")
     both = made("--algo", "dpo", "--ref_model_type", "short", "--ref_model_id_or_path", "long")
-    assert (both.ref_model, both.ref_model_type) == ("long", "short")
+    assert (both.models.ref_model, both.models.ref_model_type) == ("long", "short")
 
 
 def test_cpo_with_loss_type_simpo_is_simpo(tmp_path: Path) -> None:
     parsed = parse(["rlhf", "--rlhf_type", "cpo", "--loss_type", "simpo", "--simpo_gamma", "2", *BASE], world_size=1)
-    assert (parsed.config.algo, parsed.config.output_dir) == ("simpo", "output/simpo")
+    assert (parsed.config.algo, parsed.config.output.output_dir) == ("simpo", "output/simpo")
     assert (parsed.config.algorithm.simpo_gamma, parsed.config.algorithm.beta) == (2.0, 2.0)
     assert parsed.origins["algo"] == "flag --loss_type"
     file = yaml_file(tmp_path, "algo: cpo\nloss_type: simpo\n")
@@ -311,8 +336,8 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     file = yaml_file(tmp_path, "algo: sft\n\nmax_lenght: 3\nseed: many\nbeta: 1\n")
     assert problems("--config", file, "--batch-size", "0", "--tuner=fulll", base=()) == [
         f"{file}:3: max_lenght: expected a known option, got 'max_lenght'; did you mean max_length?",
-        f"{file}:5: beta: expected an option of sft, got one of cpo, dpo, kto, orpo, simpo; sft has none of it, "
-        "remove it or change --algo",
+        f"{file}:5: beta: expected an option of sft, got one of cpo, dpo, grpo, kto, online_dpo, orpo, simpo; "
+        "sft has none of it, remove it or change --algo",
         "--tuner: expected 'lora' or 'full', got 'fulll'; did you mean full?",
         "--batch-size: expected greater than or equal to 1, got '0'; batch_size is: groups in a micro-batch of one "
         "rank, >= 1",
@@ -337,84 +362,6 @@ def test_a_word_that_is_no_verb() -> None:
     assert problems("trian", "--algo", "sft") == [
         "command: expected one of train, rlhf, sft, got 'trian'; did you mean train?"
     ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Duel:
-    """An algorithm of this test, with every kind of field."""
-
-    weight: Annotated[float, Field(gt=0)] = 1.0  # of the duel, > 0
-    kinds: tuple[str, ...] = ("sword",)  # one or several
-    shares: tuple[float, ...] | None = None  # one a kind
-    rounds: int | None = dataclasses.field(default_factory=lambda: 3)
-
-    data: ClassVar[str] = "pairs"
-    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reference": "frozen"}
-    learning_rates: ClassVar[Mapping[str, float]] = {"full": 1.0, "lora": 2.0}
-    dropout: ClassVar[float] = 0.0
-    min_groups: ClassVar[int] = 3
-
-    def __post_init__(self) -> None:
-        if self.shares is not None and len(self.shares) != len(self.kinds):
-            raise ValueError(f"shares: expected {len(self.kinds)} numbers, got {len(self.shares)}; one a kind")
-        if "gun" in self.kinds:
-            raise ValueError("guns are not allowed in a duel")
-
-
-@pytest.fixture
-def duel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(algos, "names", lambda: ("duel",))
-    monkeypatch.setattr(algos, "load", lambda name: Duel)
-
-
-@pytest.mark.usefixtures("duel")
-def test_fields_of_an_algorithm_become_typed_options() -> None:
-    algorithm = made("--algo", "duel", "--kinds", "sword,bow", "--shares", "0.5", "1e-1", "--rounds", "none").algorithm
-    assert algorithm == Duel(kinds=("sword", "bow"), shares=(0.5, 0.1), rounds=None)
-    assert made("--algo", "duel").algorithm.rounds == 3
-    assert made("--algo", "duel").learning_rate == 2.0
-
-
-@pytest.mark.usefixtures("duel")
-def test_what_an_algorithm_refuses_is_told_with_its_place(tmp_path: Path) -> None:
-    file = yaml_file(tmp_path, "algo: duel\nshares: [1, 2]\n")
-    assert problems("--config", file) == [f"{file}:2: shares: expected 1 numbers, got 2; one a kind"]
-    assert problems("--algo", "duel", "--kinds", "gun") == ["duel: guns are not allowed in a duel"]
-    assert problems("--algo", "duel", "--weight", "0") == [
-        "--weight: expected greater than 0, got '0'; weight is: of the duel, > 0"
-    ]
-
-
-@pytest.mark.usefixtures("duel")
-def test_help_has_the_comments_of_an_algorithm() -> None:
-    text = help_text(flags.split(["--algo", "duel", "--help"], config.ALIASES))
-    assert "--kinds                        one or several [[sword]]" in text
-    assert f"see {Duel.__module__} [3]" in text
-    general = help_text(flags.split(["--help"], config.ALIASES))
-    assert "--kinds" not in general and "dsalign --algo NAME --help" in general
-
-
-def test_help_names_every_option_once_with_its_choices() -> None:
-    text = help_text(flags.split(["sft", "--help"], config.ALIASES))
-    assert all(text.count(f"  --{name} ") + text.count(f"  --{name},") == 1 for name in RUN_OPTIONS)
-    assert "--tuner, --sft_type            train LoRA adapters or every weight: lora, full [lora]" in text
-    assert "per_device_train_batch_size" in text
-
-
-def test_no_option_of_an_algorithm_hides_one_of_the_run() -> None:
-    taken = {*RUN_OPTIONS, *config.ALIASES, *flags.REQUESTS, "algorithm"}
-    for name in algos.names():
-        own = options.of_algorithm(algos.load(name))
-        assert not taken & set(own), name
-        assert not [option.name for option in own.values() if option.help.startswith("see ")], name
-
-
-def test_the_configuration_is_frozen_and_closed() -> None:
-    config = made("--algo", "sft")
-    with pytest.raises(ValidationError, match="frozen"):
-        config.seed = 1  # type: ignore[misc]
-    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
-        RunConfig(**{**dict(config), "sead": 1})
 
 
 def test_numbers_of_yaml_are_those_of_flags() -> None:

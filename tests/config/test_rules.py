@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +11,7 @@ import pytest
 from dsalign import algos
 from dsalign.config import ds_files, rules
 from dsalign.config.parse import ConfigError, parse
+from dsalign.contract.algorithm import Traits
 
 BASE = ("--model", "m", "--dataset", "rows")
 
@@ -28,8 +28,8 @@ def told(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
 @pytest.mark.parametrize("flag", ["--ref_model", "--ref_model_id_or_path", "--ref_model_type"])
 def test_a_reference_needs_an_algorithm_with_one(flag: str) -> None:
     assert told("--algo", "sft", flag, "x") == [
-        f"{flag}: expected an algorithm with a frozen reference model, one of dpo, kto, ppo, got sft; "
-        "remove it or change --algo"
+        f"{flag}: expected an algorithm with a frozen reference model, one of dpo, grpo, kto, "
+        "online_dpo, ppo, reinforce, rloo, got sft; remove it or change --algo"
     ]
     assert told("--algo", "kto", flag, "x") == []
 
@@ -39,14 +39,15 @@ def test_a_reference_needs_an_algorithm_with_one(flag: str) -> None:
 )
 def test_rm_trains_its_reward_model_and_takes_no_frozen_one(flag: str) -> None:
     assert told("--algo", "rm", flag, "x") == [
-        f"{flag}: expected an algorithm with a frozen reward model, one of ppo, got rm; remove it or change --algo"
+        f"{flag}: expected an algorithm with a frozen reward model, one of grpo, online_dpo, ppo, reinforce, "
+        "rloo, got rm; remove it or change --algo"
     ]
 
 
 def test_reward_weights_are_for_an_algorithm_with_a_frozen_reward() -> None:
     assert told("--algo", "sft", "--reward_weights", "1", "0.5") == [
-        "--reward_weights: expected an algorithm with a frozen reward model, one of ppo, got sft; "
-        "remove it or change --algo"
+        "--reward_weights: expected an algorithm with a frozen reward model, one of grpo, online_dpo, ppo, "
+        "reinforce, rloo, got sft; remove it or change --algo"
     ]
 
 
@@ -77,11 +78,12 @@ def test_a_reward_function_that_comes_along_is_named_rightly() -> None:
 class Judged:
     """An algorithm with a frozen reward model that needs two groups a step."""
 
-    data: ClassVar[str] = "prompts"
-    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reward": "frozen"}
-    learning_rates: ClassVar[Mapping[str, float]] = {"full": 1.0, "lora": 1.0}
-    dropout: ClassVar[float] = 0.0
-    min_groups: ClassVar[int] = 2
+    traits: ClassVar[Traits] = Traits(
+        data="prompts",
+        roles={"policy": "train", "reward": "frozen"},
+        learning_rates={"full": 1.0, "lora": 1.0},
+        min_groups=2,
+    )
 
 
 @pytest.fixture
@@ -229,14 +231,6 @@ def test_deepspeed_is_a_name_or_a_file(tmp_path: Path) -> None:
     assert line.endswith("got 'a/b.json'; check the path")
 
 
-def test_presets_are_not_available_yet() -> None:
-    assert told("--algo", "sft", "--preset", "trl") == [
-        "--preset: expected dsalign, got 'trl', which is not available yet; remove it"
-    ]
-    assert told("--algo", "sft", "--preset", "mine") == ["--preset: expected dsalign, got 'mine'; remove it"]
-    assert told("--algo", "sft", "--preset", "dsalign") == []
-
-
 def test_a_rule_is_left_out_where_it_reads_what_could_not_be_read() -> None:
     """eval_steps would have its rows if the share were a number; dpo's own options are wrong as well."""
     lines = told("--algo", "dpo", "--eval_steps", "5", "--split_dataset_ratio", "x", "--beta", "y")
@@ -260,6 +254,5 @@ def test_every_rule_has_a_test_here() -> None:
         "model_folders_exist",
         "checkpoint_exists",
         "deepspeed_is_known",
-        "preset_is_available",
         "global_batch_is_large_enough",
     ]

@@ -1,4 +1,4 @@
-"""An eighth algorithm as one file of a user's own, and a rank that trains it."""
+"""One more algorithm as one file of a user's own, and a rank that trains it."""
 
 from __future__ import annotations
 
@@ -25,35 +25,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from dsalign.contract.algorithm import check_range, with_reference
-from dsalign.contract.groups import Loss, MicroBatch, Output
+from dsalign.contract.algorithm import Algorithm, Context, Traits, check_range, with_reference
+from dsalign.contract.groups import Batch, Group, Loss, MicroBatch, Output, Prepared
 from dsalign.contract.maths import pair, reward_metrics
-
-if TYPE_CHECKING:
-    from dsalign.contract.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class IPO:
+class IPO(Algorithm):
     """Identity preference optimisation, arXiv:2310.12036, eq. 17."""
 
     tau: float = 0.1  # weight of the KL penalty, 1 / nat, > 0
     per_token: bool = True  # whether log-ratios are divided by lengths: true or false
 
-    data: ClassVar[str] = "pairs"
-    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "reference": "frozen"}
-    needs: ClassVar[frozenset[str]] = frozenset()
-    learning_rates: ClassVar[Mapping[str, float]] = {"full": 1e-6, "lora": 5e-5}
-    dropout: ClassVar[float] = 0.0
-    epochs: ClassVar[int] = 1
-    mini_batches: ClassVar[int] = 1
-    min_groups: ClassVar[int] = 1
-    temperature: ClassVar[float] = 1.0
-    role_learning_rates: ClassVar[Mapping[str, float]] = {}
-
-    prepare = staticmethod(with_reference)
+    traits: ClassVar[Traits] = Traits(data="pairs", roles={"policy": "train", "reference": "frozen"}, needs=frozenset())
 
     def __post_init__(self) -> None:
         check_range("tau", self.tau, 0, 1, open_low=True)
@@ -61,8 +47,11 @@ class IPO:
     def notes(self, groups: Sequence[Group]) -> list[str]:
         return [f"ipo: the margin is {0.5 / self.tau:g} nats"]
 
-    def units(self, groups: Sequence[Group]) -> Mapping[str, int]:
-        return {"pairs": len(groups)}
+    def prepare(self, ctx: Context, batch: Batch) -> Prepared:
+        return with_reference(ctx, batch)
+
+    def units(self, batch: MicroBatch) -> Mapping[str, int]:
+        return {"pairs": len(batch.groups)}
 
     def policy_loss(self, out: Output, batch: MicroBatch) -> Loss:
         """(Delta_c - Delta_r - 1 / (2 tau))^2, summed over pairs."""
@@ -70,10 +59,7 @@ class IPO:
         delta = batch.sum(out.logps - batch.fields["reference"])
         chosen, rejected = pair(delta / batch.lengths if self.per_token else delta)
         loss = (chosen - rejected - 0.5 / self.tau) ** 2
-        return Loss(terms={"pairs": loss.sum()}, metrics=reward_metrics(self.tau * chosen, self.tau * rejected))
-
-    def stop(self, metrics: Mapping[str, float]) -> bool:
-        return False
+        return Loss({"pairs": loss.sum()}, reward_metrics(self.tau * chosen, self.tau * rejected))
 '''
 
 

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import Live, random_groups, tiny_config
+from support import Live, random_groups, section, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from dsalign.config.schema import ModelOptions
 from dsalign.cpu.recompute import recompute_cheap
-from dsalign.data.batches.packing import rows
+from dsalign.data.batches.packing import padded
 from dsalign.models import load
 from dsalign.models.heads import CausalModel
 from dsalign.models.names import resolve
-from dsalign.models.tokenizer import LoadOptions
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -46,7 +46,7 @@ def gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    logps, _ = CausalModel(model)(rows(random_groups("pairs", 3), CPU))
+    logps, _ = CausalModel(model)(padded(random_groups("pairs", 3), CPU))
     logps.square().sum().backward()
     return logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -202,9 +202,9 @@ class Halved(LlamaMLP):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_trained_model_is_loaded_so(checkpointing: bool, tiny: Path) -> None:
     """But not where whole layers are made again, nor a frozen one, which keeps nothing."""
-    options = LoadOptions(device=CPU, gradient_checkpointing=checkpointing)
-    trained = load.load_trained("policy", resolve(str(tiny)), options, None)
-    frozen = load.load_frozen("reference", resolve(str(tiny)), options)
+    options, source = section(ModelOptions, tuner="full", gradient_checkpointing=checkpointing), resolve(str(tiny))
+    trained = load.load_trained("policy", source, options, device=CPU, dropout=False, seed=42)
+    frozen = load.load_frozen("reference", source, options, device=CPU)
     changed = ["forward" in vars(model.model.model.norm) for model in (trained, frozen)]
     assert changed == [not checkpointing, False]
 

@@ -10,25 +10,29 @@ import numpy as np
 import pytest
 import torch
 from run_cases import Run, saved_and_resumed, stepped_by_rows
-from support import Live, RankPool, tiny_config
+from support import Live, RankPool
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from dsalign.cpu.give_memory_back import _resident
-from dsalign.cpu.row_adam import SHARE, RowAdam, keep_sparse, numbers
-from dsalign.models.heads import CausalModel, ValueModel
+from dsalign.cpu.row_adam import SHARE, RowSteps, gradient_values
 
 ROWS, WIDTH = 40, 6
 # eight rows in the first five steps, eleven from the sixth on
 LOOKED_UP = [[3, 5, 3], [5, 39], [0], [7, 3, 3, 3], [1, 2, 3, 4], [9, 10, 11], [20, 21], [3]]
 
 
-def pair(**settings: Any) -> tuple[Any, Any, RowAdam, Any]:
-    """(a matrix, the same one, RowAdam and AdamW of the first, AdamW of the second)."""
+def by_rows(weight: Tensor, **settings: Any) -> Any:
+    """AdamW that steps sparse gradients by their rows."""
+    made = torch.optim.AdamW([weight], fused=True, **settings)
+    made.register_step_pre_hook(RowSteps())
+    return made
+
+
+def pair(**settings: Any) -> tuple[Any, Any, Any, Any]:
+    """(a matrix, the same one, AdamW of the first by rows, AdamW of the second)."""
     weight = nn.Parameter(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)))
     twin = nn.Parameter(weight.detach().clone())
-    ours, theirs = (torch.optim.AdamW([x], fused=True, **settings) for x in (weight, twin))
-    return weight, twin, RowAdam(ours), theirs
+    return weight, twin, by_rows(weight, **settings), torch.optim.AdamW([twin], fused=True, **settings)
 
 
 def backward(weight: Tensor, ids: list[int], seed: int) -> None:
@@ -37,10 +41,9 @@ def backward(weight: Tensor, ids: list[int], seed: int) -> None:
     (states * torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))).sum().backward()
 
 
-def step(rows: RowAdam) -> None:
-    rows.step()
-    rows._optimizer.step()
-    rows._optimizer.zero_grad()
+def step(optimizer: Any) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -50,18 +53,17 @@ def test_the_numbers_and_the_state_are_those_of_adamw(weight_decay: float) -> No
     weight, twin, rows, theirs = pair(weight_decay=weight_decay, betas=(0.9, 0.95))
     sparse = []
     for i, ids in enumerate(LOOKED_UP):
-        for optimizer in (rows._optimizer, theirs):
+        for optimizer in (rows, theirs):
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
         backward(weight, ids, i)
         twin.grad = weight.grad.to_dense()
         rows.step()
         sparse.append(weight.grad is None)
-        rows._optimizer.step()
         theirs.step()
-        rows._optimizer.zero_grad()
+        rows.zero_grad()
         assert torch.equal(weight, twin), i
     assert sparse == [True] * 5 + [False] * 3, f"{SHARE} of {ROWS} rows are 10"
-    ours, wanted = rows._optimizer.state[weight], theirs.state[twin]
+    ours, wanted = rows.state[weight], theirs.state[twin]
     assert ours.keys() == wanted.keys()
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
@@ -87,17 +89,16 @@ def test_what_another_process_goes_on_with() -> None:
         backward(weight, ids, i)
         step(rows)
     copies = [nn.Parameter(weight.detach().clone()) for _ in "ab"]
-    others = [torch.optim.AdamW([x], fused=True, lr=0.1) for x in copies]
-    for other in others:
-        other.load_state_dict(copy.deepcopy(rows._optimizer.state_dict()))
-    again = RowAdam(others[0])
+    again, plain = by_rows(copies[0], lr=0.1), torch.optim.AdamW([copies[1]], fused=True, lr=0.1)
+    for other in (again, plain):
+        other.load_state_dict(copy.deepcopy(rows.state_dict()))
     for i, ids in enumerate(LOOKED_UP[3:5], 3):
         backward(weight, ids, i)
         copies[1].grad = weight.grad.to_dense()
         step(rows)
         backward(copies[0], ids, i)
         step(again)
-        others[1].step()
+        plain.step()
     assert torch.equal(copies[0], weight) and torch.equal(copies[1], weight)
 
 
@@ -105,9 +106,9 @@ def test_no_tensor_of_all_rows_is_made() -> None:
     """2^16 rows of 256 are 64 MiB: neither a backward nor a step makes one, and two moments of them hold pages of the
     few that were looked up."""
     weight = nn.Parameter(torch.zeros(2**16, 256))
-    rows = RowAdam(torch.optim.AdamW([weight], lr=0.1, fused=True))
+    rows = by_rows(weight, lr=0.1)
     backward(weight, [1, 2], 0)
-    rows._optimizer.zero_grad()
+    rows.zero_grad()
     before = _resident()
     with Live(weight) as live:
         backward(weight, list(range(0, 2**16, 2**10)), 0)
@@ -120,27 +121,12 @@ def test_numbers_of_a_gradient() -> None:
     """Of row 3, looked up twice with gradients 1, the sum; a dense gradient is itself; scaling them is scaling it."""
     weight = nn.Parameter(torch.ones(5, 2))
     nn.functional.embedding(torch.tensor([3, 1, 3]), weight, sparse=True).sum().backward()
-    found = numbers(weight)
+    found = gradient_values(weight)
     assert found.tolist() == [[1.0, 1.0], [2.0, 2.0]]
     found.mul_(0.5)
     assert weight.grad is not None and weight.grad.to_dense()[:, 0].tolist() == [0.0, 0.5, 0.0, 1.0, 0.0]
     weight.grad = torch.ones(5, 2)
-    assert numbers(weight) is weight.grad
-
-
-def test_which_embeddings_only_look_up() -> None:
-    """That of a value model, whose head is idle; that of a policy where its head has a weight of its own. None that is
-    frozen or not in float32 is kept sparse."""
-    torch.manual_seed(0)
-    tied, untied = (LlamaForCausalLM(tiny_config(tie_word_embeddings=x)) for x in (True, False))
-    embedding = tied.get_input_embeddings()
-    assert CausalModel(tied).lookups == [] and ValueModel(tied, 0).lookups == [embedding]
-    assert CausalModel(untied).lookups == [untied.get_input_embeddings()]
-    found = []
-    for change in (lambda x: x, lambda x: x.requires_grad_(False), lambda x: x.requires_grad_(True).bfloat16()):
-        keep_sparse([change(embedding)])
-        found.append(embedding.sparse)
-    assert found == [True, False, False]
+    assert gradient_values(weight) is weight.grad
 
 
 @pytest.mark.parametrize("algo", ["rm", "dpo"])

@@ -1,12 +1,17 @@
-"""Tokenizers small enough to work out by hand: one id a byte, a few special tokens, one or two merges."""
+"""Files of rows, the hub, and tokenizers to work out by hand: one id a byte, a few special tokens, two merges."""
 
 from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
+from row_files import raised
+from support import read_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from dsalign.data.rows import hub
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
 
@@ -55,3 +60,22 @@ def write(tmp_path, monkeypatch):
         return name
 
     return write
+
+
+@pytest.fixture
+def read_hub(monkeypatch, tmp_path):
+    """Local folders stand for hub repositories: the code path of the library is the same."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return lambda name, **how: list(raised(hub.read_hub(name, **how)))
+
+
+@pytest.fixture
+def one(write):
+    """one(row, kind, ...) -> the Row of a file with this row alone."""
+
+    def one(row, kind, **options):
+        (found,) = read_rows([write("a.jsonl", [row])], kind, **options)
+        return found
+
+    return one

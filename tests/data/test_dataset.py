@@ -10,17 +10,16 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 from support import tiny_folder
 
 from dsalign.config.parse import parse
-from dsalign.data import dataset as prepare
+from dsalign.data import dataset
 from dsalign.data.rows import readers
 from dsalign.data.rows.iterate import iter_rows
 from dsalign.data.rows.records import Row
 from dsalign.data.tokens.group_store import GroupStore
 from dsalign.models.names import resolve
-from dsalign.models.tokenizer import LoadOptions, text
+from dsalign.models.tokenizer import template_of
 
 ROWS = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no" * (i % 3)} for i in range(8)]
 
@@ -36,12 +35,11 @@ class Case:
     def write(self, rows: list[dict[str, str]]) -> None:
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def read(self, *words: str, template: str = "chatml") -> tuple[prepare.Tokenized, prepare.Skipped]:
+    def read(self, *words: str, template: str = "chatml") -> tuple[dataset.Tokenized, dataset.Skipped]:
         argv = ["--algo", "dpo", "--model", str(self.model), "--dataset", str(self.rows), "--template", template]
         config = parse([*argv, *words], world_size=1).config
-        options = LoadOptions(torch.device("cpu"))
-        _, loaded = text(config, resolve(config.model), options)
-        return prepare.tokenized(config, loaded, config.dataset)
+        loaded = template_of(config, resolve(config.models.model))
+        return dataset.tokenized(config, loaded, config.data.dataset)
 
     def stores(self) -> set[str]:
         return {p.name for p in (self.kept / "data").glob("*") if not p.name.startswith(".")}
@@ -49,7 +47,7 @@ class Case:
 
 @pytest.fixture
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    monkeypatch.setattr(prepare, "STORE_FROM", 4)
+    monkeypatch.setattr(dataset, "STORE_FROM", 4)
     monkeypatch.setenv("DSALIGN_CACHE", str(tmp_path / "cache"))
     return Case(tmp_path)
 
@@ -58,10 +56,10 @@ def test_what_is_kept_is_what_is_made(case: Case, monkeypatch: pytest.MonkeyPatc
     """The same groups and counts from memory, when they are written, and when they are found."""
     written, _ = case.read("--max_length", "64")
     assert isinstance(written.groups, GroupStore) and len(case.stores()) == 1
-    monkeypatch.setattr(prepare, "packed", None)  # found: nothing is tokenised
+    monkeypatch.setattr(dataset, "tokenised_chunks", None)  # found: nothing is tokenised
     found, _ = case.read("--max_length", "64")
     assert isinstance(found.groups, GroupStore) and len(case.stores()) == 1
-    monkeypatch.setattr(prepare, "STORE_FROM", 100)
+    monkeypatch.setattr(dataset, "STORE_FROM", 100)
     memory, _ = case.read("--max_length", "64")
     assert isinstance(memory.groups, tuple)
     assert list(memory.groups) == list(written.groups) == list(found.groups)
@@ -98,7 +96,7 @@ def test_rows_are_read_once_when_they_are_kept_and_the_first_when_they_are_found
             taken.append(row.where)
             yield row
 
-    monkeypatch.setattr(prepare, "iter_rows", counted)
+    monkeypatch.setattr(dataset, "iter_rows", counted)
     case.read()
     assert len(taken) == 8
     case.read()
@@ -108,7 +106,7 @@ def test_rows_are_read_once_when_they_are_kept_and_the_first_when_they_are_found
 def test_other_code_is_a_miss(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A converter or template that was corrected makes other tokens of the same files."""
     case.read()
-    monkeypatch.setattr(prepare.data, "__file__", str(case.rows))
+    monkeypatch.setattr(dataset.data, "__file__", str(case.rows))
     case.read()
     assert len(case.stores()) == 2
 
@@ -142,7 +140,7 @@ def test_bad_rows_are_counted_also_where_the_rest_is_found(case: Case) -> None:
     for _ in range(2):
         tokenized, skipped = case.read("--on_bad_row", "skip")
         assert (len(tokenized.groups), skipped.count) == (8, 1)
-        assert prepare.losses(tokenized, skipped)[0].startswith("1 bad rows left out, the first: ")
+        assert dataset.what_was_lost(tokenized, skipped)[0].startswith("1 bad rows left out, the first: ")
 
 
 def test_what_was_lost_is_said_by_rule(case: Case) -> None:
@@ -150,12 +148,12 @@ def test_what_was_lost_is_said_by_rule(case: Case) -> None:
     the two rows with nono are dropped."""
     tokenized, skipped = case.read("--max_length", "33")
     assert tokenized.dropped == {"longer than max_length": 2}
-    assert prepare.losses(tokenized, skipped) == ["of 8 rows 2 dropped (longer than max_length)"]
-    assert prepare.losses(*case.read("--max_length", "34")) == []
+    assert dataset.what_was_lost(tokenized, skipped) == ["of 8 rows 2 dropped (longer than max_length)"]
+    assert dataset.what_was_lost(*case.read("--max_length", "34")) == []
 
 
 def test_progress_is_said(case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(prepare, "SAID_EVERY_S", 0.0)
+    monkeypatch.setattr(dataset, "SAID_EVERY_S", 0.0)
     with caplog.at_level("INFO", logger="dsalign"):
         case.read()
     assert caplog.records[-1].message.startswith("tokenised 8 of about 8 rows, ")

@@ -10,23 +10,23 @@ from typing import Any, ClassVar
 
 import torch
 from deepspeed.utils import safe_get_full_grad
-from support import ALGORITHMS, learnable_groups, random_groups
+from support import ALGORITHMS, ds_file, learnable_groups, random_groups, section
 
 from dsalign import algos
 from dsalign.checkpoint.export import whole_state
 from dsalign.checkpoint.progress import Progress
+from dsalign.config.schema import ModelOptions, OptimOptions
+from dsalign.contract.algorithm import Algorithm, Traits
 from dsalign.contract.groups import Batch, Loss, MicroBatch, Output, Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.engines import dist
 from dsalign.engines import engine as engines
-from dsalign.engines.roles import Models
+from dsalign.engines.roles import Roles
 from dsalign.loop.context import RunContext
-from dsalign.loop.plan import Plan
 from dsalign.loop.trainer import Trainer
 from dsalign.models import load
-from dsalign.models.adapters import LoraOptions
+from dsalign.models.heads import CausalModel
 from dsalign.models.names import resolve
-from dsalign.models.tokenizer import LoadOptions
 
 STAGES: dict[str, dict[str, Any]] = {
     **{str(stage): {"stage": stage} for stage in (0, 1, 2)},
@@ -39,27 +39,32 @@ STAGES: dict[str, dict[str, Any]] = {
         "offload_param": {"device": "cpu", "pin_memory": True},
     },
 }
-LORA = LoraOptions(rank=4, alpha=8, dropout=0.0, targets=("ALL",))
+
+
+def model_options(tuner: str, **changes: Any) -> ModelOptions:
+    """Adapters of rank 4 without dropout on every linear layer, or all weights."""
+    return section(ModelOptions, tuner=tuner, lora_rank=4, lora_alpha=8, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorCritic:
+class ActorCritic(Algorithm):
     """Two trained roles, several passes and mini-batches over what was prepared: the shape of PPO, made small."""
 
-    data: ClassVar[str] = "demonstrations"
-    roles: ClassVar[Mapping[str, str]] = {"policy": "train", "value": "train"}
-    needs: ClassVar[frozenset[str]] = frozenset()
-    epochs: ClassVar[int] = 2
-    mini_batches: ClassVar[int] = 3
-    min_groups: ClassVar[int] = 1
+    traits: ClassVar[Traits] = Traits(
+        data="demonstrations",
+        roles={"policy": "train", "value": "train"},
+        needs=frozenset(),
+        epochs=2,
+        mini_batches=3,
+    )
 
     def prepare(self, ctx: Any, batch: Batch) -> Prepared:
         """The values before the first pass, one a token."""
         values = ctx.values("value", batch.local)
         return Prepared(batch.local, {"values": [v[:-1] for v in values], "old": ctx.logps("policy", batch.local)})
 
-    def units(self, groups: Any) -> Mapping[str, int]:
-        return {"tokens": sum(len(g.completions[0]) for g in groups)}
+    def units(self, batch: MicroBatch) -> Mapping[str, int]:
+        return {"tokens": len(batch.segment)}
 
     def policy_loss(self, out: Output, batch: MicroBatch) -> Loss:
         """-ratio x value: a policy gradient with the first values as advantages."""
@@ -70,21 +75,18 @@ class ActorCritic:
         values = out.values[torch.arange(len(batch.segment)) + batch.segment]
         return Loss({"tokens": 0.5 * ((values - 1) ** 2).sum()}, {"value": (values.detach().sum(), len(values))})
 
-    def stop(self, metrics: Any) -> bool:
-        return False
-
 
 class Recording(Trainer):
     """A trainer that keeps the whole gradient of each step."""
 
     gradients: dict[str, torch.Tensor]
 
-    def _step(self, role: str, result: dict[str, float]) -> None:
-        module = self.models.engines[role].module
+    def _step(self, name: str, result: dict[str, float]) -> None:
+        module = self.roles.engines[name].module
         self.gradients = {
-            name: safe_get_full_grad(p).float().clone() for name, p in module.named_parameters() if p.requires_grad
+            n: safe_get_full_grad(p).float().clone() for n, p in module.named_parameters() if p.requires_grad
         }
-        super()._step(role, result)
+        super()._step(name, result)
 
 
 def build(
@@ -99,6 +101,7 @@ def build(
     learning_rate: float = 0.05,
     optimizer: str = "sgd",
     steps: int | None = None,
+    max_steps: int | None = None,
     groups: Any = None,
     checkpointing: bool = False,
     settings: dict[str, Any] | None = None,
@@ -110,49 +113,40 @@ def build(
     found_class = ActorCritic if name == "actor_critic" else algos.load(name)
     algorithm = found_class(**(ALGORITHMS.get(name, {}) if settings is None else settings))
     device = torch.device("cpu")
-    options = LoadOptions(device=device, gradient_checkpointing=checkpointing, head_bytes=head_bytes)
-    world = dist.world_size()
-    engine_options = engines.EngineOptions(
-        ds_config={"zero_optimization": STAGES[stage]},
-        dtype=torch.float32,
+    options = model_options(tuner, gradient_checkpointing=checkpointing)
+    optim = section(
+        OptimOptions,
+        deepspeed=ds_file({"zero_optimization": STAGES[stage]}),
         batch_size=batch_size,
-        world_size=world,
         max_grad_norm=0.0,
         optimizer=optimizer,
         learning_rate=learning_rate,
         weight_decay=0.0,
-        betas=(0.9, 0.95),
-        epsilon=1e-8,
+        lr_scheduler_type="constant",
+        max_steps=max_steps,
     )
     found: dict[str, Any] = {}
     source = resolve(str(folder))
-    for role, how in algorithm.roles.items():
+    for role, how in algorithm.traits.roles.items():
         if how == "train":
-            module = load.load_trained(role, source, options, LORA if tuner == "lora" else None)
-            found[role] = engines.trained(wrap(module) if wrap else module, engine_options)
+            module = load.load_trained(role, source, options, device=device, dropout=False, seed=42)
+            if head_bytes is not None and isinstance(module, CausalModel):  # the option counts in MiB
+                module.head = dataclasses.replace(module.head, head_bytes=head_bytes)
+            found[role] = engines.trained(wrap(module) if wrap else module, optim, torch.float32)
         elif tuner == "full":
-            found[role] = engines.frozen(load.load_frozen(role, source, options), engine_options)
-    models = Models(found, device, batch_size, max_tokens=max_tokens)
-    groups = random_groups(algorithm.data, rows) if groups is None else groups
+            found[role] = engines.frozen(load.load_frozen(role, source, options, device=device), optim, torch.float32)
+    models = Roles(found, device, batch_size, max_tokens=max_tokens)
+    groups = random_groups(algorithm.traits.data, rows) if groups is None else groups
     loader = Loader(
         groups,
         global_batch=global_batch,
         seed=1,
         rank=dist.rank(),
-        world_size=world,
-        min_groups=algorithm.min_groups,
+        world_size=dist.world_size(),
+        min_groups=algorithm.traits.min_groups,
     )
-    plan = Plan(
-        total_batches=steps or loader.steps_per_epoch,
-        world_size=world,
-        seed=1,
-        learning_rates=dict.fromkeys(algorithm.roles, learning_rate),
-        schedule="constant",
-        warmup_ratio=0.0,
-        max_grad_norm=0.0,
-    )
-    ctx = RunContext(models, seed=1, max_length=64, state={})
-    return Recording(algorithm, models, ctx, loader, plan, Progress())
+    ctx = RunContext(models, seed=1, max_length=64, state={}, total_batches=steps or loader.steps_per_epoch)
+    return Recording(algorithm, models, ctx, loader, optim, Progress())
 
 
 def gradient(
@@ -189,7 +183,7 @@ def three_steps(name: str, folder: Path, stage: str, tuner: str) -> Any:
     trainer = build(name, folder, stage=stage, tuner=tuner, batch_size=3, global_batch=8, rows=21)
     losses: list[float] = []
     trainer.fit(lambda metrics: losses.append(metrics["loss"]))
-    state = whole_state(trainer.models.engines[trainer.trained[0]], trained_only=True)
+    state = whole_state(trainer.roles.engines[trainer.algorithm.traits.main], trained_only=True)
     return {n: t.numpy() for n, t in state.items()}, losses
 
 
@@ -197,24 +191,8 @@ def short_second_step(name: str, folder: Path, stage: str) -> Any:
     """({name: weight}, steps) after global batches of 2 and 1 rows."""
     trainer = build(name, folder, stage=stage, global_batch=2, rows=3)
     trainer.fit(lambda metrics: None)
-    state = whole_state(trainer.models.engines[trainer.trained[0]], trained_only=True)
+    state = whole_state(trainer.roles.engines[trainer.algorithm.traits.main], trained_only=True)
     return {n: t.numpy() for n, t in state.items()}, trainer.progress.step
-
-
-def tokens_of_a_step(folder: Path, stage: str, batch_size: int, dropout: float = 0.0) -> Any:
-    """(tokens of each pass of the policy in a step of KTO over 4 rows, the prompts', the completions')."""
-    passes: list[int] = []
-
-    def counted(module: Any) -> Any:
-        decoder = module.model.get_decoder()
-        decoder.layers[0].mlp.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[:2].numel()))
-        decoder.layers[0].dropped = torch.nn.Dropout(dropout)
-        return module
-
-    trainer = build("kto", folder, stage=stage, batch_size=batch_size, global_batch=4, rows=4, steps=1, wrap=counted)
-    trainer.fit(lambda metrics: None)
-    groups = trainer.loader.groups
-    return passes, sum(len(g.prompt) for g in groups), sum(len(g.completions[0]) for g in groups)
 
 
 class Spare(torch.nn.Module):
@@ -241,7 +219,7 @@ def untouched_parameter(folder: Path, stage: str) -> str:
 
 def learn(name: str, folder: Path, stage: str, tuner: str) -> tuple[float, float]:
     """The mean loss of the first and of the last three of 30 AdamW steps."""
-    groups = learnable_groups(algos.load(name).data)
+    groups = learnable_groups(algos.load(name)().traits.data)
     trainer = build(
         name,
         folder,
@@ -263,7 +241,7 @@ def nan_margin(folder: Path) -> tuple[str, bool]:
     """(the message, whether the weights are as before) of a run whose third row has a NaN margin."""
     groups = [dataclasses.replace(g, margin=float("nan") if g.index == 2 else 0.0) for g in random_groups("pairs", 4)]
     trainer = build("rm", folder, stage="0", groups=groups, global_batch=4)
-    engine = trainer.models.engines["reward"]
+    engine = trainer.roles.engines["reward"]
     before = whole_state(engine, trained_only=True)
     message = ""
     try:
@@ -276,15 +254,22 @@ def nan_margin(folder: Path) -> tuple[str, bool]:
     return " / ".join(messages), all(torch.equal(before[n], after[n]) for n in before)
 
 
-def actor_critic(folder: Path, stage: str, batch_size: int) -> Any:
+def actor_critic(folder: Path, stage: str, batch_size: int, max_steps: int | None = None) -> Any:
     """({role: {name: weight}}, losses, order of roles' learning rates) after two batches of 7 and 4 groups."""
     trainer = build(
-        "actor_critic", folder, stage=stage, batch_size=batch_size, global_batch=7, rows=11, learning_rate=1e-3
+        "actor_critic",
+        folder,
+        stage=stage,
+        batch_size=batch_size,
+        global_batch=7,
+        rows=11,
+        learning_rate=1e-3,
+        max_steps=max_steps,
     )
     seen: list[dict[str, float]] = []
     trainer.fit(seen.append)
     weights = {
         role: {n: t.numpy() for n, t in whole_state(engine, trained_only=True).items()}
-        for role, engine in trainer.models.engines.items()
+        for role, engine in trainer.roles.engines.items()
     }
     return weights, [m["loss"] for m in seen], sorted(seen[0]), trainer.progress.as_dict()

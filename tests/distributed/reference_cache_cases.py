@@ -13,9 +13,9 @@ from cases import build
 from support import random_groups
 
 from dsalign.contract.groups import Group
+from dsalign.engines import build as builder
 from dsalign.engines import reference_cache as refcache
 from dsalign.models.names import resolve
-from dsalign.verbs import train as run
 
 
 def mismatched() -> Group:
@@ -26,27 +26,28 @@ def mismatched() -> Group:
 
 def cached(folder: Path, kept: Path, stage: str, tuner: str) -> tuple[list[Any], list[int]]:
     """(log-probabilities of nine pairs and of a mismatched one, how many groups each of two fillings computed)."""
-    models = build("dpo", folder, stage=stage, tuner=tuner, batch_size=3).models
+    roles = build("dpo", folder, stage=stage, tuner=tuner, batch_size=3).roles
     groups = random_groups("pairs", 9)
+    sets = [groups[:6], groups[6:]]
     key = refcache.weights_key(resolve(str(folder)), torch.float32)
     with mock.patch.object(refcache, "cache_folder", lambda: kept), mock.patch.object(refcache, "PART", 4):
-        computed = [refcache.ReferenceCache([groups[:6], groups[6:]], key).fill(models) for _ in range(2)]
-        cache = refcache.ReferenceCache([groups[:6], groups[6:]], key)
-        assert cache.complete(models.device)
-        found = cache.logps(models, [*groups, mismatched()])
+        computed = [refcache.ReferenceCache(sets, key).fill(roles) for _ in range(2)]
+        cache = refcache.ReferenceCache(sets, key)
+        assert cache.complete(roles.device)
+        found = cache.logps(roles, [*groups, mismatched()])
     return [one.tolist() for one in found], computed
 
 
 def train(words: list[str], kept: Path) -> list[str]:
     """A whole run with its cache under `kept`; the roles for which it built a model."""
     built: list[str] = []
-    plain = run._models
+    plain = builder.roles_of
 
-    def models(config: Any, sources: Any, *more: Any) -> Any:
+    def roles_of(config: Any, sources: Any, *more: Any) -> Any:
         found = plain(config, sources, *more)
         built.extend(found.engines)
         return found
 
-    with mock.patch.object(refcache, "cache_folder", lambda: kept), mock.patch.object(run, "_models", models):
+    with mock.patch.object(refcache, "cache_folder", lambda: kept), mock.patch.object(builder, "roles_of", roles_of):
         whole_runs.train(words)
     return built

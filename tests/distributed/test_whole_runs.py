@@ -58,6 +58,10 @@ def test_sft_then_rm_then_ppo_by_folders(tiny: Path, two_ranks: RankPool, tmp_pa
     ("algo", "data", "more"),
     [
         ("ppo", "demo:prompts#24", "--max_new_tokens 6 --num_ppo_epochs 2 --num_mini_batches 1"),
+        ("grpo", "demo:prompts#24", "--max_new_tokens 6 --num_generations 3 --num_iterations 2 --dynamic_sampling 2"),
+        ("rloo", "demo:prompts#32", "--max_new_tokens 6 --num_generations 2"),
+        ("reinforce", "demo:prompts#32", "--max_new_tokens 6 --num_generations 2"),
+        ("online_dpo", "demo:prompts#32", "--max_new_tokens 6"),
         ("dpo", "demo:pairs#40", "--rpo_alpha 0.5 --label_smoothing 0.1"),
     ],
 )
@@ -71,7 +75,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     )
     words = ["--algo", algo, "--model", str(tiny), "--dataset", data, "--tuner", "full", "--batch_size", "4"]
     words += ["--gradient_accumulation_steps", "1", "--learning_rate", "1e-3", "--logging_steps", "1", *more.split()]
-    words += ["--reward_funcs", f"{reward}:vowels"] if algo == "ppo" else []
+    words += ["--reward_funcs", f"{reward}:vowels"] if "prompts" in data else []
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     two_ranks.run(
         whole_runs.train, [*words, "--save_steps", "2", "--save_total_limit", "9", "--output_dir", str(whole)]
@@ -102,6 +106,32 @@ def test_evaluation_keeps_the_best_checkpoint(tiny: Path, two_ranks: RankPool, t
     assert last["eval/loss"] == evaluations[12] < evaluations[0]
     best = min(evaluations, key=lambda step: evaluations[step])
     assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-12", f"checkpoint-{best}"}
+
+
+def test_max_steps_ends_a_run_within_the_passes_over_a_rollout(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """Six steps in four passes a rollout are a whole rollout and half of one. The rate falls from 1 to 0 over six
+    steps: 1 - 3/6 at the fourth, 1 - 5/6 at the last, which is logged, evaluated and saved. A resumed run has nothing
+    left to do; one with another max_steps is refused."""
+    words = f"--algo ppo --model {tiny} --dataset demo:prompts#24 --tuner full --batch_size 4 --max_new_tokens 6 "
+    words += "--gradient_accumulation_steps 1 --num_ppo_epochs 4 --max_steps 6 --split_dataset_ratio 0.25 "
+    words += "--lr_scheduler_type linear --warmup_ratio 0 --learning_rate 1e-3 --logging_steps 4 --save_steps 4 "
+    out = tmp_path / "out"
+    two_ranks.run(whole_runs.train, [*words.split(), "--output_dir", str(out)])
+    lines = metrics(out)
+    assert [(line["step"], line["episode"], line["lr"]) for line in lines if "lr" in line] == [
+        (4, 8, pytest.approx(1e-3 * (1 - 3 / 6))),
+        (6, 16, pytest.approx(1e-3 * (1 - 5 / 6))),
+    ]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 6]
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    progress = json.loads((out / "checkpoint-6" / "trainer.json").read_text())["progress"]
+    assert (progress["step"], progress["batches"]) == (6, 2)
+    last = load_file(out / "final" / "model.safetensors")
+    two_ranks.run(whole_runs.train, [*words.split(), "--resume", "--output_dir", str(out)])
+    again = load_file(out / "final" / "model.safetensors")
+    assert metrics(out) == lines and all(torch.equal(last[name], again[name]) for name in last)
+    longer = [*words.replace("--max_steps 6", "--max_steps 7").split(), "--resume", "--output_dir", str(out)]
+    assert two_ranks.run(whole_runs.refusal, longer).endswith("with other settings: max_steps was 6, is 7")
 
 
 def test_errors_of_a_run_are_said_in_one_sentence(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import run_cases
 import torch
 from run_cases import Run
-from support import RankPool
+from support import RankPool, ds_file, section
 
+from dsalign.config.schema import OptimOptions
 from dsalign.engines import engine as engines
-from dsalign.engines.engine import EngineOptions
 
 
-def options(ds_config: dict[str, Any], dtype: torch.dtype = torch.float32, max_grad_norm: float = 0.0) -> EngineOptions:
-    return EngineOptions(ds_config, dtype, 3, 2, max_grad_norm, "adamw", 1e-3, 0.01, (0.9, 0.95), 1e-8)
+def complete(
+    settings: dict[str, Any], dtype: torch.dtype = torch.float32, max_grad_norm: float = 0.0, *, train: bool
+) -> dict[str, Any]:
+    """What a file with these settings becomes for 3 rows a rank on 2 ranks."""
+    options = section(OptimOptions, deepspeed=ds_file(settings), batch_size=3, max_grad_norm=max_grad_norm)
+    with mock.patch.object(engines.dist, "world_size", lambda: 2):
+        return engines.complete(options, dtype, train=train)
 
 
 SET_TWICE = [
@@ -35,9 +41,10 @@ SET_TWICE = [
 
 @pytest.mark.parametrize(("key", "value", "flag"), SET_TWICE)
 def test_what_has_a_flag_is_refused_in_the_file(key: str, value: Any, flag: str) -> None:
+    file = ds_file({key: value, "zero_optimization": {"stage": 2}})
     with pytest.raises(ValueError, match=r"Remove it from the file$") as error:
-        engines.check({key: value, "zero_optimization": {"stage": 2}}, "my.json")
-    assert str(error.value).startswith(f"deepspeed: my.json sets what has a flag: {key} is set by {flag}")
+        engines.read(file)
+    assert str(error.value).startswith(f"deepspeed: {file} sets what has a flag: {key} is set by {flag}")
 
 
 def test_all_that_is_set_twice_is_named_at_once() -> None:
@@ -45,21 +52,21 @@ def test_all_that_is_set_twice_is_named_at_once() -> None:
     with pytest.raises(
         ValueError, match=r"gradient_clipping is set by --max_grad_norm; bf16 is set by --dtype\. Remove"
     ):
-        engines.check({"bf16": {"enabled": True}, "gradient_clipping": 0.5}, "my.json")
+        engines.read(ds_file({"bf16": {"enabled": True}, "gradient_clipping": 0.5}))
 
 
 @pytest.mark.parametrize("key", engines.OURS)
 def test_auto_is_left_to_the_flags(key: str) -> None:
-    engines.check({key: "auto"}, "my.json")
-    engines.check({key: {"params": {"lr": "auto", "eps": "auto"}}}, "my.json")
-    assert "lr" not in str(engines.complete(options({key: {"params": {"lr": "auto"}}}), train=True).get(key))
+    for left in ("auto", {"params": {"lr": "auto", "eps": "auto"}}):
+        assert engines.read(ds_file({key: left, "comms_logger": {}})) == {"comms_logger": {}}
+    assert "lr" not in str(complete({key: {"params": {"lr": "auto"}}}, train=True).get(key))
 
 
 def test_numbers_of_a_trained_engine() -> None:
     """3 rows a rank on 2 ranks, accumulation 1, whatever the file left to us; what is the file's stays."""
     zero = {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
     file = {"zero_optimization": zero, "comms_logger": {"enabled": False}, "train_batch_size": "auto"}
-    found = engines.complete(options(file, max_grad_norm=0.5), train=True)
+    found = complete(file, max_grad_norm=0.5, train=True)
     assert found["train_batch_size"] == 6
     assert found["train_micro_batch_size_per_gpu"] == 3
     assert found["gradient_accumulation_steps"] == 1
@@ -67,7 +74,6 @@ def test_numbers_of_a_trained_engine() -> None:
     assert found["comms_logger"] == {"enabled": False}
     assert found["zero_optimization"] == {**zero, "offload_optimizer": {"device": "cpu", "pin_memory": False}}
     assert not {"bf16", "fp16", "optimizer", "scheduler", "data_types"} & set(found)
-    assert zero["offload_optimizer"]["pin_memory"]  # the file's own dictionary is left alone
 
 
 def test_clipping_is_ours_where_torch_steps_and_never_zero_elsewhere() -> None:
@@ -79,16 +85,16 @@ def test_clipping_is_ours_where_torch_steps_and_never_zero_elsewhere() -> None:
         (3, torch.float32, 0.0, engines.NO_CLIPPING),
     ):
         file = {"zero_optimization": {"stage": stage}}
-        assert engines.complete(options(file, dtype, norm), train=True)["gradient_clipping"] == want
+        assert complete(file, dtype, norm, train=True)["gradient_clipping"] == want
 
 
 def test_half_precision_sections() -> None:
     """Gradients add up in float32 in both."""
-    bf16 = engines.complete(options({}, torch.bfloat16), train=True)
+    bf16 = complete({}, torch.bfloat16, train=True)
     assert bf16["bf16"] == {"enabled": True}
     assert bf16["data_types"] == {"grad_accum_dtype": "fp32"}
     assert "fp16" not in bf16
-    fp16 = engines.complete(options({}, torch.float16), train=True)
+    fp16 = complete({}, torch.float16, train=True)
     assert fp16["fp16"]["enabled"] is True
     assert fp16["data_types"] == {"grad_accum_dtype": "fp32"}
     assert "bf16" not in fp16
@@ -98,9 +104,9 @@ def test_half_precision_sections() -> None:
 def test_stage_0_in_half_precision_is_stage_1(dtype: torch.dtype) -> None:
     """For what is trained, and there only; a file without the section is stage 0."""
     for file in ({"zero_optimization": {"stage": 0}}, {}):
-        assert engines.stage(engines.complete(options(file, dtype), train=True)) == 1
-        assert engines.stage(engines.complete(options(file, dtype), train=False)) == 0
-        assert engines.stage(engines.complete(options(file), train=True)) == 0
+        assert complete(file, dtype, train=True)["zero_optimization"] == {"stage": 1}
+        assert complete(file, dtype, train=False)["zero_optimization"] == {"stage": 0}
+        assert complete(file, train=True)["zero_optimization"] == {"stage": 0}
 
 
 def test_another_stage_than_the_files_is_said(
@@ -109,8 +115,10 @@ def test_another_stage_than_the_files_is_said(
     monkeypatch.setattr(
         engines.deepspeed, "initialize", lambda model, optimizer, config: (model, optimizer, None, None)
     )
+    monkeypatch.setattr(engines.dist, "world_size", lambda: 2)
+    options = section(OptimOptions, deepspeed=ds_file({}))
     for dtype, said in ((torch.float32, 0), (torch.bfloat16, 1)):
-        engines.trained(torch.nn.Linear(1, 1), options({}, dtype))
+        engines.trained(torch.nn.Linear(1, 1), options, dtype)
         assert len(caplog.records) == said
     assert "stage 1 instead of 0, which cannot add gradients up in float32 for torch.bfloat16" in caplog.text
 
@@ -118,18 +126,13 @@ def test_another_stage_than_the_files_is_said(
 @pytest.mark.parametrize(("stage", "want"), [(0, {"stage": 0}), (1, {"stage": 0}), (2, {"stage": 0})])
 def test_a_frozen_engine_has_nothing_to_partition_below_stage_3(stage: int, want: dict[str, int]) -> None:
     zero = {"stage": stage, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}}
-    assert engines.complete(options({"zero_optimization": zero}), train=False)["zero_optimization"] == want
+    assert complete({"zero_optimization": zero}, train=False)["zero_optimization"] == want
 
 
 def test_a_frozen_engine_at_stage_3_is_sharded_and_keeps_its_parameters_off_the_device() -> None:
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu", "pin_memory": True}}
-    found = engines.complete(options({"zero_optimization": zero}), train=False)["zero_optimization"]
+    found = complete({"zero_optimization": zero}, train=False)["zero_optimization"]
     assert found == {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}
-
-
-def test_stage() -> None:
-    assert engines.stage({"zero_optimization": {"stage": 3}}) == 3
-    assert engines.stage({}) == engines.stage({"zero_optimization": {}}) == 0
 
 
 @pytest.mark.parametrize(("optimizer", "name", "decay"), [("adamw", "AdamW", 0.1), ("sgd", "SGD", 0.1)])

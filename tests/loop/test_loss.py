@@ -1,7 +1,8 @@
-"""The kernels of whole losses say what the algorithms' files say: loss, gradient and every metric."""
+"""The kernels of whole losses give what the algorithms' own methods give: loss, gradient and every metric."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "orpo": ("orpo", {}),
     "kto": ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.8}),
     "kto apo": ("kto", {"loss_type": "apo_zero_unpaired"}),
+    "online_dpo": ("online_dpo", {"beta": 0.3}),
+    "online_dpo ipo": ("online_dpo", {"loss_type": "ipo"}),
+    "reinforce": ("reinforce", {"cliprange": 0.1}),
     "ppo": ("ppo", {"cliprange": 0.1, "cliprange_value": 0.1, "vf_coef": 0.3}),
 }
 UNITS = {"pairs": 0.25, "chosen_tokens": 0.01, "examples": 0.5, "tokens": 0.02}
@@ -70,13 +74,12 @@ def given(kind: str) -> tuple[MicroBatch, Output]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_the_file_says(name: str) -> None:
-    """To float32's rounding; a kernel is asked for in every one of these cases."""
+    """To float32's rounding; a kernel is asked for in every one of these cases, and a field "reference" is there for
+    the algorithms that have none too."""
     algorithm_name, options = CASES[name]
     algorithm = algos.load(algorithm_name)(**options)
-    batch, out = given(algorithm.data)
-    if "reference" not in algorithm.roles:
-        del batch.fields["reference"]  # type: ignore[attr-defined]
-    for role in [role for role, how in algorithm.roles.items() if how == "train"]:
+    batch, out = given(algorithm.traits.data)
+    for role in algorithm.traits.trained:
         assert algorithm.fused(role, batch) is not None
         found = {}
         for impl in ("torch", "triton"):
@@ -100,11 +103,34 @@ def test_no_groups(name: str) -> None:
     algorithm = algos.load(name)()
     names = ("reference", "old", "advantages", "returns", "values")
     batch = micro_batch([], DEVICE, {field: [] for field in names})
-    for role in [role for role, how in algorithm.roles.items() if how == "train"]:
+    for role in algorithm.traits.trained:
         leaf = torch.zeros(0, device=DEVICE, requires_grad=True)
         out = Output.of(role, leaf)
         loss, _ = scaled_loss(algorithm, role, out, batch, {}, impl="triton")
         assert float(loss.detach()) == 0.0
+
+
+@pytest.mark.parametrize("name", ["cpo", "simpo", "orpo"])
+def test_a_field_that_the_recipe_does_not_name(name: str) -> None:
+    """A field "reference" beside the loss of an algorithm without one: not a bit of loss or gradient changes."""
+    batch, out = given("pairs")
+    assert out.logps is not None
+    without = replace(batch, fields={key: x for key, x in batch.fields.items() if key != "reference"})
+    found = []
+    for one in (batch, without):
+        leaf = out.logps.clone().requires_grad_()
+        loss, _ = scaled_loss(algos.load(name)(), "policy", Output(logps=leaf), one, UNITS, impl="triton")
+        found.append((float(loss.detach()), torch.autograd.grad(loss, leaf)[0].tolist()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dpo", "pairs"), ("kto", "labels")])
+def test_a_reference_that_is_not_there(name: str, kind: str) -> None:
+    """An algorithm with a reference, whose field is missing: refused, not trained as if the reference were 0."""
+    batch, out = given(kind)
+    without = replace(batch, fields={})
+    with pytest.raises(ValueError, match=r"reference: the recipe of \w+ subtracts the reference's .*got none; pass"):
+        scaled_loss(algos.load(name)(), "policy", out, without, UNITS, impl="triton")
 
 
 def test_what_no_kernel_does() -> None:

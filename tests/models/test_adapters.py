@@ -10,23 +10,25 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain import plain_logps
-from support import random_groups
+from support import random_groups, section
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dsalign.data.batches.packing import rows
+from dsalign.config.schema import ModelOptions
+from dsalign.data.batches.packing import padded
 from dsalign.models import adapters
-from dsalign.models.adapters import LoraOptions, as_started
+from dsalign.models.adapters import with_start_weights
 from dsalign.models.heads import CausalModel
 from dsalign.models.names import Source
 
 GROUPS = random_groups("pairs", 3)
-INPUTS = rows(GROUPS, torch.device("cpu"))
+INPUTS = padded(GROUPS, torch.device("cpu"))
 LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def options(*targets: str, dropout: float = 0.0) -> LoraOptions:
-    return LoraOptions(rank=4, alpha=8, dropout=dropout, targets=targets or ("ALL",))
+def options(*targets: str, dropout: float = 0.0) -> ModelOptions:
+    wanted = {"lora_dropout": dropout, "lora_target_modules": targets or ("ALL",)}
+    return section(ModelOptions, lora_rank=4, lora_alpha=8, **wanted)
 
 
 def base(tiny: Path) -> Any:
@@ -72,7 +74,7 @@ def test_a_new_adapter_changes_nothing_until_it_is_trained(tiny: Path) -> None:
     torch.testing.assert_close(logps(model), start, atol=2e-6, rtol=1e-5)
     disturb(model)
     assert (logps(model) - start).abs().max() > 0.01
-    with as_started(model):
+    with with_start_weights(model):
         torch.testing.assert_close(logps(model), start, atol=2e-6, rtol=1e-5)
 
 
@@ -96,7 +98,7 @@ def test_the_adapter_that_training_starts_from_stays_on_in_the_reference(
     disturb(model)
     moved = logps(model)
     assert (moved - want).abs().max() > 0.01
-    with as_started(model):
+    with with_start_weights(model):
         torch.testing.assert_close(logps(model), want, atol=2e-6, rtol=1e-5)
     assert torch.equal(logps(model), moved)
 
@@ -121,8 +123,8 @@ def test_switching_leaves_no_trace(started: bool, tiny: Path, tmp_path: Path) ->
     model = adapters.add(base(tiny), source, options(), seed=1)
     disturb(model)
     before, flags = logps(model), {n: p.requires_grad for n, p in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="inside"), as_started(model):
-        with as_started(model):
+    with pytest.raises(RuntimeError, match="inside"), with_start_weights(model):
+        with with_start_weights(model):
             inner = logps(model)
         assert torch.equal(logps(model), inner)
         assert {n: p.requires_grad for n, p in model.named_parameters()} == flags

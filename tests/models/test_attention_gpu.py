@@ -13,7 +13,7 @@ from test_attention import SIZES, build
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
 from dsalign.contract.groups import Group
-from dsalign.data.batches.packing import packed, rows
+from dsalign.data.batches.packing import packed, padded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention is the GPU's path")
 WIDE = {**SIZES, "hidden_size": 128, "head_dim": 32, "max_position_embeddings": 4096}
@@ -53,7 +53,7 @@ def test_a_packed_row_is_every_sequence_alone(name: str) -> None:
     torch.testing.assert_close(found.detach().cpu(), want, atol=2e-5, rtol=1e-5)
     weights = torch.linspace(-1, 2, len(found), device=device)
     (weights * found).sum().backward()
-    (weights * theirs(rows(groups(), device))[0]).sum().backward()
+    (weights * theirs(padded(groups(), device))[0]).sum().backward()
     grads = dict(theirs.named_parameters())
     size = max(float(p.grad.norm()) for p in grads.values() if p.grad is not None)
     for parameter, mine in ours.named_parameters():

@@ -21,7 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from dsalign.data.batches.packing import rows
+from dsalign.data.batches.packing import padded
 from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueHead, ValueModel
 from dsalign.models.logps import Head, LogitTransform
 
@@ -62,7 +62,7 @@ def test_log_probabilities_are_the_models_own(name: str) -> None:
     """Five pairs of uneven lengths in one padded batch against one sequence at a time through the whole model."""
     model = build(CONFIGS[name])
     groups = random_groups("pairs", 5)
-    inputs = rows(groups, CPU)
+    inputs = padded(groups, CPU)
     with torch.no_grad():
         logps, entropy = CausalModel(model)(inputs, True)
         own = torch.log_softmax(CausalModel(model).whole_logits(inputs.ids).flatten(0, 1)[inputs.predict], -1)
@@ -74,7 +74,7 @@ def test_log_probabilities_are_the_models_own(name: str) -> None:
 @pytest.mark.parametrize(("name", "key"), [("gemma2", "softcap"), ("granite", "scale"), ("cohere", "scale")])
 def test_the_transform_matters_in_the_test_above(name: str, key: str) -> None:
     """Without it the log-probabilities are other ones."""
-    wrapped, inputs = CausalModel(build(CONFIGS[name]).requires_grad_(False)), rows(random_groups("pairs", 5), CPU)
+    wrapped, inputs = CausalModel(build(CONFIGS[name]).requires_grad_(False)), padded(random_groups("pairs", 5), CPU)
     right, _ = wrapped(inputs)
     assert getattr(wrapped.head.transform, key) not in (None, 1.0)
     wrapped.head = Head(LogitTransform())
@@ -85,7 +85,7 @@ def test_the_transform_matters_in_the_test_above(name: str, key: str) -> None:
 def test_nothing_to_predict_keeps_the_graph() -> None:
     """What a rank without rows runs: no log-probabilities, and a gradient of 0 for every parameter."""
     model = build(CONFIGS["llama"])
-    inputs = rows([], CPU)
+    inputs = padded([], CPU)
     logps, entropy = CausalModel(model)(inputs, True)
     assert logps.shape == (0,)
     assert entropy is not None
@@ -100,7 +100,7 @@ def test_values_are_at_the_right_positions() -> None:
     with torch.no_grad():
         wrapped.v_head.summary.bias.fill_(0.5)
     groups = random_groups("pairs", 5)
-    inputs = rows(groups, CPU)
+    inputs = padded(groups, CPU)
     weight, bias = wrapped.v_head.summary.weight, wrapped.v_head.summary.bias
     want = torch.cat(plain_values(model, weight, bias, groups))
     with torch.no_grad():

@@ -11,10 +11,10 @@ from support import random_groups, tiny_config
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from dsalign.data.batches.packing import packed, rows
+from dsalign.data.batches.packing import packed, padded
 from dsalign.models import attention
 from dsalign.models.heads import CausalModel, ValueModel
-from dsalign.models.last_layer import layers_of, read_alone
+from dsalign.models.last_layer import layers_of, skip_unread_mlp
 
 CPU = torch.device("cpu")
 GROUPS = random_groups("pairs", 3)
@@ -39,7 +39,7 @@ def test_only_what_is_read_is_computed(checkpointing: bool) -> None:
     """Of a reward model the last token of each completion, of a policy all but the prompts' beginnings; the first layer
     computes all tokens. With checkpointing a backward computes the same again."""
     model = small()
-    read_alone(model.get_decoder())
+    skip_unread_mlp(model.get_decoder())
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     first, last = (seen(layer.mlp) for layer in layers_of(model.get_decoder()))
@@ -55,8 +55,8 @@ def test_only_what_is_read_is_computed(checkpointing: bool) -> None:
         times = 2 if checkpointing else 1
         assert (first, last) == ([whole] * times, [count] * times)
         first.clear(), last.clear()
-    CausalModel(model)(rows(GROUPS, CPU))
-    assert last == [rows(GROUPS, CPU).ids.shape[1]], "a row without shared prompts is computed whole"
+    CausalModel(model)(padded(GROUPS, CPU))
+    assert last == [padded(GROUPS, CPU).ids.shape[1]], "a row without shared prompts is computed whole"
     last.clear()
     CausalModel(model, True)(packed([], CPU))
     assert last == [1], "and so is one of which nothing is read: its weights take part in a backward"
@@ -88,7 +88,7 @@ class Layer(nn.Module):
 def decoder_of(layer: nn.Module) -> Any:
     decoder: Any = nn.Module()
     decoder.layers = nn.ModuleList([layer])
-    read_alone(decoder)
+    skip_unread_mlp(decoder)
     return decoder
 
 
@@ -112,7 +112,7 @@ def test_under_autocast() -> None:
     found = []
     for change in (False, True):
         if change:
-            read_alone(model.get_decoder())
+            skip_unread_mlp(model.get_decoder())
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             found.append(wrapped(packed(GROUPS, CPU))[0])
     torch.testing.assert_close(found[0], found[1], atol=0.05, rtol=0)
@@ -121,7 +121,7 @@ def test_under_autocast() -> None:
 def test_a_copy_computes_with_weights_of_its_own() -> None:
     """And what is read of it is its own affair."""
     model = small()
-    read_alone(model.get_decoder())
+    skip_unread_mlp(model.get_decoder())
     policy, copied = CausalModel(model, True), CausalModel(copy.deepcopy(model), True)
     count = seen(layers_of(copied.model.get_decoder())[-1].mlp)
     with torch.no_grad():
@@ -138,4 +138,4 @@ def test_the_layers_of_a_decoder() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=3, vocab_size=10))
     assert layers_of(model.get_decoder()) == list(model.transformer.h)
     assert layers_of(nn.Linear(2, 2)) == []
-    read_alone(nn.Linear(2, 2))
+    skip_unread_mlp(nn.Linear(2, 2))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from support import VOCABULARY, tiny_config, tiny_folder, tiny_tokenizer
+from support import VOCABULARY, section, tiny_config, tiny_folder, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,22 +19,39 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     dynamic_module_utils,
 )
 
+from dsalign.config.schema import ModelOptions
 from dsalign.data.batches.packing import Inputs
 from dsalign.models import load
-from dsalign.models.adapters import LoraOptions
 from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueModel
 from dsalign.models.names import Source, resolve
-from dsalign.models.tokenizer import LoadOptions, end_token_ids, load_tokenizer
+from dsalign.models.tokenizer import end_token_ids, load_tokenizer
 
 CPU = torch.device("cpu")
-LORA = LoraOptions(rank=2, alpha=4, dropout=0.0, targets=("DEFAULT",))
 
 
-def options(**changes: Any) -> LoadOptions:
-    return LoadOptions(**{"device": CPU, **changes})
+def options(**changes: Any) -> ModelOptions:
+    """All weights; with tuner lora, adapters of rank 2 on query, key and value."""
+    lora = {"lora_rank": 2, "lora_alpha": 4, "lora_target_modules": ("DEFAULT",)}
+    return section(ModelOptions, **{"tuner": "full", **lora, **changes})
+
+
+def load_causal(source: Source, **changes: Any) -> PreTrainedModel:
+    """A causal model on the CPU."""
+    return load.load_causal(source, options(**changes), device=CPU)
+
+
+def load_trained(role: str, source: Source, **changes: Any) -> CausalModel | ValueModel:
+    """The model of a trained role on the CPU."""
+    return load.load_trained(role, source, options(**changes), device=CPU, dropout=False, seed=42)
+
+
+def load_frozen(role: str, source: Source, **changes: Any) -> CausalModel | ValueModel:
+    """The model of a frozen role on the CPU."""
+    return load.load_frozen(role, source, options(**changes), device=CPU)
 
 
 def test_dtype() -> None:
@@ -52,7 +69,7 @@ def test_dtype_on_a_gpu(bf16: bool, want: torch.dtype, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("dtype", "want"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_weights_have_the_dtype_whatever_the_folder_has(dtype: str, want: torch.dtype, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path)).bfloat16().save_pretrained(tmp_path)
-    model = load.load_causal(resolve(str(tmp_path)), options(dtype=dtype))
+    model = load_causal(resolve(str(tmp_path)), dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {want}
 
 
@@ -70,17 +87,17 @@ def test_dropout_of_the_model_is_off_unless_asked_for(gpt2: Path) -> None:
     keys = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
     ids = torch.arange(8)[None]
     for dropout in (False, True):
-        model = load.load_causal(resolve(str(gpt2)), options(dropout=dropout)).train()
+        model = load.load_causal(resolve(str(gpt2)), options(), device=CPU, dropout=dropout).train()
         assert [getattr(model.config, key) for key in keys] == [0.1 if dropout else 0.0] * 3
         with torch.random.fork_rng():
             assert torch.equal(model(ids).logits, model(ids).logits) is not dropout
 
 
 def test_attention_and_checkpointing_reach_the_model(tiny: Path) -> None:
-    model = load.load_causal(resolve(str(tiny)), options(attn_impl="eager", gradient_checkpointing=True))
+    model = load_causal(resolve(str(tiny)), attn_impl="eager", gradient_checkpointing=True)
     assert model.config._attn_implementation == "eager"
     assert model.is_gradient_checkpointing
-    assert not load.load_causal(resolve(str(tiny)), options()).is_gradient_checkpointing
+    assert not load_causal(resolve(str(tiny))).is_gradient_checkpointing
 
 
 def test_end_tokens(tiny: Path, tmp_path: Path) -> None:
@@ -120,14 +137,14 @@ def test_the_tokenizer_of_an_adapter_is_preferred(tiny: Path, tmp_path: Path) ->
 def test_a_trained_role(tiny: Path, tmp_path: Path) -> None:
     """All weights, or the adapter alone; the folder's own adapter is merged, or trained on."""
     plain, on = resolve(str(tiny)), resolve(str(adapter_folder(tiny, tmp_path)))
-    full = load.load_trained("policy", plain, options(), None)
+    full = load_trained("policy", plain)
     assert isinstance(full, CausalModel)
     assert all(p.requires_grad for p in full.parameters())
-    lora = load.load_trained("policy", plain, options(), LORA)
+    lora = load_trained("policy", plain, tuner="lora")
     assert {n.split(".")[-3] for n, p in lora.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    merged = load.load_trained("policy", on, options(), None)
+    merged = load_trained("policy", on)
     ids = torch.arange(8)[None]
-    trained_on = load.load_trained("policy", on, options(), LORA)
+    trained_on = load_trained("policy", on, tuner="lora")
     assert isinstance(merged, CausalModel)
     assert isinstance(trained_on, CausalModel)
     torch.testing.assert_close(merged.whole_logits(ids), trained_on.whole_logits(ids), atol=1e-5, rtol=1e-5)
@@ -138,8 +155,8 @@ def test_a_trained_role(tiny: Path, tmp_path: Path) -> None:
 def test_a_trained_reward_model(tiny: Path) -> None:
     """A new value head is trained beside the backbone or the adapter; every rank has the same one."""
     torch.manual_seed(0)
-    full = load.load_trained("reward", resolve(str(tiny)), options(), None)
-    lora = load.load_trained("reward", resolve(str(tiny)), options(), LORA)
+    full = load_trained("reward", resolve(str(tiny)))
+    lora = load_trained("reward", resolve(str(tiny)), tuner="lora")
     assert isinstance(full, ValueModel)
     assert isinstance(lora, ValueModel)
     assert torch.equal(full.v_head.summary.weight, lora.v_head.summary.weight)
@@ -149,11 +166,11 @@ def test_a_trained_reward_model(tiny: Path) -> None:
 
 def test_a_frozen_role_is_frozen(tiny: Path, tmp_path: Path) -> None:
     """The reference, with its adapter merged, and a reward model with its value head."""
-    frozen = load.load_frozen("reference", resolve(str(adapter_folder(tiny, tmp_path / "a"))), options())
+    frozen = load_frozen("reference", resolve(str(adapter_folder(tiny, tmp_path / "a"))))
     assert not any(p.requires_grad for p in frozen.parameters())
     folder = tiny_folder(tmp_path / "rm")
     save_file({WEIGHT: torch.arange(32.0)[None], BIAS: torch.tensor([7.0])}, folder / "value_head.safetensors")
-    reward = load.load_frozen("reward", resolve(str(folder)), options())
+    reward = load_frozen("reward", resolve(str(folder)))
     assert isinstance(reward, ValueModel)
     assert reward.v_head.summary.bias.tolist() == [7.0]
     assert not any(p.requires_grad for p in reward.parameters())
@@ -164,7 +181,7 @@ def test_a_frozen_reward_model_without_a_head_is_refused(tiny: Path) -> None:
     with pytest.raises(
         ValueError, match=rf"^reward model: {tiny} has no value_head.safetensors; train one with --algo rm$"
     ):
-        load.load_frozen("reward", resolve(str(tiny)), options())
+        load_frozen("reward", resolve(str(tiny)))
 
 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
@@ -172,7 +189,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=rf"^model: {folder} could not be opened: "):
-        load.load_causal(resolve(str(folder)), options())
+        load_causal(resolve(str(folder)))
 
 
 CODE = """
@@ -209,9 +226,9 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     """A type that only the code knows is refused; one that transformers knows is transformers' own."""
     folder, ran = with_code(tmp_path / "odd", "odd")
     with pytest.raises(ValueError, match="trust_remote_code"):
-        load.load_causal(resolve(str(folder)), options())
+        load_causal(resolve(str(folder)))
     folder, _ = with_code(tmp_path / "known", "llama")
-    assert type(load.load_causal(resolve(str(folder)), options())) is LlamaForCausalLM
+    assert type(load_causal(resolve(str(folder)))) is LlamaForCausalLM
     assert not ran.exists()
 
 
@@ -221,7 +238,7 @@ def test_code_runs_where_it_is_trusted_and_that_is_said(
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, ran = with_code(tmp_path / "odd", "odd")
     with caplog.at_level(logging.WARNING):
-        model = load.load_causal(resolve(str(folder)), options(trust_remote_code=True))
+        model = load_causal(resolve(str(folder)), trust_remote_code=True)
     assert ran.exists()
     assert type(model).__name__ == "OddModel"
     assert f"running the Python code that comes with {folder} (--trust_remote_code)" in [
@@ -242,7 +259,7 @@ def classifier_folder(folder: Path, labels: int = 1, seed: int = 0, **changes: A
 def test_the_score_layer_of_a_classifier_is_the_value_head(role: str, trained: bool, tmp_path: Path) -> None:
     """The value at the last token is the classifier's own score; frozen as a reward, trained as a critic's start."""
     source = resolve(str(classifier_folder(tmp_path)))
-    model = load.load_trained(role, source, options(), None) if trained else load.load_frozen(role, source, options())
+    model = load_trained(role, source) if trained else load_frozen(role, source)
     assert isinstance(model, ValueModel)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     with torch.no_grad():
@@ -257,12 +274,12 @@ def test_the_score_layer_of_a_classifier_is_the_value_head(role: str, trained: b
 def test_the_bias_of_a_score_layer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most classifiers have none, and then the value head's is 0."""
     folder = classifier_folder(tmp_path)
-    plain = load.load_frozen("reward", resolve(str(folder)), options())
+    plain = load_frozen("reward", resolve(str(folder)))
     assert plain.v_head.summary.bias.tolist() == [0.0]
     opened = LlamaForSequenceClassification.from_pretrained(folder)
     opened.score.bias = torch.nn.Parameter(torch.tensor([3.0]))
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: opened)
-    biased = load.load_frozen("reward", resolve(str(folder)), options())
+    biased = load_frozen("reward", resolve(str(folder)))
     assert biased.v_head.summary.bias.tolist() == [3.0]
     assert torch.equal(biased.v_head.summary.weight, plain.v_head.summary.weight)
 
@@ -270,23 +287,23 @@ def test_the_bias_of_a_score_layer_is_kept(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_a_score_layer_has_the_dtype_of_a_value_head(dtype: str, tmp_path: Path) -> None:
     """Whatever the backbone's: a head of our own is kept in the same one."""
-    own = load.load_trained("reward", resolve(str(tiny_folder(tmp_path / "own"))), options(dtype=dtype), None)
-    scored = load.load_frozen("reward", resolve(str(classifier_folder(tmp_path / "scored"))), options(dtype=dtype))
+    own = load_trained("reward", resolve(str(tiny_folder(tmp_path / "own"))), dtype=dtype)
+    scored = load_frozen("reward", resolve(str(classifier_folder(tmp_path / "scored"))), dtype=dtype)
     assert scored.v_head.summary.weight.dtype == own.v_head.summary.weight.dtype
 
 
 def test_a_value_head_comes_before_a_score_layer(tmp_path: Path) -> None:
     folder = classifier_folder(tmp_path)
     save_file({WEIGHT: torch.arange(32.0)[None], BIAS: torch.tensor([7.0])}, folder / "value_head.safetensors")
-    assert load.load_frozen("reward", resolve(str(folder)), options()).v_head.summary.bias.tolist() == [7.0]
+    assert load_frozen("reward", resolve(str(folder))).v_head.summary.bias.tolist() == [7.0]
 
 
 def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
     """No single one of its numbers is the score."""
     folder = classifier_folder(tmp_path, labels=2)
     for run in (
-        lambda: load.load_frozen("reward", resolve(str(folder)), options()),
-        lambda: load.load_trained("value", resolve(str(folder)), options(), None),
+        lambda: load_frozen("reward", resolve(str(folder))),
+        lambda: load_trained("value", resolve(str(folder))),
     ):
         with pytest.raises(ValueError) as caught:
             run()
@@ -295,6 +312,6 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
 
 def test_a_policy_is_not_asked_for_a_score_layer(tiny: Path) -> None:
     """Nor is a critic that starts from a causal model: its head is new and the same at every start."""
-    heads = [load.load_trained("value", resolve(str(tiny)), options(), None).v_head.summary.weight for _ in range(2)]
+    heads = [load_trained("value", resolve(str(tiny))).v_head.summary.weight for _ in range(2)]
     assert torch.equal(*heads)
-    assert isinstance(load.load_trained("policy", resolve(str(tiny)), options(), None), CausalModel)
+    assert isinstance(load_trained("policy", resolve(str(tiny))), CausalModel)

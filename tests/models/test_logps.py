@@ -151,7 +151,7 @@ def test_a_loss_over_targets_that_stand_once() -> None:
         assert entropies is not None and torch.equal(entropies, -logps)
         return (logps * worth[bounds[part.start] : bounds[part.stop]]).sum()
 
-    loss = HeadLoss([3, 2], of).of_fewer(torch.tensor([0, 1, 0, 2, 2]), (2, 1))
+    loss = HeadLoss([3, 2], of).over_unique_targets(torch.tensor([0, 1, 0, 2, 2]), (2, 1))
     assert loss.sizes == (2, 1)
     logps = torch.tensor([-1.0, -3.0, -5.0], requires_grad=True)
     first, second = logps[:2], logps[2:]

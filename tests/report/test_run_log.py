@@ -1,4 +1,4 @@
-"""The line, metrics.jsonl and the trackers."""
+"""The line on the console, metrics.jsonl and samples.jsonl, resumed and killed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from dsalign.report import run_log as report
-from dsalign.report.run_log import Report, duration, number
+from dsalign.report import run_log
+from dsalign.report.run_log import RunLog, duration, number
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands until it is set."""
     time = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(report.time, "monotonic", lambda: time.now)
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: time.now)
     return time
 
 
-def of(folder: Path, trackers: tuple[str, ...] = (), **changes: Any) -> Report:
-    return Report(folder, trackers, **{"rank": 0, "total_steps": 10, "resumed": False, **changes})
+def of(folder: Path, trackers: tuple[str, ...] = (), **changes: Any) -> RunLog:
+    return RunLog(folder, trackers, **{"rank": 0, "total_steps": 10, "resumed": False, **changes})
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -74,7 +74,7 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_text(
         '{"step": 0, "completion": "é\u2028"}\n{"step": 4, "completion": "b"}\n{"st'
     )
-    report = Report(tmp_path, (), rank=0, total_steps=8, resumed=True)
+    report = RunLog(tmp_path, (), rank=0, total_steps=8, resumed=True)
     report.start(4, 0)
     report.log(6, {"loss": 3})
     report.samples(4, [{"completion": "b", "score": 1.0}])
@@ -93,75 +93,23 @@ def test_other_ranks_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "out").exists()
 
 
-def fake_trackers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Three packages that note what they are asked to do."""
-    calls: list[tuple[Any, ...]] = []
-
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            calls.append(("tensorboard", Path(folder).name))
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            calls.append(("tensorboard", name, value, step))
-
-        def flush(self) -> None:
-            calls.append(("tensorboard", "flush"))
-
-    def note(package: str) -> SimpleNamespace:
-        log = lambda numbers, step: calls.append((package, numbers, step))  # noqa: E731
-
-        def init(**options: str) -> SimpleNamespace:
-            calls.append((package, {k: Path(v).name for k, v in options.items()}))
-            return SimpleNamespace(log=log)
-
-        return SimpleNamespace(init=init, log=log)
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    for package in ("wandb", "trackio"):
-        monkeypatch.setitem(sys.modules, package, note(package))
-    return calls
-
-
-def test_trackers_get_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is called after its folder."""
-    calls = fake_trackers(monkeypatch)
-    of(tmp_path / "run7", ("tensorboard", "wandb", "trackio")).log(3, {"loss": 0.5})
-    assert calls == [
-        ("tensorboard", "tensorboard"),
-        ("wandb", {"dir": "run7", "name": "run7"}),
-        ("trackio", {"project": "dsalign", "name": "run7"}),
-        ("tensorboard", "loss", 0.5, 3),
-        ("tensorboard", "flush"),
-        ("wandb", {"loss": 0.5}, 3),
-        ("trackio", {"loss": 0.5}, 3),
-    ]
-
-
 def test_a_tracker_that_fails_is_left_out_and_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    calls = fake_trackers(monkeypatch)
+    got: list[tuple[int, Any]] = []
 
-    def broken(numbers: Any, step: int) -> None:
+    def broken(step: int, numbers: Any) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(sys.modules["trackio"], "log", broken)
+    trackers = {"trackio": lambda folder: broken, "wandb": lambda folder: lambda *point: got.append(point)}
+    monkeypatch.setattr(run_log, "TRACKERS", trackers)
     shown = of(tmp_path, ("trackio", "wandb"))
     with caplog.at_level(logging.WARNING):
         shown.log(1, {"loss": 1.0})
         shown.log(2, {"loss": 2.0})
     assert [r.message for r in caplog.records] == ["report_to trackio failed and is left out from here: no route"]
-    assert [c for c in calls if c[0] == "wandb"][1:] == [("wandb", {"loss": 1.0}, 1), ("wandb", {"loss": 2.0}, 2)]
+    assert got == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
     assert len(lines(tmp_path)) == 2
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_package_is_named_with_what_to_install(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
-    with pytest.raises(ValueError, match=rf"^report_to: {name} is not installed: pip install dsalign\[{name}\]$"):
-        of(tmp_path, (name,))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +147,7 @@ def test_training_outlives_its_console(tmp_path: Path, monkeypatch: pytest.Monke
         def flush(self) -> None:
             raise BrokenPipeError
 
-    report = Report(tmp_path, (), rank=0, total_steps=2, resumed=False)
+    report = RunLog(tmp_path, (), rank=0, total_steps=2, resumed=False)
     monkeypatch.setattr(sys, "stdout", Gone())
     report.log(1, {"loss": 2.0})
     report.log(2, {"loss": 1.0})

@@ -1,4 +1,4 @@
-"""What a completion is worth: functions of a user's file, scores of a reward model, and their weighted sum."""
+"""Rewards: reward models, functions and their weighted sum, completion by completion."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_groups, tiny_tokenizer
+from support import random_groups
 
-from dsalign.data.tokens.templates import Template
-from dsalign.rewards.functions import call, load_function
-from dsalign.rewards.retemplate import Reading
+from dsalign.contract.groups import Scores
 from dsalign.rewards.sources import Rewards
 
-END = frozenset({2})
 FILE = """
 from __future__ import annotations
 from dataclasses import dataclass
@@ -91,9 +88,9 @@ def of(*functions: str, weights: tuple[float, ...] = (), scores: Any = None, rea
     return Rewards(models(scores), functions, weights, decode, reading)
 
 
-def numbers(found: list[torch.Tensor]) -> list[list[float]]:
-    assert all(x.dtype == torch.float32 for x in found)
-    return [x.tolist() for x in found]
+def numbers(found: Scores) -> list[list[float]]:
+    assert all(x.dtype == torch.float32 for each in (found.total, *found.sources.values()) for x in each)
+    return [x.tolist() for x in found.total]
 
 
 def test_a_function_gives_a_number_a_completion(file: Path) -> None:
@@ -115,25 +112,8 @@ def test_a_function_sees_prompts_and_further_columns(file: Path) -> None:
 
 def test_a_rank_without_rows_calls_nothing(file: Path) -> None:
     """`short` would be refused for any number but one."""
-    assert of(f"{file}:short")([], 4) == []
-    assert of(f"{file}:length", scores=[])([], 4) == []
-
-
-@pytest.mark.parametrize("name", ["missing.py:f", "no_colon.py", "", ":f", "notes.txt:f", "folder:f"])
-def test_a_file_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").touch()
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError) as caught:
-        load_function(name)
-    assert str(caught.value) == (f"reward_funcs: expected path/to/file.py:function of a file that exists, got {name!r}")
-
-
-@pytest.mark.parametrize("function", ["absent", "number", ""])
-def test_a_function_that_is_not_there(function: str, file: Path) -> None:
-    with pytest.raises(ValueError) as caught:
-        load_function(f"{file}:{function}")
-    assert str(caught.value) == f"reward_funcs: {file} has no function {function!r}"
+    assert of(f"{file}:short")([], 4).total == []
+    assert of(f"{file}:length", scores=[])([], 4).total == []
 
 
 @pytest.mark.parametrize(
@@ -151,21 +131,6 @@ def test_what_a_function_may_not_give(function: str, text: str, file: Path) -> N
     assert str(caught.value) == f"{file}:{function}: {text}"
 
 
-def test_a_long_completion_is_cut_in_the_message() -> None:
-    with pytest.raises(ValueError, match=f"got inf for '{'x' * 200}'$"):
-        call("f", lambda prompts, completions: [float("inf")], ["p"], ["x" * 500], {})
-
-
-def test_an_error_of_the_function_is_its_own() -> None:
-    """Not dressed up as a wrong return value."""
-
-    def fails(prompts: Any, completions: Any) -> Any:
-        raise TypeError("mine")
-
-    with pytest.raises(TypeError, match=r"^mine$"):
-        call("f", fails, ["p"], ["c"], {})
-
-
 SCORES = [[1.5, -2.0], [0.25, 4.0]]
 
 
@@ -173,14 +138,20 @@ def test_a_reward_model_scores_completions() -> None:
     rewards = of(scores=SCORES)
     assert numbers(rewards(RAGGED, 7)) == [[1.5, -2.0], [0.25, 4.0]]
     assert numbers(rewards(RAGGED[1:], 1)) == [[0.25, 4.0]]
-    assert rewards._models.asked == [("reward", [0, 1], 7), ("reward", [1], 1)]
+    assert rewards._roles.asked == [("reward", [0, 1], 7), ("reward", [1], 1)]
 
 
 def test_sources_are_added_with_their_weights(file: Path) -> None:
     """The model first, then the functions in their order: 2 * model + 0.5 * length - 1; without weights each is 1."""
     names = (f"{file}:length", f"{file}:one")
     weighted = of(*names, weights=(2.0, 0.5, -1.0), scores=SCORES)
-    assert numbers(weighted(RAGGED, 4)) == [[3.0, -4.5], [1.0, 7.5]]
+    found = weighted(RAGGED, 4)
+    assert numbers(found) == [[3.0, -4.5], [1.0, 7.5]]
+    assert {name: [x.tolist() for x in each] for name, each in found.sources.items()} == {
+        "reward_model": SCORES,
+        "length": [[2.0, 1.0], [3.0, 1.0]],
+        "one": [[1.0, 1.0], [1.0, 1.0]],
+    }, "each source by itself, without its weight"
     assert numbers(of(*names, scores=SCORES)(RAGGED, 4)) == [[4.5, 0.0], [4.25, 6.0]]
     assert numbers(of(*names, weights=(0.0, 3.0))(RAGGED, 4)) == [[3.0, 3.0], [3.0, 3.0]]
 
@@ -190,23 +161,7 @@ def test_a_reward_model_reads_in_its_own_way() -> None:
     read = groups(((5, 6, 7), (1, 2)))
     rewards = of(scores=[[1.0, 2.0]], reading=lambda some: read)
     assert numbers(rewards(RAGGED[:1], 4)) == [[1.0, 2.0]]
-    assert rewards._models.given == [read]
-
-
-def test_reading_renders_the_conversation_again() -> None:
-    """Another template and vocabulary; an end token only where one was sampled, or where nothing else is left."""
-    tokenizer = tiny_tokenizer()
-    template = Template(
-        "q", tokenizer, "{% for m in messages %}{{ m.content }}{{ '?' if m.role == 'user' }}{% endfor %}", END
-    )
-    texts = {(50, 3): "yes", (51,): "no", (52, 3): "", (53,): ""}
-    reading = Reading(template, lambda ids: texts[tuple(ids)], frozenset({3}))
-    (group,) = groups(tuple(texts))
-    (found,) = reading([replace(group, turns=({"role": "user", "content": "so"},))])
-    yes, no, so = (tuple(tokenizer(text)["input_ids"]) for text in ("yes", "no", "so?"))
-    assert found.prompt == so
-    assert found.completions == ((*yes, 2), no, (2,), (2,))
-    assert found.where == group.where and reading([]) == []
+    assert rewards._roles.given == [read]
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0)])

@@ -13,8 +13,8 @@ from support import VOCABULARY, tiny_config
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from dsalign.contract.groups import Sampling
-from dsalign.rollout.sampler import noise, pick, sample
+from dsalign.contract.rollouts import RolloutOptions
+from dsalign.rollout.sampler import noise, pick, sample_completions
 
 PROMPTS = [(5, 6, 7, 8, 9, 10, 11), (4,), (0, 2, 30), (60, 61), (12, 12, 12, 12)]  # 0 and the end are ids like others
 
@@ -30,9 +30,11 @@ def draws(count: int, length: int, *, step: int = 0) -> Tensor:
     return torch.stack([noise(42, step, i, 0, length) for i in range(count)])
 
 
-def drawn(model: Any, sampling: Sampling, *ends: int, step: int = 0) -> list[tuple[tuple[int, ...], Tensor]]:
+def drawn(model: Any, sampling: RolloutOptions, *ends: int, step: int = 0) -> list[tuple[tuple[int, ...], Tensor]]:
     """A completion of every prompt, in one batch."""
-    return sample(model, PROMPTS, draws(len(PROMPTS), sampling.max_new_tokens, step=step), sampling, frozenset(ends))
+    return sample_completions(
+        model, PROMPTS, draws(len(PROMPTS), sampling.max_new_tokens, step=step), sampling, frozenset(ends)
+    )
 
 
 def greedy_ends(model: Any, prompts: Sequence[Sequence[int]], ends: list[int] | None, length: int) -> list[Any]:
@@ -57,7 +59,7 @@ def test_greedy_is_generate(model: Any) -> None:
     whole = greedy_ends(model, PROMPTS, None, 12)
     ends = sorted({whole[0][4], whole[1][0], whole[2][7]})
     for stops in ([], ends):
-        found = [ids for ids, _ in drawn(model, Sampling(12, top_k=1), *stops)]
+        found = [ids for ids, _ in drawn(model, RolloutOptions(max_new_tokens=12, top_k=1), *stops)]
         assert found == greedy_ends(model, PROMPTS, stops or None, 12)
     lengths = [len(ids) for ids in found]
     assert lengths[1] == 1 and len(set(lengths)) >= 3
@@ -71,7 +73,7 @@ def test_greedy_is_generate_where_positions_are_learned() -> None:
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, n_positions=64
         )
         gpt2 = GPT2LMHeadModel(config).eval()
-    found = [ids for ids, _ in drawn(gpt2, Sampling(12, top_k=1))]
+    found = [ids for ids, _ in drawn(gpt2, RolloutOptions(max_new_tokens=12, top_k=1))]
     assert found == greedy_ends(gpt2, PROMPTS, None, 12)
 
 
@@ -82,7 +84,7 @@ def test_log_probabilities_are_those_of_a_plain_forward(
     model: Any, temperature: float, top_p: float, top_k: int
 ) -> None:
     """log softmax of logits / temperature over all of the vocabulary, of each prompt and completion without padding."""
-    found = drawn(model, Sampling(9, temperature, top_p, top_k), 2)
+    found = drawn(model, RolloutOptions(max_new_tokens=9, temperature=temperature, top_p=top_p, top_k=top_k), 2)
     for prompt, (ids, logps) in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
@@ -93,12 +95,14 @@ def test_log_probabilities_are_those_of_a_plain_forward(
 
 def test_a_sample_does_not_depend_on_its_batch(model: Any) -> None:
     """Alone, in a batch of five, and in the batch turned round: the same ids."""
-    sampling, numbers = Sampling(15, temperature=1.5), draws(5, 15)
-    whole = sample(model, PROMPTS, numbers, sampling, frozenset({2, 5}))
-    turned = sample(model, PROMPTS[::-1], numbers.flip(0), sampling, frozenset({2, 5}))[::-1]
+    sampling, numbers = RolloutOptions(max_new_tokens=15, temperature=1.5), draws(5, 15)
+    whole = sample_completions(model, PROMPTS, numbers, sampling, frozenset({2, 5}))
+    turned = sample_completions(model, PROMPTS[::-1], numbers.flip(0), sampling, frozenset({2, 5}))[::-1]
     assert [ids for ids, _ in turned] == [ids for ids, _ in whole]
     for i, (ids, logps) in enumerate(whole):
-        ((alone, its_logps),) = sample(model, PROMPTS[i : i + 1], numbers[i : i + 1], sampling, frozenset({2, 5}))
+        ((alone, its_logps),) = sample_completions(
+            model, PROMPTS[i : i + 1], numbers[i : i + 1], sampling, frozenset({2, 5})
+        )
         assert alone == ids
         torch.testing.assert_close(its_logps, logps, rtol=0, atol=1e-5)
     assert len({ids for ids, _ in whole}) == 5
@@ -106,9 +110,9 @@ def test_a_sample_does_not_depend_on_its_batch(model: Any) -> None:
 
 def test_a_completion_stops_at_the_first_of_several_ends(model: Any) -> None:
     """The ends are its last token or nowhere; what was sampled before an end is what is sampled without ends."""
-    free = drawn(model, Sampling(30, temperature=1.5))
+    free = drawn(model, RolloutOptions(max_new_tokens=30, temperature=1.5))
     ends = {2, 9, 33, 50, 61}
-    found = drawn(model, Sampling(30, temperature=1.5), *ends)
+    found = drawn(model, RolloutOptions(max_new_tokens=30, temperature=1.5), *ends)
     for (ids, logps), (whole, _) in zip(found, free, strict=True):
         at = next((i + 1 for i, token in enumerate(whole) if token in ends), 30)
         assert ids == whole[:at] and len(logps) == at
@@ -117,8 +121,8 @@ def test_a_completion_stops_at_the_first_of_several_ends(model: Any) -> None:
 
 @pytest.mark.parametrize("length", [1, 7])
 def test_without_an_end_it_is_as_long_as_allowed(model: Any, length: int) -> None:
-    assert [len(ids) for ids, _ in drawn(model, Sampling(length), VOCABULARY + 5)] == [length] * 5
-    assert [len(logps) for _, logps in drawn(model, Sampling(length))] == [length] * 5
+    assert [len(ids) for ids, _ in drawn(model, RolloutOptions(max_new_tokens=length), VOCABULARY + 5)] == [length] * 5
+    assert [len(logps) for _, logps in drawn(model, RolloutOptions(max_new_tokens=length))] == [length] * 5
 
 
 def test_it_stops_when_all_have_ended(model: Any) -> None:
@@ -129,19 +133,21 @@ def test_it_stops_when_all_have_ended(model: Any) -> None:
         calls.append(inputs["input_ids"].shape)
         return model(**inputs)
 
-    found = drawn(counted, Sampling(20), *range(VOCABULARY))
+    found = drawn(counted, RolloutOptions(max_new_tokens=20), *range(VOCABULARY))
     assert [len(ids) for ids, _ in found] == [1] * 5
     assert calls == [(5, 7)]
 
 
 def test_no_graph_is_kept(model: Any) -> None:
-    assert not any(logps.requires_grad for _, logps in drawn(model, Sampling(3)))
+    assert not any(logps.requires_grad for _, logps in drawn(model, RolloutOptions(max_new_tokens=3)))
 
 
 def test_the_model_of_a_folder(tiny: Path) -> None:
     """What `from_pretrained` opens samples too."""
     opened = LlamaForCausalLM.from_pretrained(tiny).eval()
-    assert [ids for ids, _ in drawn(opened, Sampling(5, top_k=1))] == greedy_ends(opened, PROMPTS, None, 5)
+    assert [ids for ids, _ in drawn(opened, RolloutOptions(max_new_tokens=5, top_k=1))] == greedy_ends(
+        opened, PROMPTS, None, 5
+    )
 
 
 LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2]))
@@ -150,24 +156,27 @@ LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2]))
 @pytest.mark.parametrize(
     ("sampling", "want"),
     [
-        (Sampling(1), [0.05, 0.4, 0.1, 0.25, 0.2]),
-        (Sampling(1, top_k=5), [0.05, 0.4, 0.1, 0.25, 0.2]),
-        (Sampling(1, top_k=9), [0.05, 0.4, 0.1, 0.25, 0.2]),
-        (Sampling(1, top_k=1), [0, 1, 0, 0, 0]),
-        (Sampling(1, top_k=2), [0, 8 / 13, 0, 5 / 13, 0]),
-        (Sampling(1, top_p=0.8), [0, 8 / 17, 0, 5 / 17, 4 / 17]),  # 0.4 + 0.25 < 0.8 <= 0.4 + 0.25 + 0.2
-        (Sampling(1, top_p=0.6), [0, 8 / 13, 0, 5 / 13, 0]),
-        (Sampling(1, top_p=0.01), [0, 1, 0, 0, 0]),  # the most probable token is always there
-        (Sampling(1, top_p=0.9, top_k=2), [0, 8 / 13, 0, 5 / 13, 0]),
-        (Sampling(1, top_p=0.3, top_k=4), [0, 1, 0, 0, 0]),
-        (Sampling(1, temperature=0.5), [x / 0.275 for x in (0.0025, 0.16, 0.01, 0.0625, 0.04)]),
-        (Sampling(1, temperature=0.5, top_k=2), [0, 0.16 / 0.2225, 0, 0.0625 / 0.2225, 0]),
+        (RolloutOptions(max_new_tokens=1), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (RolloutOptions(max_new_tokens=1, top_k=5), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (RolloutOptions(max_new_tokens=1, top_k=9), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (RolloutOptions(max_new_tokens=1, top_k=1), [0, 1, 0, 0, 0]),
+        (RolloutOptions(max_new_tokens=1, top_k=2), [0, 8 / 13, 0, 5 / 13, 0]),
+        (
+            RolloutOptions(max_new_tokens=1, top_p=0.8),
+            [0, 8 / 17, 0, 5 / 17, 4 / 17],
+        ),  # 0.4 + 0.25 < 0.8 <= 0.4 + 0.25 + 0.2
+        (RolloutOptions(max_new_tokens=1, top_p=0.6), [0, 8 / 13, 0, 5 / 13, 0]),
+        (RolloutOptions(max_new_tokens=1, top_p=0.01), [0, 1, 0, 0, 0]),  # the most probable token is always there
+        (RolloutOptions(max_new_tokens=1, top_p=0.9, top_k=2), [0, 8 / 13, 0, 5 / 13, 0]),
+        (RolloutOptions(max_new_tokens=1, top_p=0.3, top_k=4), [0, 1, 0, 0, 0]),
+        (RolloutOptions(max_new_tokens=1, temperature=0.5), [x / 0.275 for x in (0.0025, 0.16, 0.01, 0.0625, 0.04)]),
+        (RolloutOptions(max_new_tokens=1, temperature=0.5, top_k=2), [0, 0.16 / 0.2225, 0, 0.0625 / 0.2225, 0]),
         # squared and normalised 0.58, 0.23, 0.15, 0.04, 0.01: without the temperature top_p would keep three
-        (Sampling(1, temperature=0.5, top_p=0.7), [0, 0.16 / 0.2225, 0, 0.0625 / 0.2225, 0]),
+        (RolloutOptions(max_new_tokens=1, temperature=0.5, top_p=0.7), [0, 0.16 / 0.2225, 0, 0.0625 / 0.2225, 0]),
     ],
     ids=str,
 )
-def test_frequencies_are_the_filtered_probabilities(sampling: Sampling, want: list[float]) -> None:
+def test_frequencies_are_the_filtered_probabilities(sampling: RolloutOptions, want: list[float]) -> None:
     """20,000 draws: within 4 standard deviations, sqrt(p (1 - p) / n), and never a token that was filtered out."""
     chosen, _ = pick(LOGITS.expand(20_000, -1) / sampling.temperature, noise(1, 2, 3, 4, 20_000), sampling)
     found = torch.bincount(chosen, minlength=5) / 20_000
@@ -175,15 +184,31 @@ def test_frequencies_are_the_filtered_probabilities(sampling: Sampling, want: li
         assert abs(share - p) <= 4 * (p * (1 - p) / 20_000) ** 0.5 + 1e-9
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, top_k=2, top_p=0.9), Sampling(1, top_k=1)], ids=str)
-def test_log_probabilities_are_those_before_the_filters(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        RolloutOptions(max_new_tokens=1),
+        RolloutOptions(max_new_tokens=1, top_k=2, top_p=0.9),
+        RolloutOptions(max_new_tokens=1, top_k=1),
+    ],
+    ids=str,
+)
+def test_log_probabilities_are_those_before_the_filters(sampling: RolloutOptions) -> None:
     """Of the chosen token among all five, so at least 0.4 or 0.25 with top_k 2, not 8/13 or 5/13."""
     chosen, logps = pick(LOGITS.expand(200, -1), noise(0, 0, 0, 0, 200), sampling)
     torch.testing.assert_close(logps, LOGITS[chosen])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, top_k=3), Sampling(1, top_p=0.5)], ids=str)
-def test_the_ends_of_the_draws_stay_among_what_is_allowed(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        RolloutOptions(max_new_tokens=1),
+        RolloutOptions(max_new_tokens=1, top_k=3),
+        RolloutOptions(max_new_tokens=1, top_p=0.5),
+    ],
+    ids=str,
+)
+def test_the_ends_of_the_draws_stay_among_what_is_allowed(sampling: RolloutOptions) -> None:
     """0 and the largest number below 1, with tokens of probability 0 first and last in the vocabulary."""
     logits = torch.tensor([[-torch.inf, 1.0, 1.0, 1.0, -torch.inf]]).expand(2, -1)
     extremes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)

@@ -14,8 +14,7 @@ from support import tiny_folder
 
 from dsalign import cli
 from dsalign.config.parse import parse
-from dsalign.verbs import data
-from dsalign.verbs import data_report as doctor
+from dsalign.verbs import data, data_report
 
 PAIRS = [
     {"prompt": "What is one and one?", "chosen": "two", "rejected": "three"},
@@ -83,7 +82,7 @@ def test_kto_says_the_balance_of_labels(words: list[str], capsys: pytest.Capture
 def shown(words: list[str], **more: Any) -> str:
     out = io.StringIO()
     settings = {"count": 3, "as_json": False, "ids": False, **more}
-    doctor.show(parse(words, world_size=1).config, out=out, **settings)
+    data_report.show(parse(words, world_size=1).config, out=out, **settings)
     return out.getvalue()
 
 

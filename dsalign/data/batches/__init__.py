@@ -1,1 +1,1 @@
-"""Groups to global batches and tensors."""
+"""Token groups to global batches and tensors."""

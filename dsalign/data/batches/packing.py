@@ -1,10 +1,10 @@
-"""From groups to the tensors of a forward pass, and to the micro-batches of a step."""
+"""Groups as the tensors of a forward pass, and as the flat micro-batches that a loss works on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, islice
+from itertools import compress
 from typing import Any
 
 import torch
@@ -16,14 +16,18 @@ from dsalign.data.tokens.templates import length_shared
 
 @dataclass(frozen=True)
 class Span:
-    """A group in a packed row: its stem, which is the prompt and what all completions begin with, then the rest of each
-    completion, one after another. Numbers of tokens."""
+    """Where one group stands in a packed row, in numbers of tokens.
+
+    stem: the prompt and the tokens with which all completions begin, computed once. branches: what is left of each
+    completion, one behind the other; each sees the stem and itself, not the other branches.
+    """
 
     stem: int
     branches: tuple[int, ...]
 
     def positions(self) -> Iterator[int]:
-        """The position id of each token: those of every branch go on from the stem's."""
+        """The position id of each token of the group: every branch goes on where the stem ends, as if it stood there
+        alone."""
         yield from range(self.stem)
         for length in self.branches:
             yield from range(self.stem, self.stem + length)
@@ -31,14 +35,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one forward pass computes.
+    """The tensors of one forward pass. B rows of T tokens; N predicted tokens; M positions of values or rewards. "Flat"
+    positions index [B * T].
 
-    ids: [B, T] int64. predict: [N] int64, flat positions whose hidden state predicts each completion token that counts.
-    targets: [N] int64. states: [M] int64, flat positions from the last prompt token to the last completion token of
-    each completion, or the latter alone. Of a packed row (without spans a row is one completion): positions [1, T]
-    int64; copies: where completions of a group begin alike, int64, which of the N that are computed is each token that
-    counts of all completions; sizes: how many of the N are each group's; read: int64, the positions whose last hidden
-    state is looked at, each once.
+    ids: [B, T] int64. predict: [N] int64, flat positions whose hidden state predicts a completion token that counts
+    (its mask is true). targets: [N] int64, those tokens. states: [M] int64, flat positions at which a value head is
+    read: from the last prompt token to the last completion token of each completion, or of each completion the last
+    token alone.
+    Of a packed row only (a padded one has None or ()): positions: [1, T] int64 position ids. spans: where each group
+    stands. copies: [number of completion tokens that count] int64, or None where it would be 0, 1, 2, ...: which of the
+    N predicted tokens each one is, as completions of a group that begin alike share theirs. sizes: how many of the N
+    belong to each group. read: int64, `states` without repetition.
     """
 
     ids: Tensor
@@ -53,9 +60,13 @@ class Inputs:
 
 
 def packed(groups: Sequence[Group], device: torch.device, *, ends: bool = False) -> Inputs:
-    """The groups as one row without padding, in which every prompt stands once, and what all its completions begin with
-    as well; with none, one token of which nothing is predicted, so that a rank without work still takes part in the
-    collectives of a forward and a backward pass. ends: `states` are the last token of each completion alone."""
+    """All groups in one row without padding: each prompt stands once, and so do the tokens with which all its
+    completions begin. For models whose attention keeps branches apart (`models/attention.py`).
+
+    ends: `states` has the last token of each completion alone, as a reward model needs. Without groups the row is one
+    token of which nothing is predicted, as a rank without work must still take part in the collectives of a forward and
+    backward pass.
+    """
     ids: list[int] = []
     states: list[int] = []
     asked: dict[tuple[int, int], int] = {}  # (position, the token it predicts) -> which of the N
@@ -92,40 +103,18 @@ def packed(groups: Sequence[Group], device: torch.device, *, ends: bool = False)
 
 
 def num_shared(group: Group) -> int:
-    """With how many tokens all completions of a group begin, where it has several."""
+    """Number of tokens with which all completions of a group begin; 0 where it has fewer than two."""
     if len(group.completions) < 2:
         return 0
     return length_shared(min(group.completions), max(group.completions))  # all others lie between these
 
 
-def behind(groups: Sequence[Group], device: torch.device) -> Inputs:
-    """The completions of some groups as one row whose prompts are computed already, in a row of groups with the same
-    prompts in the same order: `predict` counts the last token of each prompt first, then the tokens of this row."""
-    ids: list[int] = []
-    predict: list[int] = []
-    targets: list[int] = []
-    spans: list[Span] = []
-    for i, group in enumerate(groups):
-        for completion, mask in zip(group.completions, _masks(group), strict=True):
-            first = len(groups) + len(ids)
-            ids += completion
-            predict += compress([i, *range(first, first + len(completion) - 1)], mask)
-            targets += compress(completion, mask)
-        spans.append(Span(len(group.prompt), tuple(map(len, group.completions))))
-    positions = [p for span in spans for p in islice(span.positions(), span.stem, None)]
-    return Inputs(
-        ids=_index([ids], device),
-        predict=_index(predict, device),
-        targets=_index(targets, device),
-        states=_index([], device),
-        positions=_index([positions], device),
-        spans=tuple(spans),
-    )
-
-
 def joined(groups: Sequence[Group], most: int = 2) -> tuple[list[Group], list[list[int]]]:
-    """(groups, positions): those of the same prompt as one, so that it is computed once, with at most `most`
-    completions where they are not one group's own; positions: which of the given groups each of the new ones holds."""
+    """Groups of one prompt merged into one, so that its forward is computed once.
+
+    most: completions that a merged group has at most; a group is never split, whatever it has.
+    Returns (groups, positions): positions[i] are the given groups that the i-th returned one holds.
+    """
     found: list[list[int]] = []
     room: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> (last group of it, completions that still fit)
     for i, group in enumerate(groups):
@@ -148,10 +137,12 @@ def _joined(parts: Sequence[Group]) -> Group:
     return replace(parts[0], completions=completions, masks=None if masks is None else tuple(masks))
 
 
-def rows(groups: Sequence[Group], device: torch.device, *, ends: bool = False) -> Inputs:
-    """The groups as one completion a row, right padded with 0 (under a causal mask no real token sees the padding, so
-    there is no mask): for models whose layers look at a row in other ways than causal attention does. ends: `states`
-    are the last token of each completion alone."""
+def padded(groups: Sequence[Group], device: torch.device, *, ends: bool = False) -> Inputs:
+    """Groups as one completion a row, ids [completions, longest row], right padded with 0: for models that cannot take
+    a packed row.
+
+    No attention mask is needed: under a causal mask no real token sees the padding behind it. ends: as for `packed`.
+    """
     sequences = [(g.prompt, c, m) for g in groups for c, m in zip(g.completions, _masks(g), strict=True)]
     width = max((len(p) + len(c) for p, c, _ in sequences), default=1)
     ids = torch.zeros(max(1, len(sequences)), width, dtype=torch.int64)
@@ -182,7 +173,11 @@ def micro_batch(
     fields: Mapping[str, Sequence[Tensor]] | None = None,
     shared: Mapping[str, float] | None = None,
 ) -> MicroBatch:
-    """The flat view of some groups that a loss works on; `fields` has one tensor for each of these groups."""
+    """The flat view of some groups that a loss works on, on `device`.
+
+    fields: name -> one tensor a group, which are joined along their first dimension. shared: numbers of the whole
+    global batch.
+    """
     lengths = torch.tensor([n for g in groups for n in g.lengths], dtype=torch.int64, device=device)
     segment = torch.repeat_interleave(lengths)
     starts = torch.cumsum(lengths, 0) - lengths
@@ -192,20 +187,22 @@ def micro_batch(
 
 
 def cut(prepared: Prepared, positions: Sequence[int], device: torch.device) -> MicroBatch:
-    """The micro-batch of the prepared groups at `positions`."""
+    """The micro-batch of those prepared groups that stand at `positions`, with their part of every field."""
     groups = [prepared.groups[i] for i in positions]
     fields = {name: [x[i] for i in positions] for name, x in prepared.fields.items()}
     return micro_batch(groups, device, fields, prepared.shared)
 
 
 def chunks(positions: Sequence[int], size: int) -> list[Sequence[int]]:
-    """`positions` in chunks of `size`."""
+    """Micro-batches of `size` groups: `positions` in their order, the last chunk may be shorter."""
     return [positions[i : i + size] for i in range(0, len(positions), size)]
 
 
 def bins(positions: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
-    """`positions` in bins of at most `most` by their `sizes`: best fit, the largest first. One that is larger has a bin
-    of its own."""
+    """Micro-batches of at most `most` tokens: `positions` put into bins by best fit, the largest first.
+
+    sizes: tokens of the group at each position. A group that is larger than `most` has a bin of its own.
+    """
     found: list[list[int]] = []
     room: list[int] = []
     for position, size in sorted(zip(positions, sizes, strict=True), key=lambda x: (-x[1], x[0])):
@@ -221,11 +218,13 @@ def bins(positions: Sequence[int], sizes: Sequence[int], most: int) -> list[list
 
 
 def num_tokens(groups: Sequence[Group]) -> int:
-    """Real input tokens, each prompt once."""
+    """Tokens of prompts and completions, without padding; a prompt counts once, whatever the number of its
+    completions."""
     return sum(len(g.prompt) + sum(map(len, g.completions)) for g in groups)
 
 
 def num_computed(group: Group, *, shared: bool = True) -> int:
-    """How many tokens of a group a forward pass computes in a packed row, or with `shared` off in single rows."""
+    """Tokens of a group that a forward pass computes: in a packed row, or, where `shared` is false, in padded rows, in
+    which each completion has a prompt of its own (padding is not counted)."""
     again = max(0, len(group.completions) - 1)
     return num_tokens([group]) + again * (-num_shared(group) if shared else len(group.prompt))

@@ -1,1 +1,1 @@
-"""Sources to rows: files, formats and columns."""
+"""Files and hub data sets to rows: one prompt and its answers as text."""

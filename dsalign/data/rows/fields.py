@@ -1,4 +1,4 @@
-"""The columns of one record, read with checks that name the column."""
+"""The columns of one record, each read with checks whose errors name file, line and column."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
 
 
 class Fields:
-    """The columns of one record, read with checks; remembers which were taken. Null counts as absent."""
+    """The columns of one record; a column that is null counts as absent.
+
+    where: file and line. text_only: the record is of a CSV file, so numbers and booleans are words. `taken` holds the
+    columns that were read: the others go on with the row, for reward functions.
+    """
 
     def __init__(self, where: str, values: Mapping[str, Any], text_only: bool) -> None:
         self.where = where
@@ -38,17 +42,23 @@ class Fields:
         self.taken: set[str] = set()
 
     def bad(self, column: str, expected: str, got: object, fix: str) -> RowError:
+        """The error of a column: what was expected in it, what came, and how to mend it."""
         return RowError(f"{self.where}: column {column!r}: expected {expected}, got {shorten(got)}; {fix}")
 
     def take(self, column: str) -> Any:
+        """The value of a column, None where it is absent; the column counts as taken."""
         self.taken.add(column)
         return self.values.get(column)
 
     def text(self, column: str, default: str | None = None) -> str:
+        """The text in a column. default: where it is absent, None = it must be there. Raises RowError for anything
+        else."""
         value = self.take(column)
         return default if value is None and default is not None else self.check_text(column, value)
 
     def check_text(self, column: str, value: object) -> str:
+        """`value`, where it is text that a tokenizer can read. Raises RowError where it is none, or holds a NUL or half
+        of a surrogate pair."""
         if not isinstance(value, str):
             raise self.bad(column, "text", value, "write a string, or name another column with columns={theirs: ours}")
         if "\0" in value:
@@ -64,7 +74,8 @@ class Fields:
         return value
 
     def turns(self, column: str) -> Turns:
-        """A message list: {"role", "content"} or {"from", "value"}, known roles, in any order."""
+        """A message list as messages, in any order of roles: {"role", "content"} or ShareGPT's {"from", "value"}.
+        Raises RowError for another value or role."""
         value = self.take(column)
         if not isinstance(value, list) or not value:
             fix = "CSV holds single turns: use .jsonl" if self.text_only else 'write [{"role": ..., "content": ...}]'
@@ -103,7 +114,8 @@ class Fields:
         return found
 
     def _call(self, column: str, value: object) -> Mapping[str, Any]:
-        """A call {"name", "arguments"}, by itself, under "function", or as JSON text, as may be its arguments."""
+        """The call of a function, from {"name", "arguments"}, the same under "function", or either as JSON text; its
+        arguments may be JSON text too."""
         call = self._function(column, value, CALL)
         arguments = call.get("arguments")
         if isinstance(arguments, str):
@@ -113,7 +125,8 @@ class Fields:
         return {"type": "function", "function": {"name": call["name"], "arguments": arguments or {}}}
 
     def tools(self) -> tuple[Tool, ...]:
-        """The functions of the column tools: schemas, by themselves or under "function", as a list or as JSON text."""
+        """The functions that a conversation may call, from the column `tools`: a list of schemas, each by itself or
+        under "function", or that list as JSON text. Empty where the column is absent."""
         value = self.take("tools")
         if isinstance(value, str):
             value = self._json("tools", value, "a list of functions") if value.strip() else []
@@ -123,7 +136,7 @@ class Fields:
         return tuple({"type": "function", "function": tool} for tool in found)
 
     def _function(self, column: str, value: object, example: str) -> Mapping[str, Any]:
-        """What has a name, by itself or under "function"."""
+        """The mapping that names a function: `value`, what it holds under "function", or either as JSON text."""
         if isinstance(value, str):
             value = self._json(column, value, "an object")
         inner = value.get("function", value) if isinstance(value, Mapping) else value
@@ -138,7 +151,11 @@ class Fields:
             raise self.bad(column, f"{expected} as JSON text", text, f"it cannot be read: {error}") from error
 
     def order(self, column: str, turns: Turns, last: tuple[str, ...] = ("user", "assistant", "tool")) -> Turns:
-        """turns, which must be system?, user, assistant, tool ..., assistant, user, ... and end with one of `last`."""
+        """`turns`, where their roles follow each other as a template expects: system?, user, assistant, user, ...;
+        turns of a tool stand between two of the assistant.
+
+        last: roles with which the conversation may end. Raises RowError that names the first turn out of order.
+        """
         before = "system"
         for i, turn in enumerate(turns):
             expected = ("system", "user") if i == 0 else FOLLOWS[before]
@@ -157,7 +174,7 @@ class Fields:
         return turns
 
     def history(self) -> Turns:
-        """Earlier turns from history: [[question, answer], ...]."""
+        """Earlier turns, from the column `history`: [[question, answer], ...]. Empty where it is absent."""
         turns: Turns = []
         value = self.take("history") or []
         if not isinstance(value, list):
@@ -170,6 +187,8 @@ class Fields:
         return turns
 
     def label(self) -> bool:
+        """Whether the completion is desirable, from the column `label`. Raises RowError unless it is true or false (in
+        CSV also 1 or 0)."""
         value = self.take("label")
         if self.text_only and str(value).lower() in ("true", "1", "false", "0"):
             return str(value).lower() in ("true", "1")
@@ -179,6 +198,8 @@ class Fields:
         return value
 
     def margin(self) -> float | None:
+        """By how much the chosen answer is better, in units of reward, from the column `margin`; None where it is
+        absent. Raises RowError for what is no finite number."""
         value = self.take("margin")
         if value is None or (self.text_only and value == ""):
             return None
@@ -192,5 +213,5 @@ class Fields:
 
 
 def user(text: str) -> Turns:
-    """A question."""
+    """A conversation of one question."""
     return [{"role": "user", "content": text}]

@@ -1,4 +1,5 @@
-"""Column layouts: which columns a row of each kind may have, and how a prompt and completions are read out of them."""
+"""Column layouts: which columns a row may have for each kind of algorithm, and how a prompt and its answers are read
+out of them."""
 
 from __future__ import annotations
 
@@ -41,6 +42,8 @@ def _answer(fields: Fields, column: str, prompt: Turns) -> Answer:
 
 
 def _prompted(*answers: str) -> Callable[[Fields], Parts]:
+    """A reader of rows with a column prompt and a column for each answer."""
+
     def read(fields: Fields) -> Parts:
         prompt = _prompt(fields)
         return prompt, [_answer(fields, column, prompt) for column in answers]
@@ -49,6 +52,8 @@ def _prompted(*answers: str) -> Callable[[Fields], Parts]:
 
 
 def _query(*answers: str) -> Callable[[Fields], Parts]:
+    """A reader of rows with columns query and history, and one for each answer."""
+
     def read(fields: Fields) -> Parts:
         return fields.history() + user(fields.text("query")), [fields.text(column) for column in answers]
 
@@ -56,6 +61,8 @@ def _query(*answers: str) -> Callable[[Fields], Parts]:
 
 
 def _instruction(*answers: str) -> Callable[[Fields], Parts]:
+    """A reader of Alpaca's columns: instruction, input where there is one, and one for each answer."""
+
     def read(fields: Fields) -> Parts:
         text, more = fields.text("instruction"), fields.text("input", "")
         prompt = user(f"{text}\n{more}" if more else text)
@@ -65,7 +72,8 @@ def _instruction(*answers: str) -> Callable[[Fields], Parts]:
 
 
 def _conversation(column: str, *answers: str) -> Callable[[Fields], Parts]:
-    """A conversation whose last turn is the first completion; further completions are text."""
+    """A reader of conversations whose last turn is the first answer; further answers are text in columns of their
+    own."""
 
     def read(fields: Fields) -> Parts:
         turns = fields.order(column, fields.turns(column), last=("assistant",))
@@ -75,7 +83,7 @@ def _conversation(column: str, *answers: str) -> Callable[[Fields], Parts]:
 
 
 def _opening(column: str) -> Callable[[Fields], Parts]:
-    """The prompt side of a conversation: all turns up to the last of the user."""
+    """A reader of conversations as prompts: all turns up to the last of the user."""
 
     def read(fields: Fields) -> Parts:
         turns = fields.order(column, fields.turns(column))
@@ -85,7 +93,8 @@ def _opening(column: str) -> Callable[[Fields], Parts]:
 
 
 def _two_conversations(first: str, second: str, keep: int = 2) -> Callable[[Fields], Parts]:
-    """Two whole conversations: the turns they share are the prompt, then each has one assistant turn."""
+    """A reader of two whole conversations: the turns that they share are the prompt, and the last turn of each is an
+    answer, of which `keep` are kept."""
 
     def read(fields: Fields) -> Parts:
         for column in (first, second):
@@ -142,9 +151,9 @@ OPTIONAL = ("system", "history", "input", "margin", "tools")
 
 
 def convert(fields: Fields, kind: str, system: str | None) -> Row:
-    """The row of a record. kind: one of KINDS. system: put in front where the row has none.
+    """The row of a record. kind: one of KINDS, what the algorithm reads. system: a system prompt for rows without one.
 
-    Raises RowError where no format has its columns, or one of them cannot be used.
+    Raises RowError where no layout of this kind has the record's columns, or a column cannot be used.
     """
     has = fields.values.keys()
     read = next((read for needs, read in FORMATS[kind].items() if has >= set(needs.split(", "))), None)

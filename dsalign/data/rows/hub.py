@@ -1,4 +1,4 @@
-"""Data sets of the hub: mapped from the files that `datasets` keeps, or streamed and never kept."""
+"""Data sets of the Hugging Face hub: mapped from the files that `datasets` keeps, or streamed and not kept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dsalign.data.rows.records import Record, RowError, rename, shorten
 from dsalign.data.rows.registry import REGISTERED, Registered
 
 
-def records(name: str, streaming: bool = False) -> Iterator[Record | RowError]:
-    """The records of a hub data set, by its own name or a registered short one; a RowError in the place of each that
-    the registry's converter cannot read. streaming: rows come over the network as they are asked for.
+def read_hub(name: str, streaming: bool = False) -> Iterator[Record | RowError]:
+    """The records of a hub data set, and in the place of each that the registry's converter cannot read its RowError.
 
+    name: on the hub, or a registered short name. streaming: rows come over the network as they are asked for.
     Raises ValueError where it cannot be loaded, or a stream breaks off.
     """
     known, number = _known(name), 0
@@ -49,7 +49,8 @@ def records(name: str, streaming: bool = False) -> Iterator[Record | RowError]:
 
 
 def version(name: str) -> tuple[str, int | None]:
-    """(what changes with the rows of a hub data set, how many there are where the hub says so), without reading them.
+    """(text that changes when the rows of a hub data set do, their number or None where the hub does not say it); no
+    row is read.
 
     Raises ValueError where it cannot be loaded.
     """
@@ -65,7 +66,8 @@ def version(name: str) -> tuple[str, int | None]:
 
 @cache
 def _datasets() -> Any:
-    """The library, without its progress bars; imported where a hub data set is read: it takes a second and 50 MiB."""
+    """The library `datasets`, without its progress bars. It is imported only where a hub data set is read, as it takes
+    a second and 50 MiB."""
     library = importlib.import_module("datasets")
     library.disable_progress_bars()
     return library

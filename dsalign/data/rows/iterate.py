@@ -1,4 +1,4 @@
-"""Sources to rows, as they are asked for: renamed, weighted, with bad rows raised or counted."""
+"""Sources to rows, one at a time: columns renamed, sources weighted, bad rows raised or counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsalign.data.rows.records import Record, Row, RowError, rename
 
 @dataclass
 class Skipped:
-    """The bad rows that were left out: how many, and what was wrong with the first."""
+    """The bad rows that were left out: how many there were, and what was wrong with the first."""
 
     count: int = 0
     first: str = ""
@@ -24,6 +24,7 @@ class Skipped:
         return self.count > 0
 
     def add(self, error: RowError) -> None:
+        """Count a bad row."""
         self.first = self.first or str(error)
         self.count += 1
 
@@ -39,15 +40,16 @@ def iter_rows(
     streaming: bool = False,
     skipped: Skipped | None = None,
 ) -> Iterator[Row]:
-    """The rows of all sources, one source after the other, in stored order, read as they are asked for.
+    """The rows of all sources, one source after the other, in stored order, each read when it is asked for.
 
     sources: files, folders, globs, demo rows, hub names or registered short names, each with an optional "#n" (a sample
-    of n rows, fixed by `seed`). kind: one of KINDS. columns: {theirs: ours}. system: put in front where a row has none.
-    weights: how many times the rows of each source are taken; 2.5 = twice, and each with probability 0.5 once more,
-    fixed by `seed`; none = once each. streaming: hub data sets are read without keeping them on disk. skipped: where
-    bad rows are counted instead of raised.
-    A string prompt is one user turn. Of a conversation with several answers the last is the completion.
-    Raises RowError (a ValueError) for the first row that cannot be used, ValueError for a bad argument or source.
+    of n rows, fixed by `seed`). kind: one of KINDS. columns: their name of a column -> ours. system: a system prompt
+    for rows without one. weights: how many times the rows of each source come; 2.5 = twice, and each once more with
+    probability 0.5, fixed by `seed`; none = once. streaming: hub data sets are not kept on disk. skipped: counts bad
+    rows, which are left out; None = the first is raised.
+    A prompt that is a string is one turn of the user. In a conversation with several answers the last is the
+    completion.
+    Raises RowError (a ValueError) for the first bad row, ValueError for a bad argument or source.
     """
     if kind not in KINDS:
         raise ValueError(f"kind of rows: expected one of {', '.join(KINDS)}, got {kind!r}")

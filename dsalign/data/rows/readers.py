@@ -1,4 +1,4 @@
-"""From sources to records: files, folders, globs, demo rows and hub data sets."""
+"""Sources to records: files, folders, globs, demo rows and hub data sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsalign.data.rows import hub, text_files
 from dsalign.data.rows.records import Record, RowError, shorten
 from dsalign.data.rows.text_files import Item
 
-FORMATS: Mapping[str, Callable[[Path, str], Iterator[Item]]] = {
+READERS: Mapping[str, Callable[[Path, str], Iterator[Item]]] = {
     ".jsonl": text_files.json_lines,
     ".json": text_files.json_array,
     ".csv": text_files.csv_rows,
@@ -25,12 +25,13 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def read_source(source: str, seed: int, streaming: bool = False) -> Iterator[Item]:
-    """The records of one source in stored order, and in its place the RowError of each that cannot be read.
+    """The records of one source in stored order, and in the place of each that cannot be read its RowError.
 
-    source: a file, a folder, a glob, demo rows, a short name or a hub name; with "#n" behind it a sample of n records
-    without replacement, fixed by `seed`, in stored order. A record is held no longer than until the next.
-    streaming: a hub data set is not kept on disk.
-    Raises ValueError (RowError where a row is to blame, and what follows it cannot be read) naming the file and line.
+    source: a file, a folder, a glob, demo rows, a registered short name or a hub name; "#n" behind it takes a sample of
+    n records without replacement, fixed by `seed`, in stored order. streaming: a hub data set is not kept on disk. No
+    record is held longer than until the next one.
+    Raises ValueError for a source that is not there or cannot be sampled, and RowError, which names file and line,
+    where what follows a bad record cannot be read either.
     """
     name, count = _sample(source)
     if count is None:
@@ -52,7 +53,8 @@ def read_source(source: str, seed: int, streaming: bool = False) -> Iterator[Ite
 
 
 def version(source: str) -> tuple[str, int | None]:
-    """(what changes with the records of a source, about how many there are where that is known without reading them).
+    """(text that changes when the records of a source do, about how many there are or None), without parsing them: of
+    files it is a hash of names and bytes.
 
     Raises ValueError where there is no such source.
     """
@@ -71,7 +73,8 @@ def version(source: str) -> tuple[str, int | None]:
 
 
 def _sample(source: str) -> tuple[str, int | None]:
-    """(name, n) of name#n, where no file or folder is called so; else (source, None)."""
+    """(name, n) for a source `name#n`; (source, None) for one without a number, or where a file or folder has the # in
+    its name."""
     name, mark, count = source.rpartition("#")
     if not mark or not count.isdecimal() or Path(source).expanduser().exists():
         return source, None
@@ -81,16 +84,16 @@ def _sample(source: str) -> tuple[str, int | None]:
 def _records(name: str, streaming: bool = False) -> Iterator[Item]:
     files = _local(name)
     if files is None:
-        yield from hub.records(name, streaming)
+        yield from hub.read_hub(name, streaming)
         return
     for path, shown in files:
         yield from _file(path, shown)
 
 
 def _local(name: str) -> list[tuple[Path, str]] | None:
-    """(file, how a message calls it) of each file of a source; None = it is a hub data set.
+    """(path, name for messages) of each file of a source; None = the source is a hub data set.
 
-    Raises ValueError where a local name has no data files.
+    Raises ValueError where a path, folder or glob has no data files.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -103,7 +106,7 @@ def _local(name: str) -> list[tuple[Path, str]] | None:
         return [(path / file, os.path.join(name, file)) for file in files]
     if path.is_file():
         return [(path, name)]
-    if name.startswith(assets.PREFIX):
+    if name.startswith(assets.DEMO):
         return [(assets.find(name), name)]
     if any(mark in name for mark in "*?["):
         files = sorted(file for file in glob.glob(str(path), recursive=True) if _is_data(Path(file)))
@@ -122,8 +125,9 @@ def _local(name: str) -> list[tuple[Path, str]] | None:
 
 
 def _suffix(path: Path) -> str:
-    """.jsonl of rows.jsonl and rows.jsonl.gz; Parquet packs itself."""
-    packed = path.suffix in text_files.PACKED and Path(path.stem).suffix in FORMATS
+    """The suffix that tells a file's format: .jsonl for rows.jsonl and rows.jsonl.gz. Parquet compresses itself, so
+    .parquet.gz is none."""
+    packed = path.suffix in text_files.COMPRESSED and Path(path.stem).suffix in READERS
     return Path(path.stem).suffix if packed else path.suffix
 
 
@@ -132,7 +136,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _num_rows(path: Path) -> int | None:
-    """About how many rows a file has, None where that cannot be told without parsing it."""
+    """About how many rows a file has; None where that cannot be told without parsing it."""
     suffix = path.suffix
     if suffix == ".parquet":
         import pyarrow.parquet  # noqa: PLC0415  # 40 MiB, for few kinds of files
@@ -153,7 +157,7 @@ def _file(path: Path, name: str) -> Iterator[Item]:
             f"behind it, got {path.suffix!r}; convert or rename the file"
         )
     empty = True
-    for record in FORMATS.get(suffix, _parquet)(path, name):
+    for record in READERS.get(suffix, _parquet)(path, name):
         empty = False
         yield record
     if empty:

@@ -1,4 +1,4 @@
-"""What every reader gives, what is made of it, and what is said of a row that cannot be used."""
+"""What the readers pass on: records as they were stored, the rows made of them, and the errors of bad ones."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dsalign.contract.groups import Message, Tool
 
 Answer = str | Message  # text, or an assistant's message that has more than text
 Turns = list[Message]
-SHOWN = 200  # characters of a bad value that a message repeats
+SHOWN_CHARS = 200  # characters of a bad value that a message repeats
 
 
 class RowError(ValueError):
-    """A row that cannot be used: names the place, what was expected, what came and what to do."""
+    """A row that cannot be used. The text names file and line, what was expected, what came and what to do."""
 
 
 class Record(NamedTuple):
-    """One row as it was stored."""
+    """One row as it was stored: columns with any values."""
 
     where: str  # "pairs.jsonl:3", the path as the user typed it; "pairs.parquet:row 3"
     values: Mapping[str, Any]
@@ -27,7 +27,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt and the answers to it, as text."""
+    """One prompt and the answers to it, as text or messages."""
 
     where: str  # file and line, as the user typed the file
     prompt: tuple[Message, ...]  # system?, user, assistant, tool, ..., user or tool
@@ -39,13 +39,13 @@ class Row:
 
 
 def shorten(value: object) -> str:
-    """repr(value), cut to SHOWN characters."""
+    """repr(value) for a message, cut to SHOWN_CHARS characters."""
     text = repr(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
 
 
 def rename(where: str, values: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """values with each column of `columns` (theirs -> ours) under its new name.
+    """`values` with columns renamed. columns: their name -> ours. where: file and line, for the error.
 
     Raises RowError where two columns end up under one name.
     """

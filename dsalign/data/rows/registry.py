@@ -1,6 +1,6 @@
-"""Hub data sets known by a short name: where they are, and how their columns become those of a format here.
+"""Hub data sets with a short name: where each is, and how its columns become those of a layout in formats.py.
 
-Names, files and columns were read in public listings of the hub; where one has changed since, the error names the row.
+Names, files and columns are those of the hub's public listings; where one has changed since, the error names the row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Registered:
-    """A hub data set known by a short name."""
+    """Where a data set is on the hub, which of its files are read, and what is done with its columns."""
 
     hub_name: str
     files: tuple[str, ...] = ()  # files of the hub repository to read; () = its split
@@ -23,7 +23,7 @@ class Registered:
 
 
 def only(*names: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """A converter that keeps these columns: the others would say the same again, in another way."""
+    """A converter that keeps these columns: the others say the same again in another layout, or are not needed."""
     return lambda values: {name: values[name] for name in names}
 
 
@@ -41,9 +41,9 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def transcript(text: str) -> list[dict[str, str]]:
-    """Messages of a conversation written as blank lines, "Human: " or "Assistant: ", and what was said.
+    """Messages from a transcript, in which each turn is a blank line, "Human:" or "Assistant:", and text.
 
-    Raises ValueError where it does not begin like this.
+    Raises ValueError where the text does not begin like this.
     """
     parts = re.split(r"(?:^|\n)\n(Human|Assistant):", text)
     if parts[0].strip() or len(parts) < 3:

@@ -1,6 +1,7 @@
-"""Own readers of JSON lines, JSON and CSV, so that every message names file and line; also as .gz and .zst.
+"""Readers of JSON lines, JSON and CSV, also compressed as .gz and .zst. They are our own so that every message names
+file and line.
 
-A row that cannot be read is handed on as the error it is, where what follows can still be read.
+A bad row is passed on as its RowError where what follows it can still be read.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from dsalign.data.rows.records import SHOWN, Record, RowError, shorten
+from dsalign.data.rows.records import SHOWN_CHARS, Record, RowError, shorten
 
 MAX_ROW_BYTES = 50_000_000  # of a line; longer ones are other files' contents by mistake
-PACKED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst")
 Item = Record | RowError
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked where its name says that they are packed."""
+    """The file's bytes, decompressed where its name ends in .gz or .zst."""
     if path.suffix == ".gz":
         return cast(IO[bytes], gzip.open(path))
     if path.suffix == ".zst":
@@ -34,13 +35,13 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path, name: str) -> Iterator[str | RowError]:
-    """Lines with their line ends, without the byte order mark; for one that cannot be read, why."""
+    """The lines with their line ends, without a byte order mark; in the place of one that cannot be read its error."""
     try:
         with _open(path) as file:
             for number, raw in enumerate(file, 1):
                 yield _line(raw, f"{name}:{number}", "utf-8-sig" if number == 1 else "utf-8")
     except (OSError, EOFError, zlib.error) as error:
-        if path.suffix not in PACKED:
+        if path.suffix not in COMPRESSED:
             raise
         raise RowError(f"{name}: expected a whole {path.suffix} file, got an error: {error}; pack it again") from error
 
@@ -49,7 +50,7 @@ def _line(raw: bytes, where: str, encoding: str) -> str | RowError:
     if len(raw) > MAX_ROW_BYTES:
         return RowError(
             f"{where}: expected a line of at most {MAX_ROW_BYTES} bytes, got {len(raw)}, beginning with "
-            f"{shorten(raw[:SHOWN])}; one row a line"
+            f"{shorten(raw[:SHOWN_CHARS])}; one row a line"
         )
     try:
         return raw.decode(encoding)
@@ -61,7 +62,7 @@ def _line(raw: bytes, where: str, encoding: str) -> str | RowError:
 
 
 def _whole_lines(path: Path, name: str) -> Iterator[str]:
-    """Lines of a file that must be read as a whole. Raises RowError at the first that cannot be read."""
+    """The lines of a format that must be read as a whole. Raises RowError for the first that cannot be read."""
     for line in _lines(path, name):
         if isinstance(line, RowError):
             raise line
@@ -85,7 +86,8 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _decode(text: str, start: int, name: str, line: int, fix: str) -> tuple[Any, int]:
-    """The JSON value at `start`, which is on `line`, and the position of the next character that is not blank."""
+    """(the JSON value at `start`, the position of the next character that is not blank). line: that of `start`. Raises
+    RowError with `fix`, what to do about it."""
     try:
         value, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
@@ -105,7 +107,8 @@ def _blank(text: str, start: int) -> int:
 
 
 def json_lines(path: Path, name: str) -> Iterator[Item]:
-    """One object a line, blank lines aside; an array under this name is read as one."""
+    """Records of a file with one object a line; blank lines are skipped, and an array under such a name is read as one.
+    name: how messages call the file."""
     seen = False
     for number, line in enumerate(_lines(path, name), 1):
         if isinstance(line, RowError):
@@ -135,7 +138,8 @@ def _object(line: str, start: int, where: str, name: str, number: int) -> Record
 
 
 def json_array(path: Path, name: str) -> Iterator[Item]:
-    """An array of rows, an object that holds one list of rows, or JSON lines under another name."""
+    """Records of an array of objects, of an object that holds one list of them, or of JSON lines under another name.
+    name: how messages call the file."""
     text = "".join(_whole_lines(path, name))
     start = _blank(text, 0)
     if start == len(text):
@@ -166,7 +170,8 @@ def json_array(path: Path, name: str) -> Iterator[Item]:
 
 
 def _only_list(text: str, start: int, value: Mapping[str, Any], name: str) -> int:
-    """Where the one list of the object at `start` begins."""
+    """Position at which the only list of the object at `start` begins. Raises RowError where it holds none, or
+    several."""
     lists = [key for key, item in value.items() if isinstance(item, list)]
     if len(lists) != 1:
         raise RowError(
@@ -200,7 +205,7 @@ def _row(where: str, value: object) -> Mapping[str, Any]:
 
 
 def csv_rows(path: Path, name: str) -> Iterator[Item]:
-    """Rows under a header; every value is text."""
+    """Records of a CSV file with a header line; every value is text. name: how messages call the file."""
     reader = csv.reader(_whole_lines(path, name), strict=True)
     header: list[str] | None = None
     while True:

@@ -1,1 +1,1 @@
-"""Rows to groups of token ids."""
+"""Rows to token groups: templates, token ids, and groups on disk."""

@@ -1,7 +1,7 @@
-"""Chat templates by name, for base models that have none of their own: how each family writes a conversation.
+"""Built-in chat templates, for base models that have none: how each family of models writes a conversation.
 
-TURN_END stands for the template's own end token, or for the tokenizer's EOS where that is no single token of it. No
-template writes a BOS: the tokenizer that wants one puts it in front.
+TURN_END stands for the family's own end token, or for the tokenizer's EOS where that is no single token of it. No
+template writes a BOS: a tokenizer that wants one puts it in front.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class BuiltIn(NamedTuple):
-    """text: Jinja. turn_end: the token that ends a turn, None = the tokenizer's EOS."""
+    """A built-in template. text: Jinja. turn_end: the token that ends a turn, None = the tokenizer's EOS."""
 
     text: str
     turn_end: str | None = None

@@ -1,4 +1,4 @@
-"""Rows to groups: one prompt and its completions as token ids, cut to the maximal length."""
+"""Rows of text to groups of token ids: one prompt and its completions, at most max_length tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The groups of a data set and what was left out of it."""
+    """The groups of a data set, and how many of its rows did not become whole groups."""
 
     groups: Sequence[Group]
     num_rows: int  # read
@@ -35,14 +35,14 @@ class Tokenized:
 
 @dataclass
 class Tally:
-    """What happened to rows, counted while they are tokenised."""
+    """How many rows were read, dropped and truncated, counted while they are tokenised."""
 
     num_rows: int = 0  # read
     dropped: Counter[str] = field(default_factory=Counter)  # rule -> rows
     truncated: int = 0  # groups that lost tokens
 
     def add(self, other: Tally) -> None:
-        """Count what another one counted."""
+        """Add another tally's counts to this one's."""
         self.num_rows += other.num_rows
         self.dropped.update(other.dropped)
         self.truncated += other.truncated
@@ -50,13 +50,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes groups of at most max_length tokens of rows, in their order.
+    """Makes a group of each row, in their order, of at most max_length tokens: len(prompt) + len(longest completion).
 
-    A group's length is len(prompt) + len(longest completion). truncation: "delete" drops a longer row; "left" cuts its
-    prompt from the left to no less than one token, then completions at their right end; "right" cuts completions at
-    their right end and drops the row where no token is left; "raise" refuses it. A cut completion has no end token.
-    assistant_turns: "all" for demonstrations whose earlier answers are learnt from too, see `Template.encode_turns`.
-    Raises ValueError for bad arguments.
+    template: writes the conversation and tokenises it. truncation, for a longer row: "delete" drops it; "left" cuts the
+    prompt's beginning, down to one token, then the completions' ends; "right" cuts the completions' ends and drops the
+    row where no token is left; "raise" refuses it. A cut completion has no end token, so that the model does not learn
+    to stop there. assistant_turns: "last", or "all" for demonstrations in which every answer is learnt from
+    (`Template.encode_turns`).
+    Raises ValueError for a truncation that is not one of TRUNCATIONS, and for max_length below 2.
     """
 
     template: Template
@@ -73,9 +74,9 @@ class Encoder:
             )
 
     def __call__(self, rows: Sequence[Row]) -> tuple[list[Group], Tally]:
-        """(the groups, numbered from 0 without gaps, what happened to the rows).
+        """(groups, tally): the groups of these rows, numbered from 0 without gaps, and what became of the rows.
 
-        Raises ValueError for a row that the template refuses, and for a long one ("raise").
+        Raises ValueError for a row that the template refuses, and for one that is too long where truncation is "raise".
         """
         tally, found = Tally(num_rows=len(rows)), list[Group]()
         for row, encoded in zip(rows, _encoded(rows, self.template, self.assistant_turns), strict=True):
@@ -113,7 +114,7 @@ class Encoder:
         return prompt, completions, masks
 
     def check(self, some: bool, tally: Tally) -> None:
-        """Raises ValueError unless some group was made of all rows."""
+        """Raises ValueError where `some` is false: of all rows in `tally` no group was made."""
         if not some:
             counts = ", ".join(f"{n} {rule}" for rule, n in tally.dropped.items()) or "there was none"
             raise ValueError(
@@ -123,13 +124,13 @@ class Encoder:
 
 
 def tokenize_rows(rows: Iterable[Row], template: Template, **how: Any) -> Tokenized:
-    """The groups of all rows in memory, numbered from 0 without gaps; how: as for `Encoder`.
+    """The groups of all rows, kept in memory and numbered from 0 without gaps. how: arguments of `Encoder`.
 
     Raises ValueError as `Encoder` does, and where no row is left.
     """
     encoder, tally, groups = Encoder(template, **how), Tally(), list[Group]()
     share = dict[int, int]().setdefault  # one int object an id: 8 bytes a token instead of 40
-    with threads(encoder) as pool:
+    with thread_pool(encoder) as pool:
         for found, counted in in_order(pool, encoder, rows, THREADS):
             tally.add(counted)
             for group in found:
@@ -140,15 +141,21 @@ def tokenize_rows(rows: Iterable[Row], template: Template, **how: Any) -> Tokeni
 
 
 @contextmanager
-def threads(encoder: Encoder) -> Iterator[ThreadPoolExecutor]:
-    """THREADS of this process, for an encoder whose tokenizer is settled before they start."""
+def thread_pool(encoder: Encoder) -> Iterator[ThreadPoolExecutor]:
+    """A pool of THREADS threads for `encoder`, closed at the end of the block.
+
+    What the encoder computes once for its tokenizer is computed before the threads start, as they must not race for it.
+    """
     encoder.template.text_ids  # noqa: B018
     with ThreadPoolExecutor(THREADS, "tokenize") as pool:
         yield pool
 
 
 def in_order(pool: Executor, work: Callable[[list[Row]], T], rows: Iterable[Row], ahead: int) -> Iterator[T]:
-    """work(rows) of each CHUNK rows, in their order. ahead: chunks that may be worked on beside the next one."""
+    """work(chunk) of each CHUNK rows, in the rows' order.
+
+    ahead: chunks that the pool may work on beside the one that is waited for; so many rows are in memory at once.
+    """
     left, waiting = iter(rows), deque[Future[T]]()
     while chunk := list(islice(left, CHUNK)):
         waiting.append(pool.submit(work, chunk))

@@ -1,4 +1,4 @@
-"""Token groups on disk: written once as they are made, mapped by every rank, never all in memory."""
+"""Token groups on disk: written once while they are made, mapped by every rank, never all in memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dsalign.data.rows.iterate import Skipped
 from dsalign.data.tokens.encoder import Tally
 
 IDS, KNOWN, INDEX, MANIFEST = "ids.bin", "known.bin", "index.bin", "manifest.json"
-FORMAT = 2  # of the files
+STORE_FORMAT = 2  # of the files
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What happened to the rows on their way into a store."""
+    """How many rows of a store's data set were read, dropped (rule -> rows), truncated, and skipped as bad."""
 
     num_rows: int
     dropped: Mapping[str, int]
@@ -35,7 +35,7 @@ class Counts:
 
 
 class LazyGroups(Sequence[Group], ABC):
-    """Groups of which one is made whenever it is asked for."""
+    """A sequence that makes a group each time it is asked for, so that no group stays in memory."""
 
     @abstractmethod
     def _at(self, index: int) -> Group:
@@ -54,7 +54,8 @@ class LazyGroups(Sequence[Group], ABC):
 
 
 class GroupStore(LazyGroups):
-    """The groups of a folder that `write` made: token ids and text are read when a group is asked for."""
+    """The groups in a folder that `write_store` made: a group's ids and text are read from mapped files when it is
+    asked for."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ValueError where the folder is not what was written: a file is missing, cut off or changed."""
@@ -64,7 +65,7 @@ class GroupStore(LazyGroups):
             files = {name: _digest(folder / name) for name in (IDS, KNOWN, INDEX)}
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: its files cannot be read: {error}") from error
-        if manifest.get("format") != FORMAT or manifest["files"] != files:
+        if manifest.get("format") != STORE_FORMAT or manifest["files"] != files:
             raise ValueError(f"{folder}: its files are not those that were written")
         skipped = Skipped(*manifest["skipped"])
         self.counts = Counts(manifest["num_rows"], manifest["dropped"], manifest["truncated"], skipped)
@@ -80,7 +81,7 @@ class GroupStore(LazyGroups):
 
 
 class Part(Sequence[Group]):
-    """The groups at some positions of others, looked up when they are asked for."""
+    """Some of a sequence's groups, given by their positions in it: a split of a data set without a copy."""
 
     def __init__(self, groups: Sequence[Group], positions: Sequence[int]) -> None:
         self._groups, self._positions = groups, positions
@@ -98,16 +99,20 @@ class Part(Sequence[Group]):
         return self._groups[self._positions[at]]
 
 
-class Packed(NamedTuple):
-    """Some groups as they stand in a store's files. sizes: of each the number of its ids and the bytes of the rest."""
+class Stored(NamedTuple):
+    """Groups in the form in which a store's files hold them; those of several chunks are joined by appending.
+
+    sizes: int64 [groups, 2], of each group the number of its ids and of the bytes of the rest. ids: int32, prompts and
+    completions. known: JSON of everything else, a group behind the other.
+    """
 
     sizes: bytes  # int64
     ids: bytes  # int32
     known: bytes
 
 
-def pack(groups: Iterable[Group]) -> Packed:
-    """Of further columns, what JSON does not have becomes its text."""
+def stored(groups: Iterable[Group]) -> Stored:
+    """The groups in the form of a store's files. A value of a further column that JSON cannot hold becomes its text."""
     sizes, ids, known = array("q"), array("i"), list[bytes]()
     for group in groups:
         before = len(ids)
@@ -115,13 +120,15 @@ def pack(groups: Iterable[Group]) -> Packed:
             ids.extend(part)
         known.append(json.dumps(_kept(group), ensure_ascii=False, default=str).encode())
         sizes.extend((len(ids) - before, len(known[-1])))
-    return Packed(sizes.tobytes(), ids.tobytes(), b"".join(known))
+    return Stored(sizes.tobytes(), ids.tobytes(), b"".join(known))
 
 
-def write(parts: Iterable[Packed], tally: Tally, skipped: Skipped, folder: Path) -> GroupStore:
-    """The store of some groups, numbered from 0 as they come; tally and skipped are read after the last was taken.
+def write_store(parts: Iterable[Stored], tally: Tally, skipped: Skipped, folder: Path) -> GroupStore:
+    """Write groups to `folder` and return the store, in which they are numbered from 0 as they come.
 
-    The folder appears when it is whole: until then it has another name.
+    parts: groups as they are made. tally, skipped: read after the last part was taken, as they are counted meanwhile.
+    The folder appears when it is whole, under another name until then, so that a run that is stopped leaves no half
+    store.
     """
     staging = folder.with_name(f".staging-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)  # what a run that was stopped left
@@ -135,7 +142,7 @@ def write(parts: Iterable[Packed], tally: Tally, skipped: Skipped, folder: Path)
                 file.write(content)
             start = ends[-1:] if len(ends) else start
     manifest = {
-        "format": FORMAT,
+        "format": STORE_FORMAT,
         "num_rows": tally.num_rows,
         "dropped": dict(tally.dropped),
         "truncated": tally.truncated,

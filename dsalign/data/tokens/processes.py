@@ -1,4 +1,5 @@
-"""Large data sets are tokenised in several processes: rendering and reading text holds Python's lock."""
+"""Large data sets are tokenised in several processes: threads would wait for each other, as rendering a template and
+making token groups hold Python's lock."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from dsalign.data.rows.records import Row
-from dsalign.data.tokens.encoder import CHUNK, THREADS, Encoder, Tally, in_order, threads
-from dsalign.data.tokens.group_store import Packed, pack
+from dsalign.data.tokens.encoder import CHUNK, THREADS, Encoder, Tally, in_order, thread_pool
+from dsalign.data.tokens.group_store import Stored, stored
 
 logger = logging.getLogger(__name__)
 MOST = 8  # processes: more are faster than rows can be read
@@ -26,10 +27,13 @@ LEAST = 4 * CHUNK  # rows a process, which takes a second to start
 _encoder: Encoder  # of a process that was started here
 
 
-def count(wanted: int | None, rows: float | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many processes to use. wanted: what the user asked for, None = as many as pay; rows: about how many there
-    are, None = unknown. One for a tokenizer that comes with its own code, which another process would not find, and
-    in a process that may not start others."""
+def num_processes(wanted: int | None, rows: float | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many processes should tokenise.
+
+    wanted: what --dataset_num_proc says, None = as many as pay. rows: about how many there are, None = unknown. It is 1
+    for a tokenizer whose code came with the model, which another process could not import, and in a process that may
+    not start others.
+    """
     if not type(tokenizer).__module__.startswith("transformers."):
         if wanted not in (None, 1):
             logger.warning("dataset_num_proc: 1 instead of %d, as the tokenizer comes with its own code", wanted)
@@ -42,20 +46,22 @@ def count(wanted: int | None, rows: float | None, tokenizer: PreTrainedTokenizer
     return int(min(cores, MOST, MOST if rows is None else max(1, rows // LEAST)))
 
 
-def packed(rows: Iterable[Row], encoder: Encoder, processes: int) -> Iterator[tuple[Packed, Tally]]:
-    """The groups of each CHUNK rows as a store keeps them, in order, with what happened to those rows.
+def tokenised_chunks(rows: Iterable[Row], encoder: Encoder, processes: int) -> Iterator[tuple[Stored, Tally]]:
+    """(groups in the form of a store, tally) of each CHUNK rows, in the rows' order. processes: 1 = in threads of this
+    one.
 
-    Raises ValueError as the encoder does, and where a process is ended from outside.
+    Raises ValueError for rows as the encoder does, and where a process was ended from outside, which mostly means that
+    memory ran out.
     """
     if processes < 2:
-        with threads(encoder) as pool:
-            yield from in_order(pool, partial(_packed, encoder), rows, THREADS)
+        with thread_pool(encoder) as pool:
+            yield from in_order(pool, partial(_tokenised, encoder), rows, THREADS)
         return
     fresh = replace(encoder, template=replace(encoder.template))  # without what it keeps for this process
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of torch hold
     try:
         with ProcessPoolExecutor(processes, context, _start, (fresh,)) as pool:
-            yield from in_order(pool, _packed_there, rows, processes + 1)
+            yield from in_order(pool, _tokenised_there, rows, processes + 1)
     except BrokenProcessPool as error:
         raise ValueError(
             f"data set: one of {processes} processes that tokenise was ended from outside, most likely for want of "
@@ -63,13 +69,13 @@ def packed(rows: Iterable[Row], encoder: Encoder, processes: int) -> Iterator[tu
         ) from error
 
 
-def _packed(encoder: Encoder, rows: list[Row]) -> tuple[Packed, Tally]:
+def _tokenised(encoder: Encoder, rows: list[Row]) -> tuple[Stored, Tally]:
     groups, tally = encoder(rows)
-    return pack(groups), tally
+    return stored(groups), tally
 
 
 def _start(encoder: Encoder) -> None:
-    """What a new process does first."""
+    """The first thing that a new process runs: it keeps the encoder and ends with its parent."""
     global _encoder  # sent once, not with every chunk
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
@@ -86,5 +92,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _packed_there(rows: list[Row]) -> tuple[Packed, Tally]:
-    return _packed(_encoder, rows)
+def _tokenised_there(rows: list[Row]) -> tuple[Stored, Tally]:
+    return _tokenised(_encoder, rows)

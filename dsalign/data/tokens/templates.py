@@ -1,4 +1,4 @@
-"""Chat templates: from messages to the token ids of a prompt and of its completions."""
+"""Chat templates: messages to the token ids of a prompt and of its completions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dsalign.data.tokens.text_ids import TextIds
 NAMES = tuple(BUILT_IN)
 PLAIN = {"role", "content", "name"}  # what every template writes, and the name of who answers for a tool
 WRITTEN_AS = {"reasoning_content": REASONING}
-Turns = Sequence[Message]
+Conversation = Sequence[Message]
 Tools = Sequence[Tool]
 
 
 class Encoded(NamedTuple):
-    """A prompt and its completions as text and ids."""
+    """A prompt and its completions as token ids, with the prompt's text."""
 
     prompt_text: str  # the rendered prompt, up to where the answer starts
     prompt: list[int]  # shared by all completions
@@ -36,10 +36,10 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """How a tokenizer writes conversations.
+    """How a tokenizer writes conversations as text, and that text as token ids.
 
-    chat_template: Jinja, None = the tokenizer's own. end_ids: the ids that end a turn, never empty. vocab_size: the
-    model's, None = the tokenizer's; text with an id beyond it raises ValueError.
+    name: for messages. chat_template: Jinja, None = the tokenizer's own. end_ids: the ids that end a turn, never empty.
+    vocab_size: of the model, None = the tokenizer's; ValueError is raised for text with an id beyond it.
     """
 
     name: str
@@ -48,23 +48,26 @@ class Template:
     end_ids: frozenset[int]
     vocab_size: int | None = None
 
-    def render(self, prompt: Turns, tools: Tools = ()) -> str:
-        """The prompt as text, up to where the answer starts. Raises ValueError where the template refuses it."""
+    def render(self, prompt: Conversation, tools: Tools = ()) -> str:
+        """The prompt as text, up to where the answer starts. tools: functions that the answer may call. Raises
+        ValueError where the template refuses the conversation."""
         return self._render_all([(prompt, tools)], add_generation_prompt=True)[0]
 
-    def encode(self, prompt: Turns, completions: Sequence[Answer]) -> tuple[list[int], list[list[int]]]:
-        """(prompt ids, completion ids): `encode_many` of one prompt."""
+    def encode(self, prompt: Conversation, completions: Sequence[Answer]) -> tuple[list[int], list[list[int]]]:
+        """(prompt ids, ids of each completion): `encode_many` for one prompt."""
         (encoded,) = self.encode_many([(prompt, completions)])
         return encoded.prompt, encoded.completions
 
     def encode_many(
-        self, items: Sequence[tuple[Turns, Sequence[Answer]]], tools: Sequence[Tools] = ()
+        self, items: Sequence[tuple[Conversation, Sequence[Answer]]], tools: Sequence[Tools] = ()
     ) -> list[Encoded]:
-        """Each prompt and its completions, tokenised in one call. tools: what each conversation may call; () = nothing.
+        """Each prompt with its completions as ids, tokenised in one call. tools: for each prompt the functions that may
+        be called, () = none anywhere.
 
         prompt + completion are the ids of the rendered conversation up to the completion's first end token; one is
-        appended where there is none. The prompt is the generation prompt, or, where the answer merges with it, the
-        longest beginning that all completions of the prompt share. An empty completion is its end token.
+        appended where the template writes none. The prompt is what the template writes with add_generation_prompt;
+        where a tokenizer merges its last characters with the answer's first, it is the longest beginning that all
+        completions share. An empty completion is its end token alone.
         Raises ValueError where the template refuses a conversation, or leaves no prompt token.
         """
         given = list(zip(items, tools or [()] * len(items), strict=True))
@@ -81,13 +84,15 @@ class Template:
             found.append(self._split(text, opening, whole))
         return found
 
-    def encode_turns(self, conversations: Sequence[Turns], tools: Sequence[Tools] = ()) -> list[Encoded]:
-        """Whole conversations that end with an assistant's turn: the prompt is what stands before the assistant's first
-        turn, the one completion all that follows, and its mask has the tokens of every assistant's turn, end tokens
-        included. All are tokenised in one call. tools: as in `encode_many`.
+    def encode_turns(self, conversations: Sequence[Conversation], tools: Sequence[Tools] = ()) -> list[Encoded]:
+        """Whole conversations, in which every answer is learnt from, as ids, tokenised in one call. tools: as in
+        `encode_many`.
 
+        Of a conversation, which ends with a turn of the assistant, the prompt is what stands before the assistant's
+        first turn and the one completion is all the rest. Its mask is true for the tokens of the assistant's turns,
+        their end tokens included.
         Raises ValueError where the template refuses a conversation, leaves no prompt token, or writes earlier turns
-        otherwise once the conversation goes on: then no prefix of the whole says what the model saw.
+        otherwise once the conversation goes on, as then no prefix of the whole is what the model sees in use.
         """
         turns = [_assistants(messages) for messages in conversations]
         given = list(zip(conversations, tools or [()] * len(conversations), strict=True))
@@ -117,7 +122,8 @@ class Template:
             )
 
     def _masked(self, prompt_text: str, whole: list[int], turns: Sequence[tuple[int, int]]) -> Encoded:
-        """turns: where in `whole` each assistant's turn starts and stops, with the template's own text behind it."""
+        """prompt_text: the rendered prompt. whole: ids of the conversation. turns: where in it each of the assistant's
+        turns starts and stops, with what the template writes behind it."""
         cut = turns[0][0]
         if cut == 0:
             raise ValueError(self._no_prompt(prompt_text))
@@ -147,14 +153,14 @@ class Template:
         return Encoded(prompt_text, opening[:cut], [self._ended(ids[cut:]) for ids in whole])
 
     def _render_all(
-        self, conversations: Sequence[tuple[Turns, Tools]], add_generation_prompt: bool = False
+        self, conversations: Sequence[tuple[Conversation, Tools]], add_generation_prompt: bool = False
     ) -> list[str]:
         """Each conversation as text. Raises ValueError that says which turns the template refuses."""
         if not any(tools or any(turn.keys() - PLAIN for turn in turns) for turns, tools in conversations):
             return self._rendered([turns for turns, _ in conversations], add_generation_prompt)
         return [self._with_tools(*conversation, add_generation_prompt) for conversation in conversations]
 
-    def _with_tools(self, turns: Turns, tools: Tools, add_generation_prompt: bool) -> str:
+    def _with_tools(self, turns: Conversation, tools: Tools, add_generation_prompt: bool) -> str:
         for name in {name for turn in turns for name in turn} - PLAIN | ({"tools"} if tools else set()):
             if not any(word in self._source for word in WRITTEN_AS.get(name, (name,))):
                 raise ValueError(
@@ -168,7 +174,10 @@ class Template:
         return str(self.chat_template or self.tokenizer.chat_template)
 
     def _rendered(
-        self, conversations: Sequence[Turns], add_generation_prompt: bool = False, tools: list[Tool] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        add_generation_prompt: bool = False,
+        tools: list[Tool] | None = None,
     ) -> list[str]:
         if not conversations:
             return []
@@ -184,7 +193,10 @@ class Template:
             ) from error
 
     def _applied(
-        self, conversations: Sequence[Turns], add_generation_prompt: bool = False, tools: list[Tool] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        add_generation_prompt: bool = False,
+        tools: list[Tool] | None = None,
     ) -> list[str]:
         texts: list[str] = self.tokenizer.apply_chat_template(
             [list(turns) for turns in conversations],
@@ -197,7 +209,7 @@ class Template:
 
     @cached_property
     def text_ids(self) -> TextIds:
-        """The tokenizer, as it reads what this template writes."""
+        """The tokenizer as it reads what this template writes; made once."""
         try:
             probe = self.render([{"role": "user", "content": "."}])
         except ValueError:
@@ -221,12 +233,12 @@ class Template:
 def load_template(
     tokenizer: PreTrainedTokenizerBase, name: str | None, end_ids: Iterable[int]
 ) -> tuple[Template, str | None]:
-    """(the template, a warning line or None).
+    """(the template, a line of warning or None).
 
-    name: one of NAMES, a path to a .jinja file, or None: the tokenizer's own, and without one chatml with a warning.
-    end_ids: the ids of generation_config.eos_token_id; the tokenizer's EOS, and a built-in template's turn end where it
-    is one id of the vocabulary, count as well.
-    Raises ValueError for an unknown name, an unreadable template, or a tokenizer without any end token.
+    name: one of NAMES, the path of a .jinja file, or None = the tokenizer's own, or ChatML with a warning where it has
+    none. end_ids: those of the model's generation_config.eos_token_id; the tokenizer's EOS counts as well, and so does
+    a built-in template's end of turn where it is one id of the vocabulary.
+    Raises ValueError for an unknown name, a file that is no template, or a tokenizer without any end token.
     """
     ends = set(end_ids)
     eos = tokenizer.eos_token_id
@@ -242,11 +254,11 @@ def load_template(
         )
     if (name or "chatml") in BUILT_IN:
         return _checked(_built_in(name or "chatml", tokenizer, ends)), warning
-    return _checked(Template(str(name), tokenizer, _read(str(name)), frozenset(ends))), None
+    return _checked(Template(str(name), tokenizer, _jinja(str(name)), frozenset(ends))), None
 
 
 def _built_in(name: str, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Template:
-    """The template of this name, which ends turns with its own token where that is one id, else with EOS."""
+    """The built-in template of this name. It ends turns with its own token where that is one id, else with EOS."""
     text, turn_end = BUILT_IN[name]
     ids = [] if turn_end is None else tokenizer(turn_end, add_special_tokens=False)["input_ids"]
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
@@ -256,7 +268,7 @@ def _built_in(name: str, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> 
     return Template(name, tokenizer, text.replace("TURN_END", "eos_token"), frozenset(known))
 
 
-def _read(name: str) -> str:
+def _jinja(name: str) -> str:
     path = Path(name).expanduser()
     if path.suffix != ".jinja" or not path.is_file():
         near = difflib.get_close_matches(name, NAMES, 1)
@@ -289,16 +301,16 @@ def _checked(template: Template) -> Template:
 
 
 def assistant(answer: Answer) -> Message:
-    """The answer as the message it is."""
+    """The answer as a message: text becomes the assistant's turn, a message is returned as it is."""
     return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
 
 
-def _assistants(messages: Turns) -> list[int]:
+def _assistants(messages: Conversation) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def length_shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest beginning that a and b share."""
+    """Number of tokens in the longest beginning that a and b share."""
     if list(b[: len(a)]) == list(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""Text to token ids: conversations that begin alike are tokenised once up to where they part."""
+"""Text to token ids: what several conversations begin with is tokenised once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dsalign.data.tokens.words import Ids, Words, reads_words
 
 
 class TextIds:
-    """Token ids of rendered text, with one BOS where the tokenizer puts one in front of plain text.
+    """Token ids of rendered conversations, with one BOS in front where the tokenizer puts one in front of plain text.
 
-    probe: a rendered prompt: the special tokens that it has are those at which others are cut. vocab_size: the model's,
-    None = the tokenizer's; ValueError is raised for text that has an id beyond it.
+    probe: a rendered prompt; conversations are cut only at special tokens that it has. vocab_size: of the model, None =
+    the tokenizer's own; ValueError is raised for text with an id beyond it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probe: str, vocab_size: int | None = None) -> None:
@@ -28,16 +28,17 @@ class TextIds:
         self._read = Words(self._by_library) if reads_words(tokenizer) else self._by_library
 
     def of(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text."""
+        """The ids of each text, BOS included."""
         bos = self.tokenizer.bos_token_id
         found = self._plain(texts)
         return [ids if ids[:1] == [bos] else [bos, *ids] for ids in found] if self._adds_bos else found
 
     def branching(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[Ids, list[Ids]]]:
-        """For each (opening, texts): the ids of the opening and of every text, exactly those of `of`.
+        """(ids of the opening, ids of each text) for every (opening, texts), exactly the ids that `of` gives.
 
-        What stands before the opening's last special token is tokenised once for all texts that begin with it: a
-        tokenizer first cuts text at these tokens and then reads each part by itself.
+        A tokenizer first cuts text at special tokens and then reads each part by itself. So what stands before the
+        opening's last special token is tokenised once for all texts that begin with it: a pair's prompt once, not three
+        times.
         """
         cuts = [self._cut(opening, texts) for opening, texts in items]
         heads = self.of([opening[:cut] for (opening, _), cut in zip(items, cuts, strict=True) if cut])
@@ -81,7 +82,7 @@ class TextIds:
             )
 
     def _cut(self, opening: str, texts: Sequence[str]) -> int:
-        """Where the opening's last special token starts, 0 where the texts cannot be cut there."""
+        """Where the opening's last special token starts; 0 where the texts must not be cut there."""
         cut, token = max(((opening.rfind(token), token) for token in self._special), default=(-1, ""))
         front = opening[: cut + len(token)]
         return cut if cut > 0 and all(text.startswith(front) for text in texts) else 0
@@ -94,8 +95,7 @@ class TextIds:
 
     @cached_property
     def _special(self) -> list[str]:
-        """The special tokens of a conversation at which text can be cut: always found as themselves, whatever stands
-        beside them."""
+        """Special tokens at which text may be cut: the tokenizer finds them whatever stands beside them."""
         if self._backend is None or getattr(self._backend, "encode_special_tokens", False):
             return []
         added = self.tokenizer.added_tokens_decoder.values()
@@ -107,6 +107,6 @@ class TextIds:
 
 
 def _takes(other: str, token: str) -> bool:
-    """Whether another token, or the same once more, can take characters of this one where both stand in a text."""
+    """Whether `other`, or `token` once more, can take characters of `token` where both stand in a text."""
     longest = min(len(other), len(token) - 1)
     return (token in other and token != other) or any(other.endswith(token[:n]) for n in range(1, longest + 1))

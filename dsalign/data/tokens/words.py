@@ -1,8 +1,9 @@
-"""Token ids of text put together from those of its words, each of which a tokenizer reads once.
+"""Token ids of a text put together from the ids of its words, each of which the tokenizer reads once: half of the time
+of preparing a data set (docs/log.md, 2026-11-29).
 
-A byte-level BPE tokenizer first cuts text into pieces by a pattern, and then reads each piece by itself. A word here is
-a run of blanks and what follows up to the next blank behind something that is no white space: between such two no
-pattern of PATTERNS finds one piece, nor does it look from one to the other. So a text's ids are those of its words.
+A byte-level BPE tokenizer first splits text into pieces by a pattern and then merges within each piece. A word here is
+a run of blanks and what follows up to the next blank behind something that is not white space. No pattern in PATTERNS
+has a piece, or looks ahead, across such a border, so the ids of a text are those of its words, one behind the other.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ PATTERNS = frozenset(
 
 
 class Words:
-    """encode: the ids of each of some texts, by a tokenizer of which `reads_words` is true."""
+    """The token ids of texts, word by word; ids of words that came before are remembered. encode: the tokenizer's own
+    reading of texts; `reads_words` must be true for that tokenizer."""
 
     def __init__(self, encode: Callable[[Sequence[str]], list[Ids]]) -> None:
         self._encode, self._known = encode, dict[str, Ids]()
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text. May be called from several threads."""
+        """The ids of each text. Safe to call from several threads."""
         if len(self._known) > MOST:
             self._known = {}
         known = self._known
-        words = [split(text) for text in texts]
+        words = [words_of(text) for text in texts]
         fresh = list(set(chain.from_iterable(words)) - known.keys())
         found = dict(zip(fresh, self._encode(fresh), strict=True))
         known.update((word, ids) for word, ids in found.items() if len(word) <= LONGEST)
@@ -54,16 +56,16 @@ class Words:
         return [list(chain.from_iterable(map(ids_of, text))) for text in words]
 
 
-def split(text: str) -> list[str]:
-    """The words of a text: joined they are the text."""
+def words_of(text: str) -> list[str]:
+    """The words of a text; joined they are the text."""
     if "\0" in text or RUN.search(text):
         return CUT.split(text)
     return text.replace(" ", "\0 ").split("\0")  # the same in a third of the time
 
 
 def reads_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer is one whose pieces do not go beyond a word: a byte-level BPE by a known pattern, whose added
-    tokens are found as themselves wherever they stand."""
+    """Whether a tokenizer's pieces never cross a word's border: a byte-level BPE whose pattern is in PATTERNS and whose
+    added tokens are found wherever they stand."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "BPE" or backend.model.dropout:
         return False
@@ -86,7 +88,7 @@ def _state(part: Any) -> dict[str, Any]:
 
 
 def _keeps_words(part: Mapping[str, Any]) -> bool:
-    """Whether a step of a pre-tokenizer does the same with a word alone and in its text."""
+    """Whether one step of a pre-tokenizer does the same to a word alone and within its text."""
     kind = part["type"]
     if kind == "Split":
         pattern = part["pattern"].get("Regex")

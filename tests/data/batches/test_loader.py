@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support import random_groups
 
-from dsalign.data.batches.loader import Loader, deal, epoch_order
+from dsalign.data.batches.loader import Loader, Stream, deal, epoch_order
 
 GROUPS = random_groups("labels", 10)
 
@@ -127,3 +127,26 @@ def test_too_small_a_data_set_is_refused() -> None:
         loader(groups=GROUPS[:1], min_groups=2)
     with pytest.raises(ValueError, match=r"^the data set has 0 usable rows, the algorithm needs at least 1$"):
         loader(groups=[])
+
+
+def test_sizes_of_batches() -> None:
+    """10 rows in batches of 4 are 4, 4 and 2, in every epoch; of 9 with at least 2 a batch the last row is left out."""
+    assert [loader().size_of(step) for step in range(6)] == [4, 4, 2, 4, 4, 2]
+    assert [loader(groups=GROUPS[:9], min_groups=2).size_of(step) for step in range(3)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_second_stream(world: int) -> None:
+    """A turn of the stream has every group once, in an order that no epoch has, whatever the requests; ranks share what
+    is asked for. A request over the end of a turn has no group twice."""
+    streams = [Stream(loader(rank=rank, world_size=world)) for rank in range(world)]
+    one = [streams[0].batch(start, 2).groups for start in range(0, 20, 2)]
+    first, second = ([g.index for part in half for g in part] for half in (one[:5], one[5:]))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    epochs = [flat(epoch(loader(), number)) for number in range(6)]
+    assert first not in epochs and second not in epochs
+    assert [g.index for g in streams[0].batch(0, 10).groups] == first
+    dealt = [stream.batch(3, 5) for stream in streams]
+    assert sorted(i for batch in dealt for i in batch.mine) == list(range(5))
+    over = [g.index for g in streams[0].batch(7, 8).groups]
+    assert len(over) == len(set(over)) == len({*first[7:], *second[:5]})

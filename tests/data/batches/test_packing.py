@@ -14,7 +14,6 @@ from support import random_groups
 from dsalign.contract.groups import Group, Prepared
 from dsalign.data.batches.packing import (
     Span,
-    behind,
     bins,
     chunks,
     cut,
@@ -24,7 +23,7 @@ from dsalign.data.batches.packing import (
     num_shared,
     num_tokens,
     packed,
-    rows,
+    padded,
 )
 
 CPU = torch.device("cpu")
@@ -35,32 +34,18 @@ LONE = Group(1, "a:2", prompt=(4,), completions=((3, 2),), prompt_text="y")
 def test_rows_by_hand() -> None:
     """Width 5. Row 0: 5 6 7 8 2, row 1: 5 6 9, row 2: 4 3 2. The state of token i predicts token i + 1: row 0 predicts
     from 1, 2, 3, row 1 from 5 + 1, row 2 from 10 + 0, 1; states go one further each."""
-    found = rows([PAIR, LONE], CPU)
+    found = padded([PAIR, LONE], CPU)
     assert found.ids.tolist() == [[5, 6, 7, 8, 2], [5, 6, 9, 0, 0], [4, 3, 2, 0, 0]]
     assert found.predict.tolist() == [1, 2, 3, 6, 10, 11]
     assert found.targets.tolist() == [7, 8, 2, 9, 3, 2]
     assert found.states.tolist() == [1, 2, 3, 4, 6, 7, 10, 11, 12]
 
 
-def test_completions_behind_prompts_by_hand() -> None:
-    """Of the pair the completions 7 8 2 and 9 behind a prompt of two, then 3 2 behind a prompt of one. States 0 and 1
-    are the ends of the prompts, those of this row follow: 7 is predicted from 0, 8 and 2 from 2 and 3, 9 from 0 again,
-    3 from 1, and 2 from the state of 3, 2 + 4."""
-    found = behind([PAIR, LONE], CPU)
-    assert found.ids.tolist() == [[7, 8, 2, 9, 3, 2]]
-    assert found.positions is not None and found.positions.tolist() == [[2, 3, 4, 2, 1, 2]]
-    assert found.predict.tolist() == [0, 2, 3, 0, 1, 6]
-    assert found.targets.tolist() == [7, 8, 2, 9, 3, 2]
-    assert found.spans == (Span(2, (3, 1)), Span(1, (2,)))
-    masked = behind([dataclasses.replace(PAIR, masks=((False, True, False), (True,)))], CPU)
-    assert (masked.predict.tolist(), masked.targets.tolist()) == ([1, 0], [8, 9])
-
-
 @pytest.mark.parametrize("kind", ["pairs", "labels"])
 def test_every_position_predicts_its_own_target(kind: str) -> None:
     """ids one position on from `predict` are the targets, and the states are `predict` with the ends."""
     groups = random_groups(kind, 5, seed=9)
-    found = rows(groups, CPU)
+    found = padded(groups, CPU)
     assert torch.equal(found.ids.flatten()[found.predict + 1], found.targets)
     lengths = [len(c) for g in groups for c in g.completions]
     parts = found.states.split([n + 1 for n in lengths])
@@ -69,7 +54,7 @@ def test_every_position_predicts_its_own_target(kind: str) -> None:
 
 
 def test_no_groups_are_one_row_of_one_token() -> None:
-    found = rows([], CPU)
+    found = padded([], CPU)
     assert found.ids.tolist() == [[0]]
     assert [x.tolist() for x in (found.predict, found.targets, found.states)] == [[], [], []]
     assert {x.dtype for x in (found.ids, found.predict, found.targets, found.states)} == {torch.int64}
@@ -142,7 +127,7 @@ def test_what_completions_begin_with_stands_once_in_a_packed_row() -> None:
     assert found.read.tolist() == [1, 2, 3, 4, 5, 6, 7, 8], "all but the 5"
     ends = packed([pair, LONE], CPU, ends=True)
     assert ends.states.tolist() == [4, 5, 8] and ends.read is not None and ends.read.tolist() == [4, 5, 8]
-    assert rows([pair, LONE], CPU, ends=True).states.tolist() == [4, 8, 12]
+    assert padded([pair, LONE], CPU, ends=True).states.tolist() == [4, 8, 12]
 
 
 def test_completions_that_begin_alike_may_count_differently() -> None:
@@ -178,7 +163,7 @@ def test_a_row_has_what_is_computed_once(completions: tuple[tuple[int, ...], ...
         assert len({c[: shared + 1] for c in completions}) > 1 or min(map(len, completions)) == shared
 
 
-@pytest.mark.parametrize("layout", [rows, packed])
+@pytest.mark.parametrize("layout", [padded, packed])
 def test_only_tokens_that_count_are_predicted(layout: Any) -> None:
     """Of 7 8 2 the 8 is somebody else's turn: it is read, not predicted; lengths and segments count two."""
     group = dataclasses.replace(PAIR, completions=((7, 8, 2),), masks=((True, False, True),))

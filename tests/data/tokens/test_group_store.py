@@ -14,7 +14,7 @@ from support import random_groups
 from dsalign.contract.groups import Group
 from dsalign.data.rows.iterate import Skipped
 from dsalign.data.tokens.encoder import Tally
-from dsalign.data.tokens.group_store import IDS, INDEX, KNOWN, MANIFEST, GroupStore, Part, pack, write
+from dsalign.data.tokens.group_store import IDS, INDEX, KNOWN, MANIFEST, GroupStore, Part, stored, write_store
 
 TALLY = Tally(num_rows=9, truncated=1)
 EVERYTHING = Group(
@@ -34,7 +34,7 @@ NOTHING = Group(1, "a.jsonl:2", (4,), (), "")
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     """Every field, also those that are false or empty; by index from either end, by slice, in a loop."""
-    store = write([pack([EVERYTHING]), pack([NOTHING])], TALLY, Skipped(), tmp_path / "s")
+    store = write_store([stored([EVERYTHING]), stored([NOTHING])], TALLY, Skipped(), tmp_path / "s")
     assert len(store) == 2
     assert [store[0], store[1]] == list(store) == store[:] == [EVERYTHING, NOTHING]
     assert store[-1] == NOTHING and store[1:] == [NOTHING]
@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_what_json_does_not_have_becomes_text(tmp_path: Path) -> None:
     group = Group(0, "f:1", (4,), (), "", columns={"when": Path("x")})
-    assert write([pack([group])], TALLY, Skipped(), tmp_path / "s")[0].columns == {"when": "x"}
+    assert write_store([stored([group])], TALLY, Skipped(), tmp_path / "s")[0].columns == {"when": "x"}
 
 
 IDS_ = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(tuple)
@@ -56,13 +56,13 @@ IDS_ = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(tuple)
 def test_any_groups_come_back(tmp_path_factory: pytest.TempPathFactory, parts: list[tuple]) -> None:  # type: ignore[type-arg]
     groups = [Group(i, f"f:{i}", prompt, answers, text) for i, (prompt, answers, text) in enumerate(parts)]
     folder = tmp_path_factory.mktemp("stores") / "s"
-    assert list(write([pack(groups[:2]), pack(groups[2:])], TALLY, Skipped(), folder)) == groups
+    assert list(write_store([stored(groups[:2]), stored(groups[2:])], TALLY, Skipped(), folder)) == groups
 
 
 @pytest.mark.parametrize("name", [IDS, KNOWN, INDEX, MANIFEST])
 @pytest.mark.parametrize("fault", ["gone", "cut", "flipped"])
 def test_a_broken_store_is_refused(name: str, fault: str, tmp_path: Path) -> None:
-    write([pack([EVERYTHING]), pack([NOTHING])], TALLY, Skipped(), tmp_path / "s")
+    write_store([stored([EVERYTHING]), stored([NOTHING])], TALLY, Skipped(), tmp_path / "s")
     path = tmp_path / "s" / name
     content = bytearray(path.read_bytes())
     if fault == "gone":
@@ -77,7 +77,7 @@ def test_a_broken_store_is_refused(name: str, fault: str, tmp_path: Path) -> Non
 
 
 def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
-    write([pack([NOTHING])], TALLY, Skipped(), tmp_path / "s")
+    write_store([stored([NOTHING])], TALLY, Skipped(), tmp_path / "s")
     manifest = json.loads((tmp_path / "s" / MANIFEST).read_text())
     (tmp_path / "s" / MANIFEST).write_text(json.dumps(manifest | {"format": 0}))
     with pytest.raises(ValueError, match="its files are not those that were written"):
@@ -88,13 +88,13 @@ def test_a_run_that_is_stopped_leaves_nothing_that_is_taken_for_whole(tmp_path: 
     """The second group never comes; the next run begins again."""
 
     def stopped():
-        yield pack([EVERYTHING])
+        yield stored([EVERYTHING])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(stopped(), TALLY, Skipped(), tmp_path / "s")
+        write_store(stopped(), TALLY, Skipped(), tmp_path / "s")
     assert not (tmp_path / "s").exists()
-    assert len(write([pack([EVERYTHING]), pack([NOTHING])], TALLY, Skipped(), tmp_path / "s")) == 2
+    assert len(write_store([stored([EVERYTHING]), stored([NOTHING])], TALLY, Skipped(), tmp_path / "s")) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
@@ -102,7 +102,7 @@ def test_groups_are_not_held(tmp_path: Path) -> None:
     """Writing and reading 3,000 groups takes less than a third of the memory of their token ids alone."""
     groups = random_groups("pairs", 3000, longest=300)
     tracemalloc.start()
-    store = write((pack([group]) for group in groups), TALLY, Skipped(), tmp_path / "s")
+    store = write_store((stored([group]) for group in groups), TALLY, Skipped(), tmp_path / "s")
     peak = tracemalloc.get_traced_memory()[1]
     assert sum(len(g.prompt) for g in store) == sum(len(g.prompt) for g in groups)
     assert max(peak, tracemalloc.get_traced_memory()[1]) < 3_000_000

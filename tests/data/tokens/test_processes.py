@@ -16,11 +16,10 @@ import pytest
 
 from dsalign.data.rows.iterate import Skipped
 from dsalign.data.rows.records import Row
-from dsalign.data.tokens import encoder as tokenize
-from dsalign.data.tokens import processes
+from dsalign.data.tokens import encoder, processes
 from dsalign.data.tokens.encoder import Encoder, Tally, tokenize_rows
-from dsalign.data.tokens.group_store import write
-from dsalign.data.tokens.processes import count, packed
+from dsalign.data.tokens.group_store import write_store
+from dsalign.data.tokens.processes import num_processes, tokenised_chunks
 from dsalign.data.tokens.templates import load_template
 
 ROWS = [
@@ -51,7 +50,7 @@ def template(make_tokenizer):
 
 @pytest.fixture
 def chunks_of_ten(monkeypatch):
-    monkeypatch.setattr(tokenize, "CHUNK", 10)
+    monkeypatch.setattr(encoder, "CHUNK", 10)
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -59,11 +58,11 @@ def test_groups_and_counts_are_those_of_one_process(number, template, chunks_of_
     """Prompts of 1 to 5 tokens, of which those of 5 are too long: written part by part, in order."""
     how = {"max_length": 7, "truncation": "delete"}
     tally, parts = Tally(), []
-    for part, counted in packed(iter(ROWS), Encoder(template, **how), number):
+    for part, counted in tokenised_chunks(iter(ROWS), Encoder(template, **how), number):
         parts.append(part)
         tally.add(counted)
     want = tokenize_rows(ROWS, template, **how)
-    assert len(parts) == 5 and list(write(parts, tally, Skipped(), tmp_path / "s")) == list(want.groups)
+    assert len(parts) == 5 and list(write_store(parts, tally, Skipped(), tmp_path / "s")) == list(want.groups)
     assert (tally.num_rows, dict(tally.dropped), tally.truncated) == (want.num_rows, want.dropped, want.truncated)
     assert len(want.groups) == tally.num_rows - sum(want.dropped.values()) > 30 and want.dropped
 
@@ -72,12 +71,12 @@ def test_groups_and_counts_are_those_of_one_process(number, template, chunks_of_
 def test_a_row_that_cannot_be_used_is_named(number, template, chunks_of_ten):
     rows = [*ROWS[:25], replace(ROWS[25], prompt=({"role": "user", "content": ""},)), *ROWS[26:]]
     with pytest.raises(ValueError, match=r"^f:25: template 'plain': expected at least one prompt token"):
-        list(packed(rows, Encoder(template, 9, "left"), number))
+        list(tokenised_chunks(rows, Encoder(template, 9, "left"), number))
 
 
 def test_a_process_that_is_ended_is_said(template):
     with pytest.raises(ValueError, match=r"one of 2 processes .* ended from outside.* --dataset_num_proc 1"):
-        list(packed(ROWS, Ending(template, 9, "left"), 2))
+        list(tokenised_chunks(ROWS, Ending(template, 9, "left"), 2))
 
 
 def test_no_process_outlives_its_parent(tmp_path):
@@ -91,7 +90,7 @@ if __name__ == "__main__":
     import test_processes as t
     from support import tiny_tokenizer
     template = t.load_template(tiny_tokenizer(), "plain", [])[0]
-    list(t.packed(t.ROWS, t.Sleeping(template, 9, "left"), 2))
+    list(t.tokenised_chunks(t.ROWS, t.Sleeping(template, 9, "left"), 2))
 """
     )
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
@@ -120,13 +119,17 @@ def test_how_many_processes(template, monkeypatch, caplog):
     which is said where more were asked for."""
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: range(4))
     tokenizer = template.tokenizer
-    found = [count(None, rows, tokenizer) for rows in (10, 4 * 1024, 8 * 1024, 10.0**6, None)]
+    found = [num_processes(None, rows, tokenizer) for rows in (10, 4 * 1024, 8 * 1024, 10.0**6, None)]
     assert found == [1, 1, 2, 4, 4] and {type(x) for x in found} == {int}
     monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: range(64))
-    assert count(None, None, tokenizer) == 8
-    assert count(3, 10, tokenizer) == 3
+    assert num_processes(None, None, tokenizer) == 8
+    assert num_processes(3, 10, tokenizer) == 3
     with mock.patch.object(multiprocessing.current_process(), "_config", {"daemon": True}):
-        assert count(3, 10**6, tokenizer) == 1
+        assert num_processes(3, 10**6, tokenizer) == 1
     own = type("Own", (type(tokenizer),), {"__module__": "transformers_modules.own"})
-    assert [count(n, 10**6, own(tokenizer_object=tokenizer.backend_tokenizer)) for n in (None, 1, 3)] == [1, 1, 1]
+    assert [num_processes(n, 10**6, own(tokenizer_object=tokenizer.backend_tokenizer)) for n in (None, 1, 3)] == [
+        1,
+        1,
+        1,
+    ]
     assert caplog.messages == ["dataset_num_proc: 1 instead of 3, as the tokenizer comes with its own code"]

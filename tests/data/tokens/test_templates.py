@@ -1,4 +1,4 @@
-"""?"""
+"""Templates: prompts and completions as ids, one BOS, one end token, masks, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsalign.data.tokens.templates import NAMES, Template, load_template
+from dsalign.data.tokens.templates import Template, load_template
 
 PAD, BOS, EOS, START, END = range(5)  # the special tokens of the tokenizers of conftest.py
+
+
 USER = ({"role": "user", "content": "q"},)
 LLAMA = "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
 HEADED = LLAMA + "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -250,47 +252,6 @@ TALK = (
     {"role": "assistant", "content": "a"},
     {"role": "user", "content": "p"},
 )
-WRITTEN = {  # as the families' model cards write it; </s> where the tokenizer has no token of the family's own
-    "chatml": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-    "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n",
-    "llama3": "<|start_header_id|>system<|end_header_id|>\n\ns</s><|start_header_id|>user<|end_header_id|>\n\nq</s>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\na</s><|start_header_id|>user<|end_header_id|>\n\np</s>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "gemma": "<start_of_turn>user\ns\n\nq</s>\n<start_of_turn>model\na</s>\n<start_of_turn>user\np</s>\n"
-    "<start_of_turn>model\n",
-    "mistral": "[INST] s\n\nq[/INST] a</s>[INST] p[/INST]",
-    "zephyr": "<|system|>\ns</s>\n<|user|>\nq</s>\n<|assistant|>\na</s>\n<|user|>\np</s>\n<|assistant|>\n",
-    "plain": "sqap",
-}
-WRITTEN["qwen"] = WRITTEN["chatml"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_named_template_by_hand(make_tokenizer, name):
-    """Of a conversation with a system prompt and two questions; the answer then ends with one end token."""
-    template = load(make_tokenizer(), name)
-    assert template.render(TALK) == WRITTEN[name]
-    prompt, (completion,) = template.encode(TALK, ["c"])
-    end = END if name in ("chatml", "qwen") else EOS
-    space = ids(template, " ") if name == "mistral" else []
-    assert prompt == ids(template, WRITTEN[name])
-    assert completion == [*space, *ids(template, "c"), end]
-
-
-def test_a_named_template_without_a_system_prompt(make_tokenizer):
-    """Qwen's models were trained with one where none is given; the others write none."""
-    qwen = load(make_tokenizer(), "qwen").render(USER)
-    assert qwen.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nq<|im_end|>")
-    assert load(make_tokenizer(), "gemma").render(USER) == "<start_of_turn>user\nq</s>\n<start_of_turn>model\n"
-
-
-def test_a_family_ends_turns_with_its_own_token_where_there_is_one(make_tokenizer):
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
-    template = load(tokenizer, "llama3")
-    own = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert template.end_ids == {EOS, own}
-    assert template.encode(USER, ["c"])[1] == [[*ids(template, "c"), own]]
 
 
 def marked(template, encoded):
@@ -321,7 +282,7 @@ def test_every_answer_counts_with_its_end_token(make_tokenizer, name, text):
     template = load(make_tokenizer(), name)
     (encoded,) = template.encode_turns([ANSWERED])
     assert marked(template, encoded) == text
-    whole = ids(template, WRITTEN[name])
+    whole = ids(template, template.render(TALK))
     assert [*encoded.prompt, *encoded.completions[0]][: len(whole)] == whole
     assert encoded.prompt_text == template.render(TALK[:2])
 

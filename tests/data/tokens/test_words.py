@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from dsalign.data.tokens import words
-from dsalign.data.tokens.words import PATTERNS, Words, reads_words, split
+from dsalign.data.tokens.words import PATTERNS, Words, reads_words, words_of
 
 BYTES = pre_tokenizers.ByteLevel
 CUTTERS = {
@@ -73,7 +73,7 @@ def test_ids_are_those_of_the_whole_text(tokenizer, texts):
 @settings(max_examples=300, deadline=None)
 def test_words_are_the_text_cut_before_blanks(text):
     """Before a blank behind what is no white space, nowhere else; the quick way and the other one alike."""
-    found = [word for word in split(text) if word]
+    found = [word for word in words_of(text) if word]
     assert "".join(found) == text and found == [word for word in words.CUT.split(text) if word]
     for before, after in pairwise(found):
         assert after[0] == " " and not before[-1].isspace()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from plain import plain_logps
 from support import RankPool, random_groups, tiny_folder
 from transformers import AutoModelForCausalLM
 
-from dsalign.algos.kto import KTO
+from dsalign.algos.dpo import DPO
+from dsalign.algos.kto import KTO, mismatched
 from dsalign.contract.groups import Group
 from dsalign.data.batches.loader import Loader
-from dsalign.engines.reference_cache import Asked, digest, weights_key
+from dsalign.engines.reference_cache import asked_of, digest, weights_key
 from dsalign.models.names import Source, resolve
 
 
@@ -81,30 +81,29 @@ def test_a_flipped_byte_of_the_weights_is_a_miss(tiny: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_what_is_asked_beside_the_rows(size: int) -> None:
-    """KTO's mismatched pairs of five rows, for two epochs: in batches of two, of which a last row is left out, and of
-    three with a last one of two. In the first epoch every row stands before its pair; in any order, what `prepare` is
-    given."""
+def test_what_an_algorithm_asks_the_reference_about(size: int) -> None:
+    """KTO's rows and mismatched pairs of two epochs over five rows, in batches of two, of which a last row is left out,
+    and of three with a last one of two: each group once, a row's pair behind it where both are new."""
     groups = random_groups("labels", 5)
     loader = Loader(groups, global_batch=size, seed=1, rank=0, world_size=1, min_groups=2)
-    asks = partial(KTO().asks, max_length=9)
-    asked = Asked(asks, loader, 4)
-    of_steps = [(own := loader.batch(step).groups, asks(own)) for step in range(4)]
-    want = [group for own, others in of_steps[:2] for two in zip(own, others, strict=True) for group in two]
-    want += [group for _, others in of_steps[2:] for group in others]
-    assert len(asked) == len(want) == (12 if size == 2 else 15)
-    assert list(asked) == want == asked[:] and [asked[i] for i in (7, 0, -1)] == [want[i] for i in (7, 0, -1)]
+    replayed = asked_of(KTO(), loader, 4, 9)
+    want: list[Group] = []
+    for step in range(4):
+        own = loader.batch(step).groups
+        for two in zip(own, mismatched(own, 9)[0], strict=True):
+            want += [group for group in two if digest(group) not in map(digest, want)]
+    assert list(replayed) == want == replayed[:] and [replayed[i] for i in (7, 0, -1)] == [want[i] for i in (7, 0, -1)]
     with pytest.raises(IndexError, match="of"):
-        asked[len(asked)]
-    for own, others in of_steps:
-        for row, mixed in zip(own, others, strict=True):
-            assert mixed.prompt == row.prompt and mixed.index == row.index
-            rest = [g.completions[0] for g in groups if g.index != row.index]
-            assert any(other[: max(1, 9 - len(row.prompt))] == mixed.completions[0] for other in rest)
-    assert KTO(loss_type="apo_zero_unpaired").asks(groups, 9) == []
-    left = loader.left_out(0)
-    assert len(left) == 5 % size % 2 and {g.index for g in (*asked, *left)} == set(range(5))
-    assert len(Asked(asks, loader, 1)) == 2 * size, "a run that ends in its first epoch"
+        replayed[len(replayed)]
+    assert len(asked_of(KTO(), loader, 1, 9)) == 2 * size, "a run that ends in its first epoch"
+
+
+def test_rows_alone_are_asked_about_once() -> None:
+    """DPO asks about its rows alone: they are found again by a run with another seed or batch size."""
+    groups = random_groups("pairs", 5)
+    for seed, size in ((1, 2), (7, 3)):
+        loader = Loader(groups, global_batch=size, seed=seed, rank=0, world_size=1)
+        assert asked_of(DPO(loss_type=("sigmoid", "aot")), loader, 30, 9) is groups
 
 
 def test_a_group_is_its_token_ids() -> None:

@@ -14,12 +14,12 @@ import torch
 from support import ALGORITHMS, VOCABULARY, RankPool, from_rows, random_groups, stages_and_tuners, tiny_folder
 
 from dsalign import algos
+from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Batch, Output
 from dsalign.data.batches.loader import Loader
-from dsalign.data.batches.packing import micro_batch, rows
+from dsalign.data.batches.packing import micro_batch, padded
 from dsalign.models import load
 from dsalign.models.names import resolve
-from dsalign.models.tokenizer import LoadOptions
 
 STAGES = ("0", "1", "2", "3")
 
@@ -34,9 +34,6 @@ class PlainContext:
     def logps(self, role: str, groups: Any) -> list[torch.Tensor]:
         return [forward(self.models[role], [g], "policy").logps.detach() for g in groups]
 
-    def logps_beside(self, role: str, own: Any, groups: Any) -> list[torch.Tensor]:
-        return self.logps(role, groups)
-
     def total(self, numbers: Any) -> Any:
         return numbers
 
@@ -49,7 +46,7 @@ class PlainContext:
 
 def forward(module: Any, groups: Any, role: str) -> Output:
     """A plain forward over these groups, one row a completion."""
-    inputs = rows(groups, torch.device("cpu"), ends=role == "reward")
+    inputs = padded(groups, torch.device("cpu"), ends=role == "reward")
     return Output.of(role, module(inputs)) if role == "reward" else Output.of(role, *module(inputs, True))
 
 
@@ -61,14 +58,15 @@ class Plain:
         self, name: str, folder: Path, tuner: str, global_batch: int, num_rows: int, dtype: Any = torch.float32
     ) -> None:
         self.algorithm = algos.load(name)(**ALGORITHMS.get(name, {}))
-        self.role = next(r for r, how in self.algorithm.roles.items() if how == "train")
-        options = LoadOptions(device=torch.device("cpu"))
-        lora = cases.LORA if tuner == "lora" else None
-        self.module = load.load_trained(self.role, resolve(str(folder)), options, lora).to(dtype)
-        reference = copy.deepcopy(self.module) if "reference" in self.algorithm.roles else None
+        self.role = self.algorithm.traits.main
+        source, options = resolve(str(folder)), cases.model_options(tuner)
+        self.module = load.load_trained(
+            self.role, source, options, device=torch.device("cpu"), dropout=False, seed=42
+        ).to(dtype)
+        reference = copy.deepcopy(self.module) if "reference" in self.algorithm.traits.roles else None
         self.ctx = PlainContext(self.module, reference)
         self.loader = Loader(
-            random_groups(self.algorithm.data, num_rows), global_batch=global_batch, seed=1, rank=0, world_size=1
+            random_groups(self.algorithm.traits.data, num_rows), global_batch=global_batch, seed=1, rank=0, world_size=1
         )
 
     def loss(self, step: int) -> torch.Tensor:
@@ -77,8 +75,8 @@ class Plain:
         prepared = self.algorithm.prepare(self.ctx, Batch(batch.groups, range(len(batch.groups))))
         micro = micro_batch(prepared.groups, torch.device("cpu"), prepared.fields, prepared.shared)
         out = forward(self.module, prepared.groups, self.role)
-        loss = getattr(self.algorithm, f"{self.role}_loss")(out, micro)
-        units = self.algorithm.units(prepared.groups)
+        loss = loss_of(self.algorithm, self.role, out, micro)
+        units = self.algorithm.units(micro)
         return sum(term / units[unit] for unit, term in loss.terms.items())
 
     def gradient(self, step: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -219,20 +217,6 @@ def test_a_rank_that_starts_with_nothing_keeps_the_gradient_of_its_step(
         assert all(np.abs(found[n] - want[n]).max() < 1e-5 for n in want)
 
 
-@pytest.mark.parametrize(
-    ("stage", "batch_size", "dropout", "again"),
-    [("0", 4, 0.0, False), ("2", 4, 0.0, False), ("0", 2, 0.0, True), ("0", 4, 0.5, True), ("3", 4, 0.0, True)],
-)
-def test_completions_beside_the_trained_ones_share_their_prompts(
-    stage: str, batch_size: int, dropout: float, again: bool, tiny: Path, one_rank: RankPool
-) -> None:
-    """KTO's mismatched completions are computed behind the prompts of the pass with gradient, where that is one
-    micro-batch outside of ZeRO-3 and without dropout; else with prompts of their own, in passes of their own."""
-    passes, prompts, completions = one_rank.run(cases.tokens_of_a_step, tiny, stage, batch_size, dropout)
-    assert sum(passes) == 2 * (prompts + completions) - (0 if again else prompts)
-    assert len(passes) == 2 * 4 // batch_size
-
-
 @pytest.mark.parametrize("stage", ["3", "2_offload", "3_offload"])
 def test_a_trained_parameter_without_gradient_is_refused(stage: str, tiny: Path, two_ranks: RankPool) -> None:
     """A parameter that the loss never touches is named instead of being stepped with stale gradients."""
@@ -243,9 +227,8 @@ def test_a_trained_parameter_without_gradient_is_refused(stage: str, tiny: Path,
 
 @pytest.mark.parametrize("name", from_rows())
 def test_gradient_checkpointing_changes_nothing(name: str, tiny: Path, two_ranks: RankPool) -> None:
-    """The gradient with recomputed activations at ZeRO-3; of DPO with LoRA too, of KTO also where a pass that is begun
-    for other completions goes on for its own."""
-    more = {"dpo": [("3", "lora", 2)], "kto": [("0", "full", 4)]}
+    """The gradient with recomputed activations at ZeRO-3, and of DPO with LoRA too."""
+    more = {"dpo": [("3", "lora", 2)]}
     for stage, tuner, micro in [("3", "full", 2), *more.get(name, [])]:
         plain_loss, want = two_ranks.run(cases.gradient, name, tiny, stage, tuner, micro, 8)
         loss, found = two_ranks.run(cases.gradient, name, tiny, stage, tuner, micro, 8, True)
@@ -280,3 +263,19 @@ def test_two_trained_roles_several_passes_and_mini_batches(tiny: Path, one_rank:
         assert losses == pytest.approx(want_losses, rel=1e-6, abs=1e-5)
         for role in ("policy", "value"):
             assert all(np.abs(weights[role][n] - w).max() < 1e-5 for n, w in want[role].items()), (stage, role)
+
+
+@pytest.mark.parametrize("max_steps", [1, 3, 4, 6, 11])
+def test_max_steps_are_the_first_steps_of_the_run(max_steps: int, tiny: Path, one_rank: RankPool) -> None:
+    """Within a pass, at its end, within the second batch: the run takes exactly so many, with the losses it would have
+    had without."""
+    _, want, _, _ = one_rank.run(cases.actor_critic, tiny, "0", 2)
+    _, losses, _, progress = one_rank.run(cases.actor_critic, tiny, "0", 2, max_steps)
+    assert len(losses) == progress["step"] == max_steps
+    assert losses == want[:max_steps]
+
+
+def test_more_steps_than_there_are(tiny: Path, one_rank: RankPool) -> None:
+    """Twelve steps in two batches of six; 13 may be taken at most."""
+    _, losses, _, progress = one_rank.run(cases.actor_critic, tiny, "0", 2, 13)
+    assert len(losses) == progress["step"] == 12

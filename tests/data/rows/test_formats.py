@@ -1,0 +1,132 @@
+"""Column layouts: every layout of every kind by hand, and rows that fit none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from row_files import answer, said, turns
+from support import read_rows
+
+from dsalign.data.rows.formats import FORMATS, KINDS
+from dsalign.data.rows.records import Row, RowError
+
+SYSTEM = {"system": "s"}
+HISTORY = {"history": [["a", "b"]]}
+FORMS = [
+    # kind, columns, prompt, completions
+    ("pairs", {"prompt": "q", "chosen": "c", "rejected": "r"}, turns("q"), ("c", "r")),
+    ("pairs", {"prompt": "q", "chosen": "c", "rejected": "r", **SYSTEM}, turns("q", system="s"), ("c", "r")),
+    ("pairs", {"prompt": turns("q"), "chosen": answer("c"), "rejected": answer("r")}, turns("q"), ("c", "r")),
+    ("pairs", {"prompt": "q", "chosen": turns("q", "c"), "rejected": turns("q", "r")}, turns("q"), ("c", "r")),
+    ("pairs", {"chosen": turns("q", "c"), "rejected": turns("q", "r")}, turns("q"), ("c", "r")),
+    ("pairs", {"chosen": turns("q", "c", "d", "e"), "rejected": turns("q", "c", "d", "f")}, turns("q", "c", "d"), "ef"),
+    ("pairs", {"chosen": turns("q", "c"), "rejected": turns("q", "c")}, turns("q"), ("c", "c")),
+    ("pairs", {"query": "q", "response": "c", "rejected_response": "r"}, turns("q"), ("c", "r")),
+    (
+        "pairs",
+        {"query": "q", "response": "c", "rejected_response": "r", **SYSTEM, **HISTORY},
+        turns("a", "b", "q", system="s"),
+        ("c", "r"),
+    ),
+    ("pairs", {"messages": turns("q", "c", system="s"), "rejected_response": "r"}, turns("q", system="s"), ("c", "r")),
+    ("pairs", {"messages": turns("q", "c"), "rejected_messages": turns("q", "r")}, turns("q"), ("c", "r")),
+    ("labels", {"prompt": "q", "completion": "c", "label": True}, turns("q"), ("c",)),
+    ("labels", {"query": "q", "response": "c", "label": True, **SYSTEM}, turns("q", system="s"), ("c",)),
+    ("labels", {"query": "q", "response": "c", "label": True, **HISTORY}, turns("a", "b", "q"), ("c",)),
+    ("labels", {"messages": turns("q", "c"), "label": True}, turns("q"), ("c",)),
+    ("demonstrations", {"messages": turns("q", "a", "p", "c")}, turns("q", "a", "p"), ("c",)),
+    ("demonstrations", {"prompt": "q", "completion": ""}, turns("q"), ("",)),
+    ("demonstrations", {"prompt": turns("q"), "completion": answer("c")}, turns("q"), ("c",)),
+    ("demonstrations", {"instruction": "i", "input": "x", "output": "c"}, turns("i\nx"), ("c",)),
+    ("demonstrations", {"instruction": "i", "input": "", "output": "c"}, turns("i"), ("c",)),
+    ("demonstrations", {"instruction": "i", "output": "c", **HISTORY}, turns("a", "b", "i"), ("c",)),
+    ("demonstrations", {"conversations": said("q", "c")}, turns("q"), ("c",)),
+    ("demonstrations", {"query": "q", "response": "c", **SYSTEM, **HISTORY}, turns("a", "b", "q", system="s"), ("c",)),
+    ("prompts", {"prompt": "q", **SYSTEM}, turns("q", system="s"), ()),
+    ("prompts", {"prompt": turns("q", "a", "p")}, turns("q", "a", "p"), ()),
+    ("prompts", {"messages": turns("q", system="s")}, turns("q", system="s"), ()),
+    ("prompts", {"messages": turns("q", "a")}, turns("q"), ()),
+    ("prompts", {"query": "q", **HISTORY}, turns("a", "b", "q"), ()),
+    ("prompts", {"instruction": "i", "input": "x"}, turns("i\nx"), ()),
+    ("prompts", {"conversations": said("q", "a", "p")}, turns("q", "a", "p"), ()),
+    ("prompts", {"chosen": turns("q", "c"), "rejected": turns("q", "r")}, turns("q"), ()),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "prompt", "completions"), FORMS)
+def test_formats(one, kind, row, prompt, completions):
+    label = True if kind == "labels" else None
+    assert one(row, kind) == Row("a.jsonl:1", tuple(prompt), tuple(completions), label)
+
+
+def test_every_format_has_a_case_above():
+    for kind, formats in FORMATS.items():
+        for required in formats:
+            columns = set(required.split(", "))
+            assert any(kind == k and columns <= row.keys() for k, row, _, _ in FORMS), (kind, required)
+    assert tuple(FORMATS) == KINDS
+
+
+def test_prompt_side_of_every_other_row(one):
+    """Any row of another kind is a prompt as well: the same prompt, without completions."""
+    for _, row, prompt, _ in FORMS:
+        found = one(row, "prompts")
+        assert (found.prompt, found.completions) == (tuple(prompt), ())
+
+
+def test_further_columns_are_kept(one):
+    assert one({"prompt": "q", "answer": 4, "label": "easy", "gone": None}, "prompts").columns == {
+        "answer": 4,
+        "label": "easy",
+    }
+    assert one({"prompt": "q", "completion": "c", "label": False, "id": 7}, "labels").columns == {"id": 7}
+
+
+def test_system_prompt_is_put_in_front_where_there_is_none(one):
+    assert one({"prompt": "q"}, "prompts", system="d").prompt == tuple(turns("q", system="d"))
+    assert one({"prompt": "q", "system": "s"}, "prompts", system="d").prompt == tuple(turns("q", system="s"))
+    own = {"messages": turns("q", system="s")}
+    assert one(own, "prompts", system="d").prompt == tuple(turns("q", system="s"))
+    assert one({**own, "system": "s"}, "prompts").prompt == tuple(turns("q", system="s"))
+    with pytest.raises(RowError, match=r"column 'system': expected one system prompt a row, got 't'"):
+        one({**own, "system": "t"}, "prompts")
+
+
+PAIR = {"prompt": "q", "chosen": "c", "rejected": "r"}
+GOOD = {"pairs": PAIR, "labels": {"prompt": "q", "completion": "c", "label": True}}
+BAD_LAYOUTS = {
+    "missing key": (
+        "pairs",
+        {"prompt": "q", "chosen": "c"},
+        r"expected the columns of a format for pairs \(prompt, cho",
+    ),
+    "null": ("pairs", {**PAIR, "rejected": None}, r"got prompt, chosen \(null: rejected\) in"),
+    "no column": ("pairs", {}, r"got none in \{\}; rename with columns=\{theirs: ours\}"),
+    "near name": ("pairs", {"prompt": "q", "choosen": "c", "rejected": "r"}, r"columns=\{'choosen': 'chosen'\}"),
+    "ends with user": ("labels", {"messages": turns("q"), "label": True}, r"ends with a turn of the assistant, got"),
+    "prompt end": ("pairs", {**PAIR, "prompt": turns("q", "a")}, r"'prompt': .* ends with a turn of the user, got"),
+    "other prompt": ("pairs", {**PAIR, "chosen": turns("p", "c")}, r"'chosen': expected text, one assistant turn, or"),
+    "answer role": ("pairs", {**PAIR, "chosen": turns("q")}, r"column 'chosen': expected text, one assistant turn, or"),
+    "no prompt": (
+        "pairs",
+        {"chosen": "c", "rejected": "r"},
+        r"'chosen': expected a whole conversation.*a column prompt",
+    ),
+    "parted early": (
+        "pairs",
+        {"chosen": turns("q", "a", "b", "c"), "rejected": turns("q", "x", "b", "c")},
+        r"'rejected': expected the turns of 'chosen' with another last answer.*the two part at turn 1",
+    ),
+    "other lengths": ("pairs", {"chosen": turns("q", "a", "b", "c"), "rejected": turns("q", "a")}, r"part at turn 1"),
+    "other question": ("pairs", {"chosen": turns("q", "c"), "rejected": turns("p", "r")}, r"the two part at turn 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LAYOUTS)
+def test_bad_layout(write, case):
+    kind, row, message = BAD_LAYOUTS[case]
+    name = write("a.jsonl", f"{json.dumps(GOOD[kind])}\n\n{json.dumps(row)}\n")
+    with pytest.raises(RowError, match=message) as caught:
+        read_rows([name], kind)
+    assert str(caught.value).startswith("a.jsonl:3: ")

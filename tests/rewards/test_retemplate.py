@@ -1,0 +1,34 @@
+"""A reward model's own template and ids for what the policy wrote."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from support import random_groups, tiny_tokenizer
+
+from dsalign.data.tokens.templates import Template
+from dsalign.rewards.retemplate import Retemplate
+
+END = frozenset({2})
+
+
+def groups(*answers: tuple[tuple[int, ...], ...]) -> list[Any]:
+    """A group for each tuple of completions."""
+    return [replace(g, completions=c) for g, c in zip(random_groups("prompts", len(answers)), answers, strict=True)]
+
+
+def test_reading_renders_the_conversation_again() -> None:
+    """Another template and vocabulary; an end token only where one was sampled, or where nothing else is left."""
+    tokenizer = tiny_tokenizer()
+    template = Template(
+        "q", tokenizer, "{% for m in messages %}{{ m.content }}{{ '?' if m.role == 'user' }}{% endfor %}", END
+    )
+    texts = {(50, 3): "yes", (51,): "no", (52, 3): "", (53,): ""}
+    reading = Retemplate(template, lambda ids: texts[tuple(ids)], frozenset({3}))
+    (group,) = groups(tuple(texts))
+    (found,) = reading([replace(group, turns=({"role": "user", "content": "so"},))])
+    yes, no, so = (tuple(tokenizer(text)["input_ids"]) for text in ("yes", "no", "so?"))
+    assert found.prompt == so
+    assert found.completions == ((*yes, 2), no, (2,), (2,))
+    assert found.where == group.where and reading([]) == []
