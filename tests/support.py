@@ -143,6 +143,11 @@ def random_groups(kind: str, n: int, seed: int = 0, longest: int = 9) -> list[Gr
     ]
 
 
+def groups_of(*answers: tuple[tuple[int, ...], ...]) -> list[Group]:
+    """A prompt of random tokens for each tuple of completions."""
+    return [replace(g, completions=c) for g, c in zip(random_groups("prompts", len(answers)), answers, strict=True)]
+
+
 def alike(completions: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     """With the tokens of the first one in all but what stands behind the shortest one's end."""
     given = tuple(completions)

@@ -77,13 +77,11 @@ class GRPO(Algorithm):
         (loss_norm sequence) or by max_new_tokens (constant), or of all tokens by their number (token)."""
         assert out.logps is not None
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        advantages = batch.spread(batch.fields["advantages"])
-        loss, metrics = rollouts.clipped(out.logps - batch.fields["old"], advantages, 1 - self.epsilon, 1 + high)
+        change, advantages = out.logps - batch.fields["old"], batch.spread(batch.fields["advantages"])
+        loss, metrics = rollouts.clipped(change, advantages, 1 - self.epsilon, 1 + high, out.entropy)
         if self.beta > 0:
             kl = token_kl(out.logps, batch.fields["reference"], self.kl_estimator)
             loss, metrics = loss + self.beta * kl, metrics | {"policy/kl_avg": mean(kl)}
-        if out.entropy is not None:
-            metrics["policy/entropy_avg"] = mean(out.entropy)
         if self.mask_truncated:
             loss = loss * batch.spread(batch.fields["counts"])
         if self.loss_norm == "token":

@@ -87,9 +87,7 @@ class PPO(Algorithm):
         """sum_t max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = e^(logp - old); arXiv:1707.06347, eq. 7."""
         assert out.logps is not None
         change, advantages = out.logps - batch.fields["old"], batch.fields["advantages"]
-        loss, metrics = rollouts.clipped(change, advantages, 1 - self.cliprange, 1 + self.cliprange)
-        if out.entropy is not None:
-            metrics["policy/entropy_avg"] = mean(out.entropy)
+        loss, metrics = rollouts.clipped(change, advantages, 1 - self.cliprange, 1 + self.cliprange, out.entropy)
         return Loss(terms={"tokens": loss.sum()}, metrics=metrics)
 
     def value_loss(self, out: Output, batch: MicroBatch) -> Loss:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from dsalign.contract import rollouts
 from dsalign.contract.algorithm import Algorithm, Context, Traits, check_choice, check_range
 from dsalign.contract.groups import Batch, Fused, Loss, MicroBatch, Output, Prepared
-from dsalign.contract.maths import mean, token_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +42,7 @@ class Reinforce(Algorithm):
         rolled = rollouts.sample(ctx, batch, self.num_generations)
         several = self.num_generations > 1
         scores = rollouts.group_advantages(rolled.scores, scale=False) if several else rolled.scores
-        kl, metrics = [o.new_zeros(len(o)) for o in rolled.old], {}
-        if self.kl_coef > 0:
-            reference = ctx.logps("reference", rolled.groups)
-            kl = [token_kl(o, r, self.kl_estimator) for o, r in zip(rolled.old, reference, strict=True)]
-            metrics = rollouts.kl_metrics(rolled, kl, self.kl_coef)
+        kl, metrics = rollouts.kl_penalty(ctx, rolled, self.kl_estimator, self.kl_coef)
         each = zip(kl, scores, rolled.groups, strict=True)
         returns = [rollouts.rewards_to_go(rollouts.token_rewards(k, s, g, self.kl_coef), g) for k, s, g in each]
         return rolled.prepared(metrics=metrics, advantages=rollouts.whiten(ctx, returns, shift_mean=True))
@@ -59,9 +54,7 @@ class Reinforce(Algorithm):
         """sum_t max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = e^(logp - old)."""
         assert out.logps is not None
         change, advantages = out.logps - batch.fields["old"], batch.fields["advantages"]
-        loss, metrics = rollouts.clipped(change, advantages, 1 - self.cliprange, 1 + self.cliprange)
-        if out.entropy is not None:
-            metrics["policy/entropy_avg"] = mean(out.entropy)
+        loss, metrics = rollouts.clipped(change, advantages, 1 - self.cliprange, 1 + self.cliprange, out.entropy)
         return Loss({"tokens": loss.sum()}, metrics)
 
     def fused(self, role: str, batch: MicroBatch) -> Fused:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from dsalign.contract import rollouts
 from dsalign.contract.algorithm import Algorithm, Context, Traits, check_choice, check_range
 from dsalign.contract.groups import Batch, Loss, MicroBatch, Output, Prepared
-from dsalign.contract.maths import mean, token_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +42,9 @@ class RLOO(Algorithm):
         """Sample completions and score them; the field "advantages", [completions] a group, is R_i less the mean of the
         prompt's other R_j, with R = r - kl_coef sum_t KL_t."""
         rolled = rollouts.sample(ctx, batch, self.num_generations)
-        rewards, metrics = list(rolled.scores), {}
-        if self.kl_coef > 0:
-            reference = ctx.logps("reference", rolled.groups)
-            kl = [token_kl(o, r, self.kl_estimator) for o, r in zip(rolled.old, reference, strict=True)]
-            metrics = rollouts.kl_metrics(rolled, kl, self.kl_coef)
-            sums = [rollouts.completion_sums(k, g) for k, g in zip(kl, rolled.groups, strict=True)]
-            rewards = [r - self.kl_coef * s for r, s in zip(rewards, sums, strict=True)]
+        kl, metrics = rollouts.kl_penalty(ctx, rolled, self.kl_estimator, self.kl_coef)
+        each = zip(rolled.scores, kl, rolled.groups, strict=True)
+        rewards = [r - self.kl_coef * rollouts.completion_sums(k, g) for r, k, g in each]
         return rolled.prepared(metrics=metrics, advantages=rollouts.leave_one_out(rewards))
 
     def units(self, batch: MicroBatch) -> Mapping[str, int]:
@@ -59,7 +54,7 @@ class RLOO(Algorithm):
         """sum_i max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), rho = e^(log pi(y_i | x) - its old one)."""
         assert out.logps is not None
         change = batch.sum(out.logps - batch.fields["old"])  # not a difference of sums, which would lose its digits
-        loss, metrics = rollouts.clipped(change, batch.fields["advantages"], 1 - self.cliprange, 1 + self.cliprange)
-        if out.entropy is not None:
-            metrics["policy/entropy_avg"] = mean(out.entropy)
+        loss, metrics = rollouts.clipped(
+            change, batch.fields["advantages"], 1 - self.cliprange, 1 + self.cliprange, out.entropy
+        )
         return Loss({"completions": loss.sum()}, metrics)

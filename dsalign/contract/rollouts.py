@@ -13,7 +13,7 @@ import torch
 
 from dsalign.contract.algorithm import Context, Traits, check_range
 from dsalign.contract.groups import Batch, Group, Metric, Metrics, Prepared
-from dsalign.contract.maths import mean, ratio
+from dsalign.contract.maths import mean, ratio, token_kl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,6 +263,21 @@ def kl_metrics(rolled: Rollouts, kl: Sequence[Tensor], kl_coef: float) -> dict[s
     }
 
 
+def kl_penalty(
+    ctx: Context, rolled: Rollouts, estimator: str, kl_coef: float
+) -> tuple[list[Tensor], dict[str, Metric]]:
+    """The KL of the sampled tokens to the reference, for an algorithm that subtracts kl_coef times it from the reward.
+
+    Returns (one [completion tokens] tensor a group, nats, the metrics of `kl_metrics`); with kl_coef 0 zeros and none,
+    and no reference is asked. Collective.
+    """
+    if kl_coef == 0:
+        return [old.new_zeros(len(old)) for old in rolled.old], {}
+    reference = ctx.logps("reference", rolled.groups)
+    kl = [token_kl(o, r, estimator) for o, r in zip(rolled.old, reference, strict=True)]
+    return kl, kl_metrics(rolled, kl, kl_coef)
+
+
 def group_advantages(scores: Sequence[Tensor], *, scale: bool) -> list[Tensor]:
     """GRPO's advantages, arXiv:2402.03300, section 4.1.2: (r - mean(r)) / (std(r) + 1e-6) of each group's [completions]
     scores r, std with n - 1; with `scale` off r - mean(r). A group of one completion has advantage 0."""
@@ -297,17 +312,20 @@ def whiten(ctx: Context, tokens: Sequence[Tensor], *, shift_mean: bool) -> list[
     return [((x.double() - mu) * scale + (0.0 if shift_mean else mu)).to(x.dtype) for x in tokens]
 
 
-def clipped(change: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, dict[str, Metric]]:
+def clipped(
+    change: Tensor, advantages: Tensor, low: float, high: float, entropy: Tensor | None = None
+) -> tuple[Tensor, dict[str, Metric]]:
     """PPO's clipped policy loss, arXiv:1707.06347, eq. 7: max(-A rho, -A clip(rho, low, high)), rho = e^change.
 
     change: [N] logp - old logp of each token, or of each whole completion, nats; held within -+20, so that no gradient
-    is infinite. advantages: [N]. low, high: bounds of the ratio, such as 0.8 and 1.2.
-    Returns ([N] losses with gradient, the metrics of loss, KL, clipped share and ratio).
+    is infinite. advantages: [N]. low, high: bounds of the ratio, such as 0.8 and 1.2. entropy: [tokens] nats, for its
+    metric alone. Returns ([N] losses with gradient, the metrics of loss, KL, clipped share, ratio and entropy).
     """
     rho = ratio(change)
     plain, held = -advantages * rho, -advantages * torch.clamp(rho, low, high)
     loss = torch.maximum(plain, held)
     return loss, {
+        **({} if entropy is None else {"policy/entropy_avg": mean(entropy)}),
         "loss/policy_avg": mean(loss),
         "policy/approxkl_avg": mean(0.5 * change**2),
         "policy/clipfrac_avg": mean((held > plain).float()),

@@ -2,62 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import random_groups
 
 from dsalign.rewards.functions import call, load_function
-
-FILE = """
-from __future__ import annotations
-from dataclasses import dataclass
-
-@dataclass
-class Seen:
-    prompts: list
-    columns: dict
-
-calls: list[Seen] = []
-
-def length(prompts, completions, **columns):
-    calls.append(Seen(prompts, columns))
-    return [len(c) for c in completions]
-
-def one(prompts, completions, **columns):
-    return [1.0] * len(completions)
-
-def short(prompts, completions, **columns):
-    return [1.0]
-
-def nothing(prompts, completions, **columns):
-    return None
-
-def words(prompts, completions, **columns):
-    return ["good"] * len(completions)
-
-def broken(prompts, completions, **columns):
-    return [0.5, float("nan")] + [0.0] * (len(completions) - 2)
-
-def tensors(prompts, completions, **columns):
-    import torch
-    return torch.arange(len(completions)) / 2
-
-number = 3
-"""
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    (tmp_path / "my.rewards.py").write_text(FILE)
-    return tmp_path / "my.rewards.py"
-
-
-def groups(*answers: tuple[tuple[int, ...], ...]) -> list[Any]:
-    """A group for each tuple of completions."""
-    return [replace(g, completions=c) for g, c in zip(random_groups("prompts", len(answers)), answers, strict=True)]
 
 
 @pytest.mark.parametrize("name", ["missing.py:f", "no_colon.py", "", ":f", "notes.txt:f", "folder:f"])

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from support import random_groups, tiny_tokenizer
+from support import groups_of, tiny_tokenizer
 
 from dsalign.data.tokens.templates import Template
 from dsalign.rewards.retemplate import Retemplate
 
 END = frozenset({2})
-
-
-def groups(*answers: tuple[tuple[int, ...], ...]) -> list[Any]:
-    """A group for each tuple of completions."""
-    return [replace(g, completions=c) for g, c in zip(random_groups("prompts", len(answers)), answers, strict=True)]
 
 
 def test_reading_renders_the_conversation_again() -> None:
@@ -26,7 +20,7 @@ def test_reading_renders_the_conversation_again() -> None:
     )
     texts = {(50, 3): "yes", (51,): "no", (52, 3): "", (53,): ""}
     reading = Retemplate(template, lambda ids: texts[tuple(ids)], frozenset({3}))
-    (group,) = groups(tuple(texts))
+    (group,) = groups_of(tuple(texts))
     (found,) = reading([replace(group, turns=({"role": "user", "content": "so"},))])
     yes, no, so = (tuple(tokenizer(text)["input_ids"]) for text in ("yes", "no", "so?"))
     assert found.prompt == so

@@ -9,61 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import random_groups
+from support import groups_of
 
 from dsalign.contract.groups import Scores
 from dsalign.rewards.sources import Rewards
 
-FILE = """
-from __future__ import annotations
-from dataclasses import dataclass
-
-@dataclass
-class Seen:
-    prompts: list
-    columns: dict
-
-calls: list[Seen] = []
-
-def length(prompts, completions, **columns):
-    calls.append(Seen(prompts, columns))
-    return [len(c) for c in completions]
-
-def one(prompts, completions, **columns):
-    return [1.0] * len(completions)
-
-def short(prompts, completions, **columns):
-    return [1.0]
-
-def nothing(prompts, completions, **columns):
-    return None
-
-def words(prompts, completions, **columns):
-    return ["good"] * len(completions)
-
-def broken(prompts, completions, **columns):
-    return [0.5, float("nan")] + [0.0] * (len(completions) - 2)
-
-def tensors(prompts, completions, **columns):
-    import torch
-    return torch.arange(len(completions)) / 2
-
-number = 3
-"""
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    (tmp_path / "my.rewards.py").write_text(FILE)
-    return tmp_path / "my.rewards.py"
-
-
-def groups(*answers: tuple[tuple[int, ...], ...]) -> list[Any]:
-    """A group for each tuple of completions."""
-    return [replace(g, completions=c) for g, c in zip(random_groups("prompts", len(answers)), answers, strict=True)]
-
-
-RAGGED = groups(((5, 6), (7,)), ((0, 0, 0), (2,)))
+RAGGED = groups_of(((5, 6), (7,)), ((0, 0, 0), (2,)))
 
 
 def models(scores: list[list[float]] | None = None) -> Any:
@@ -158,7 +109,7 @@ def test_sources_are_added_with_their_weights(file: Path) -> None:
 
 def test_a_reward_model_reads_in_its_own_way() -> None:
     """It is asked about its reading, three and two tokens where the policy sampled two and one."""
-    read = groups(((5, 6, 7), (1, 2)))
+    read = groups_of(((5, 6, 7), (1, 2)))
     rewards = of(scores=[[1.0, 2.0]], reading=lambda some: read)
     assert numbers(rewards(RAGGED[:1], 4)) == [[1.0, 2.0]]
     assert rewards._roles.given == [read]
