@@ -10,11 +10,11 @@ import pytest
 from pydantic import Field
 
 from dsalign import algos
-from dsalign.contract.algorithm import Traits
+from dsalign.contract.algorithm import Algorithm, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duel:
+class Duel(Algorithm):
     """An algorithm with every kind of field."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0  # of the duel, > 0

@@ -6,28 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import made, problems, yaml_file
 
 from dsalign import algos
 from dsalign.config import flags, options
-from dsalign.config.parse import ALIASES, ConfigError, parse
-from dsalign.config.schema import RUN_OPTIONS, RunConfig
-
-BASE = ("--model", "m", "--dataset", "rows")  # names of a hub: nothing is looked up
-
-
-def made(*argv: str, world_size: int = 1) -> RunConfig:
-    return parse([*argv, *BASE], world_size=world_size).config
-
-
-def problems(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        parse([*argv, *base], world_size=1)
-    return caught.value.problems
-
-
-def yaml_file(folder: Path, text: str, name: str = "run.yaml") -> str:
-    (folder / name).write_text(text, encoding="utf-8")
-    return str(folder / name)
+from dsalign.config.parse import ALIASES
+from dsalign.config.schema import RUN_OPTIONS
 
 
 def test_fields_of_an_algorithm_become_typed_options(duel: type[Any]) -> None:

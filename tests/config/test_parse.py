@@ -7,35 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from commands import BASE, made, problems, yaml_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsalign import algos, assets
 from dsalign.config import flags, options
-from dsalign.config.parse import ConfigError, Parsed, parse
-from dsalign.config.schema import RUN_OPTIONS, RunConfig
+from dsalign.config.parse import Parsed, parse
+from dsalign.config.schema import RUN_OPTIONS
 
-BASE = ("--model", "m", "--dataset", "rows")  # names of a hub: nothing is looked up
 DOCUMENTED = (
     "--model_type llama3-8b-instruct --sft_type lora --dataset shareai-llama3-dpo-zh-en-emoji --num_train_epochs 2 "
     "--lora_target_modules ALL --gradient_checkpointing true --batch_size 1 --learning_rate 5e-5 "
     "--gradient_accumulation_steps 16 --warmup_ratio 0.03 --save_total_limit 2"
 )
-
-
-def made(*argv: str, world_size: int = 1) -> RunConfig:
-    return parse([*argv, *BASE], world_size=world_size).config
-
-
-def problems(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        parse([*argv, *base], world_size=1)
-    return caught.value.problems
-
-
-def yaml_file(folder: Path, text: str, name: str = "run.yaml") -> str:
-    (folder / name).write_text(text, encoding="utf-8")
-    return str(folder / name)
 
 
 def test_defaults() -> None:

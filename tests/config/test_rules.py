@@ -11,7 +11,7 @@ import pytest
 from dsalign import algos
 from dsalign.config import ds_files, rules
 from dsalign.config.parse import ConfigError, parse
-from dsalign.contract.algorithm import Traits
+from dsalign.contract.algorithm import Algorithm, Traits
 
 BASE = ("--model", "m", "--dataset", "rows")
 
@@ -75,7 +75,7 @@ def test_a_reward_function_that_comes_along_is_named_rightly() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class Judged(Algorithm):
     """An algorithm with a frozen reward model that needs two groups a step."""
 
     traits: ClassVar[Traits] = Traits(

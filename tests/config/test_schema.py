@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from commands import made
 from pydantic import ValidationError
 
-from dsalign.config.parse import parse
 from dsalign.config.schema import HEADINGS, RUN_OPTIONS, SECTIONS, OptimOptions, RunConfig
-
-BASE = ("--model", "m", "--dataset", "rows")  # names of a hub: nothing is looked up
-
-
-def made(*argv: str, world_size: int = 1) -> RunConfig:
-    return parse([*argv, *BASE], world_size=world_size).config
 
 
 def test_the_configuration_is_frozen_and_closed() -> None:

@@ -1,0 +1,27 @@
+"""Configurations, and what is wrong with others, from the words of a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsalign.config.parse import ConfigError, parse
+from dsalign.config.schema import RunConfig
+
+BASE = ("--model", "m", "--dataset", "rows")  # names of a hub: nothing is looked up
+
+
+def made(*argv: str, world_size: int = 1) -> RunConfig:
+    return parse([*argv, *BASE], world_size=world_size).config
+
+
+def problems(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse([*argv, *base], world_size=1)
+    return caught.value.problems
+
+
+def yaml_file(folder: Path, text: str, name: str = "run.yaml") -> str:
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
