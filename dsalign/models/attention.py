@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from dsalign.data.batches.packing import Span
 
+# (query, key, value, scaling, sliding window, softcap) -> output: the attention of a key-value cache of our own.
+CachedRows: TypeAlias = Callable[[Tensor, Tensor, Tensor, "float | None", "int | None", "float | None"], Tensor]
 PREFIX = "dsalign_"  # dsalign_sdpa: ours for a packed row, transformers' sdpa for any other
 BASES = {"sdpa": sdpa_mask, "eager": eager_mask}
 ATTENDS = frozenset({"full_attention", "sliding_attention"})  # kinds of layer that mix tokens as `allowed` says only
@@ -123,8 +125,11 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         sliding_window: int | None = None,
         softcap: float | None = None,
         shared_prefix: SharedPrefix | None = None,
+        cached_rows: CachedRows | None = None,
         **more: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if cached_rows is not None:
+            return cached_rows(query, key, value, scaling, sliding_window, softcap).transpose(1, 2), None
         if shared_prefix is None:
             windowed = {"sliding_window": sliding_window, "softcap": softcap}
             plain = sdpa_attention_forward if base == "sdpa" else _eager_of(module)

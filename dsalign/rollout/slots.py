@@ -1,0 +1,124 @@
+"""Keys and values of running completions in preallocated slots, one a row, each row with a position of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+BUCKET = 64  # tokens: the length of the slots is a multiple of it
+
+
+class Slots:
+    """The key-value cache of up to `rows` sequences: [rows, heads, length, D] a layer, for keys and for values.
+
+    It stands where transformers expects its cache, and its attention replaces the layer's own. Nothing is concatenated:
+    a new token is written into its place. length grows by doubling, up to `longest` tokens.
+    """
+
+    def __init__(self, rows: int, longest: int) -> None:
+        self.rows, self.longest, self.length = rows, longest, 0
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self._targets: list[tuple[Tensor, int, int]] | None = None  # of a prefill: (slots, start, stop in the row)
+        self._rows = self._positions = torch.empty(0, dtype=torch.int64)
+        self._live = 0
+        self._masks: dict[int | None, Tensor] = {}
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens a slot, with what the slots hold kept."""
+        if length <= self.length:
+            return
+        wanted = max(length, min(2 * self.length, self.longest))
+        self.length = -(-wanted // BUCKET) * BUCKET
+        for part in (self.keys, self.values):
+            for layer, old in part.items():
+                part[layer] = _grown(old, self.length)
+
+    def prefill(self, targets: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> None:
+        """Say where the keys and values of the next forward go: a packed row of prompts, of these lengths, each into
+        all the slots of its completions."""
+        self.reserve(max(lengths))
+        self._targets, start = [], 0
+        for slots, length in zip(targets, lengths, strict=True):
+            self._targets.append((torch.tensor(slots, device=device), start, start + length))
+            start += length
+
+    def decode(self, positions: Tensor, longest: int) -> None:
+        """Say where the keys and values of the next forward go: of slot i, one token at positions[i].
+
+        positions: [n] int64 for the slots 0 to n - 1. longest: the largest of them.
+        """
+        self.reserve(longest + 1)
+        self._targets, self._masks = None, {}
+        self._positions, self._live = positions, longest + 1
+        if len(self._rows) != len(positions):
+            self._rows = torch.arange(len(positions), device=positions.device)
+
+    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Copy the first `length` tokens of slots into other slots; sources, targets: [m] int64."""
+        for part in (self.keys, self.values):
+            for held in part.values():
+                held[targets, :, :length] = held[sources, :, :length]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values, [B, heads, T, D], and return all that its queries may see. Called by
+        the attention layers of transformers."""
+        if layer not in self.keys:
+            heads, width, other = keys.shape[1], keys.shape[-1], values.shape[-1]
+            self.keys[layer] = keys.new_zeros(self.rows, heads, self.length, width)
+            self.values[layer] = values.new_zeros(self.rows, heads, self.length, other)
+        held_keys, held_values = self.keys[layer], self.values[layer]
+        if self._targets is not None:
+            for slots, start, stop in self._targets:
+                held_keys[slots, :, : stop - start] = keys[:, :, start:stop]
+                held_values[slots, :, : stop - start] = values[:, :, start:stop]
+            return keys, values
+        held_keys[self._rows, :, self._positions] = keys[:, :, 0]
+        held_values[self._rows, :, self._positions] = values[:, :, 0]
+        n = len(self._positions)
+        return held_keys[:n, :, : self._live], held_values[:n, :, : self._live]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Attention of one token a slot over what the slot holds. query: [n, H, 1, D]; key, value: [n, heads, live, D],
+        where H / heads neighbouring queries share a head. Returns [n, H, 1, D]."""
+        n, heads = key.shape[:2]
+        grouped = query.reshape(n, heads, -1, query.shape[-1])  # queries that share a head, as rows of one product
+        mask = self._mask(window)
+        if softcap is None:
+            found = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+        else:
+            scores = grouped @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            scores = (softcap * torch.tanh(scores / softcap)).float().masked_fill(~mask, -torch.inf)
+            found = torch.softmax(scores, -1).to(value.dtype) @ value
+        return found.reshape(n, query.shape[1], 1, -1)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """Which of the live tokens a slot's token sees, [n, 1, 1, live] bool; one tensor a step and kind of layer."""
+        if window not in self._masks:
+            behind = self._positions[:, None] - torch.arange(self._live, device=self._positions.device)
+            seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            self._masks[window] = seen[:, None, None]
+        return self._masks[window]
+
+    # What else transformers asks of a cache.
+    is_compileable = False
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """0: positions are given with each forward."""
+        return 0
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        """(tokens, offset) of a mask that transformers would make; it makes none, as it is given one."""
+        return self.length, 0
+
+
+def _grown(old: Tensor, length: int) -> Tensor:
+    new = old.new_zeros(*old.shape[:2], length, old.shape[3])
+    new[:, :, : old.shape[2]] = old
+    return new

@@ -1,0 +1,85 @@
+"""The generation view: a copy of a model's modules that shares its weights, for sampling in the middle of training.
+
+The copy has no hooks, a configuration of its own and its own evaluation mode, so nothing that generation sets reaches
+the model that is trained. A LoRA adapter is merged into weights that only the view has, so there is nothing to undo.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from dsalign.engines.engine import whole
+from dsalign.models.heads import unwrap
+
+KEPT = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+
+
+@contextmanager
+def generation_view(engine: Any) -> Iterator[PreTrainedModel]:
+    """A context with the view of a DeepSpeed engine's language model; inside, forward passes need no collective, so
+    ranks may run different numbers of them. At ZeRO stage 3 weights are gathered once, on entering. Entering and
+    leaving are collective."""
+    with torch.no_grad(), whole(engine, list(engine.module.parameters())):
+        yield view_of(engine.module.model)
+
+
+@torch.no_grad()
+def view_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The view of a model whose weights are whole, in evaluation mode. It lives no longer than they stay as they are:
+    an optimizer step changes shared weights under it, and not those with an adapter merged."""
+    inner = unwrap(model)
+    config = copy.deepcopy(inner.config)
+    view: PreTrainedModel = _copy(inner, {}, {id(inner.config): config, id(inner.config.get_text_config()): config.get_text_config()})
+    return view.eval()
+
+
+def _copy(module: nn.Module, seen: dict[int, Any], configs: dict[int, Any]) -> Any:
+    """The copy of a module and all below it; a module that stands in two places has one copy. seen: id of a module ->
+    its copy. configs: id of a configuration -> its copy."""
+    if id(module) in seen:
+        return seen[id(module)]
+    if isinstance(module, ModulesToSaveWrapper):
+        names = [] if module.disable_adapters else module.active_adapters
+        chosen = module.modules_to_save[names[0]] if names else module.original_module
+        seen[id(module)] = _copy(chosen, seen, configs)
+        return seen[id(module)]
+    found: Any = object.__new__(type(module))
+    seen[id(module)] = found
+    for name, value in vars(module).items():
+        if name == "forward" or isinstance(value, nn.Module):  # what was put over this one module only
+            continue
+        if isinstance(value, OrderedDict) and name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            value = OrderedDict()
+        elif name in KEPT:
+            value = set(value) if isinstance(value, set) else dict(value)  # ZeRO-3's own kind of dict gathers
+        vars(found)[name] = configs.get(id(value), value)
+    found._modules = {
+        name: None if child is None else _copy(child, seen, configs) for name, child in module._modules.items()
+    }
+    if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
+        seen[id(module)] = found = _merged(found)
+    return found
+
+
+def _merged(layer: Any) -> Any:
+    """The base layer of a PEFT layer's copy, with the active adapter merged into weights of its own."""
+    if layer.disable_adapters or not layer.active_adapters:
+        return layer.get_base_layer()
+    base = layer.get_base_layer()
+    for name, parameter in base._parameters.items():
+        if parameter is not None:
+            base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    layer.merged_adapters = []
+    layer.merge()
+    return base
