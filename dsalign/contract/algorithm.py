@@ -13,7 +13,7 @@ from dsalign.contract.groups import Batch, Fused, Loss, MicroBatch, Output, Prep
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsalign.contract.groups import Group, Scores
+    from dsalign.contract.groups import Group, Sampled, Scores
     from dsalign.contract.rollouts import RolloutOptions
 
 
@@ -81,13 +81,12 @@ class Context(Protocol):
 
     def generate(
         self, role: str, groups: Sequence[Group], samples: int, first: int = 0
-    ) -> tuple[list[Group], list[Tensor]]:
+    ) -> Sampled:
         """Sample `samples` completions of each group's prompt from the role's model, with the options `self.rollout`.
 
         first: the number of a prompt's first completion; a completion is a function of (seed, step, prompt, number), so
         a later call for the same prompt takes higher numbers to get other completions.
-        Returns the groups with these completions, and the log-probabilities that the sampler had: one [completion
-        tokens of the group] float32 tensor a group, nats.
+        Raises ValueError where the sampler is seen to use other weights than the role's model.
         """
 
     def scores(self, groups: Sequence[Group]) -> Scores:

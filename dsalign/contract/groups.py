@@ -78,6 +78,21 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Completions that a rollout engine sampled for the groups of this rank.
+
+    groups: each with its completions. logps: one [completion tokens] float32 tensor a group, log-probabilities that the
+    sampler had, nats. exact: whether they are the trainer's own up to rounding: it computes in float32, and the probe
+    of this rollout has seen so. gap: |sampler - trainer| over the probed tokens, (sum, count), nats.
+    """
+
+    groups: Sequence[Group]
+    logps: Sequence[Tensor]
+    exact: bool = False
+    gap: Metric = (0.0, 0)
+
+
+@dataclass(frozen=True)
 class Scores:
     """The rewards of sampled completions; each tensor is [completions of a group] float32, units of reward.
 

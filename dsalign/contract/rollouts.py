@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsalign.contract.algorithm import Context, Traits, check_range
-from dsalign.contract.groups import Batch, Group, Metric, Metrics, Prepared
+from dsalign.contract.algorithm import Context, Traits, check_choice, check_range
+from dsalign.contract.groups import Batch, Group, Metric, Metrics, Prepared, Sampled
 from dsalign.contract.maths import mean, ratio, token_kl
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class RolloutOptions:
     local_rollout_forward_batch_size: int = 64  # completions in a forward without gradient, of one rank, >= 1
     num_sample_generations: int = 10  # times in a run that sample completions are shown and saved, >= 0
     rollout_logp_limit: float = 0.5  # nats: stop when sampler and trainer differ by more on average, > 0
+    rollout: str = "auto"  # the engine that samples: auto, local, plain or hybrid
+    old_logps: str = "auto"  # whose log-probabilities the ratio starts from: auto, sampler or trainer
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "local_rollout_forward_batch_size"):
@@ -43,6 +45,8 @@ class RolloutOptions:
         for name in ("temperature", "rollout_logp_limit"):
             check_range(name, getattr(self, name), 0, open_low=True)
         check_range("top_p", self.top_p, 0, 1, open_low=True)
+        check_choice("rollout", self.rollout, ("auto", "local", "plain", "hybrid"))
+        check_choice("old_logps", self.old_logps, ("auto", "sampler", "trainer"))
         if self.missing_eos_penalty is not None:
             check_range("missing_eos_penalty", self.missing_eos_penalty, 0)
 
@@ -128,9 +132,8 @@ def sample(ctx: Context, batch: Batch, num_generations: int, *, overlong_buffer:
     Raises ValueError where the sampler's log-probabilities are not the trainer's: it ran on other weights.
     """
     options = ctx.rollout
-    groups, sampler = ctx.generate("policy", batch.local, num_generations, first)
-    old = ctx.logps("policy", groups)
-    gap = logp_gap(sampler, old)
+    sampled = ctx.generate("policy", batch.local, num_generations, first)
+    groups, (old, gap) = sampled.groups, old_logps(ctx, sampled)
     check_sampler(ctx, gap)
     found = ctx.scores(groups)
     scores = [
@@ -150,6 +153,19 @@ def sample(ctx: Context, batch: Batch, num_generations: int, *, overlong_buffer:
         "episode": ((batch.seen + len(batch.groups)) * num_generations, 1),  # completions so far
     }
     return Rollouts(groups, batch.mine, old, scores, metrics, table(ctx, groups, scores))
+
+
+def old_logps(ctx: Context, sampled: Sampled) -> tuple[Sequence[Tensor], Metric]:
+    """The log-probabilities under the weights that sampled, from which ratios start, and the metric |sampler - trainer|.
+
+    With old_logps auto they are the sampler's own where it computes as exactly as the trainer, which saves a forward
+    pass over the rollout; else the trainer computes them. Collective.
+    """
+    wanted = ctx.rollout.old_logps
+    if wanted == "sampler" or (wanted == "auto" and sampled.exact):
+        return sampled.logps, sampled.gap
+    old = ctx.logps("policy", sampled.groups)
+    return old, logp_gap(sampled.logps, old)
 
 
 def sample_until_full(

@@ -29,7 +29,6 @@ OURS = {
     "scheduler": "--lr_scheduler_type and --warmup_ratio",
     "bf16": "--dtype",
     "fp16": "--dtype",
-    "hybrid_engine": "nothing: rollouts go through the actor's own engine at every stage",
 }
 NO_CLIPPING = 1e30  # a limit no norm reaches: with 0 the engine would not compute the norm that tells a NaN
 
@@ -176,36 +175,9 @@ def whole(engine: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def generating(engine: Any) -> Iterator[nn.Module]:
-    """A context in which the engine's module, in evaluation mode, runs forward passes without any collective: at stage
-    3 its parameters are gathered once for all passes, so ranks may run different numbers of them. Entering and leaving
-    are collective.
-
-    GatheredParameters alone is not enough: ZeRO-3's hooks would partition each module again after its first forward.
-    """
-    training = engine.module.training
-    engine.module.eval()
-    try:
-        if engine.zero_optimization_stage() != 3:
-            yield engine.module
-            return
-        offload = _parameter_offload(engine)
-        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-            offload._remove_module_hooks()
-            try:
-                yield engine.module
-            finally:
-                offload.forward_hooks.clear()
-                offload.backward_hooks.clear()
-                offload.setup_zero_stage3_hooks()
-    finally:
-        engine.module.train(training)
-
-
-def _parameter_offload(engine: Any) -> Any:
-    """DeepSpeed's owner of the ZeRO-3 hooks: a part of the engine's optimizer, or that itself if nothing is trained."""
-    return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+def version(engine: Any) -> int:
+    """The version of an engine's weights: how many optimizer steps they have taken, also before a resume."""
+    return int(engine.global_steps)
 
 
 class TouchGuard:

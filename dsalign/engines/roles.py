@@ -59,12 +59,17 @@ class Roles:
         """
         if name in self.engines:
             return Role(name)
-        if name in self._start_weights and isinstance(self.engines["policy"].module.model, PeftModel):
+        if self.computes(name):
             return Role("policy", start_weights=True)
         raise ValueError(
             f"{name}: expected its model in memory, found none; a reference is given back once its log-probabilities "
             "are cached: run with --ref_cache off if other groups are asked about"
         )
+
+    def computes(self, name: str) -> bool:
+        """Whether an engine computes the role called `name`."""
+        lora = "policy" in self.engines and isinstance(self.engines["policy"].module.model, PeftModel)
+        return name in self.engines or (name in self._start_weights and lora)
 
     def stepped(self, trained: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Name of each engine that is stepped -> the roles among `trained` that it computes, in the order given."""

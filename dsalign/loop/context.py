@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dsalign.contract.groups import Batch, Group, Scores
+from dsalign.contract.groups import Batch, Group, Sampled, Scores
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.loader import Stream
 from dsalign.engines import dist
 from dsalign.engines.roles import ReferenceLogps, Roles
 from dsalign.loop import loss
-from dsalign.rollout.generate import generate
+from dsalign.rollout.generate import Keys, Rollouts
 
 logger = logging.getLogger(__name__)
 DRAWN = "second stream"  # the key of `state` under which the groups drawn by `more` are counted
@@ -49,6 +49,7 @@ class RunContext:
         self.end_ids, self.total_batches, self._rewards, self._decode = end_ids, total_batches, rewards, decode
         self._reference, self._stream, self._online = reference, stream, rollout is not None
         self.rollout = rollout or RolloutOptions()
+        self._engines: dict[str, Rollouts] = {}  # role -> what samples from its model
         self._said: set[str] = set()
         self.step = 0
 
@@ -86,9 +87,11 @@ class RunContext:
 
     def generate(
         self, role: str, groups: Sequence[Group], samples: int, first: int = 0
-    ) -> tuple[list[Group], list[Tensor]]:
-        keys: dict[str, Any] = {"samples": samples, "first": first, "seed": self._seed, "step": self.step}
-        return generate(self._roles, role, groups, self.rollout, end_ids=self.end_ids, **keys)
+    ) -> Sampled:
+        keys = Keys(self._seed, self.step, first)
+        if role not in self._engines:
+            self._engines[role] = Rollouts(self._roles, role, self.rollout, self.end_ids)
+        return self._engines[role].generate(groups, samples, keys, self.rollout)
 
     def scores(self, groups: Sequence[Group]) -> Scores:
         if self._rewards is None:

@@ -104,6 +104,8 @@ def can_share(model: PreTrainedModel) -> bool:
 
 def share(model: PreTrainedModel) -> bool:
     """Let a model compute packed rows; all other rows it computes as before. Returns whether it can (`can_share`)."""
+    if model.config.get_text_config()._attn_implementation.startswith(PREFIX):
+        return True
     if not can_share(model):
         return False
     model.set_attn_implementation(f"{PREFIX}{model.config.get_text_config()._attn_implementation}")

@@ -1,52 +1,74 @@
-"""Sampling for groups of prompts by a role's engine, some completions at a time, under its weights as they are now."""
+"""Completions for groups of prompts by a role's model: the choice of the engine, the keys of the draws, the probe."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from dsalign.contract.groups import Group
+from dsalign.contract.groups import Group, Sampled
 from dsalign.contract.rollouts import RolloutOptions
-from dsalign.engines.engine import generating
+from dsalign.engines import dist
 from dsalign.engines.roles import Roles
-from dsalign.models.heads import unwrap
-from dsalign.rollout.sampler import noise, sample_completions
+from dsalign.rollout.api import Request, Rollout
+from dsalign.rollout.in_process import InProcess
+from dsalign.rollout.pick import token_key
+from dsalign.rollout.probe import probe
+
+logger = logging.getLogger(__name__)
 
 
-def generate(
-    roles: Roles,
-    role: str,
-    groups: Sequence[Group],
-    options: RolloutOptions,
-    *,
-    samples: int,
-    first: int,
-    seed: int,
-    step: int,
-    end_ids: frozenset[int],
-) -> tuple[list[Group], list[Tensor]]:
-    """Sample `samples` completions of each group's prompt from a role's model. Collective: every rank calls it, with
-    any number of groups.
+@dataclass(frozen=True)
+class Keys:
+    """What the draws of a rollout are a function of, beside the index of the prompt. first: the number of a prompt's
+    first completion."""
 
-    first: the number of a prompt's first completion; a completion is a function of (seed, step, index of the group,
-    number). end_ids: the tokens that end a completion.
-    Returns (the groups with these completions, the log-probabilities of their tokens under the sampler: one [completion
-    tokens] float32 tensor a group, nats, on the CPU).
+    seed: int
+    step: int
+    first: int
+
+    def of(self, group: Group, samples: int) -> list[int]:
+        """The key of each of a group's completions: a 64-bit mix of (seed, step, index of the group, number)."""
+        return [token_key(self.seed, self.step, group.index, self.first + i) for i in range(samples)]
+
+
+class Rollouts:
+    """The sampling of completions from a role's model, under its weights as they are now."""
+
+    def __init__(self, roles: Roles, role: str, options: RolloutOptions, end_ids: frozenset[int]) -> None:
+        self.roles, self.role, self.end_ids = roles, role, end_ids
+        self.engine = engine_of(roles, role, options)
+
+    def generate(self, groups: Sequence[Group], samples: int, keys: Keys, options: RolloutOptions) -> Sampled:
+        """Sample `samples` completions of each group's prompt, and probe that they come from the trainer's weights.
+        Collective: every rank calls it, with any number of groups.
+
+        Raises ValueError where the probe fails, as `probe` says.
+        """
+        requests = [Request(group.prompt, keys.of(group, samples), options.max_new_tokens) for group in groups]
+        answers = self.engine.generate(requests, options, self.end_ids)
+        filled = [replace(g, completions=tuple(c.ids for c in a)) for g, a in zip(groups, answers, strict=True)]
+        logps = [torch.cat([c.logps for c in answer]) for answer in answers]
+        versions = {c.version for answer in answers for c in answer}
+        found = probe(self.roles, self.role, filled, logps, versions, options)
+        return Sampled(filled, logps, found.exact, found.gap)
+
+
+def engine_of(roles: Roles, role: str, options: RolloutOptions) -> Rollout:
+    """The rollout engine that --rollout names; `auto` is local where the model's attention takes packed rows, which the
+    check at start-up has seen, else plain, and one line says which.
+
+    Raises ValueError where the engine that was asked for cannot run this model.
     """
-    requests = [(group, first + i) for group in groups for i in range(samples)]
-    size = options.local_rollout_forward_batch_size
-    found: list[tuple[tuple[int, ...], Tensor]] = []
-    with generating(roles.engines[roles.role(role).engine]) as module:
-        for start in range(0, len(requests), size):
-            part = requests[start : start + size]
-            draws = [noise(seed, step, group.index, number, options.max_new_tokens) for group, number in part]
-            stacked = torch.stack(draws).to(roles.device)
-            found += sample_completions(
-                unwrap(module.model), [group.prompt for group, _ in part], stacked, options, end_ids
-            )
-    answers = [found[i : i + samples] for i in range(0, len(found), samples)]
-    filled = [replace(g, completions=tuple(ids for ids, _ in a)) for g, a in zip(groups, answers, strict=True)]
-    return filled, [torch.cat([logps for _, logps in a]) for a in answers]
+    trained = roles.engines[roles.role(role).engine]
+    name, shares = options.rollout, trained.module.shares
+    if name == "local" and not shares:
+        raise ValueError("rollout: local needs a model whose attention takes packed rows; use --rollout plain")
+    inside = "plain" if name == "plain" or not shares else "local"
+    if dist.rank() == 0:
+        chosen = f"hybrid, with {inside} inside" if name == "hybrid" else inside
+        why = "" if shares or name == "plain" else ", as the model's attention takes no packed rows"
+        logger.info("rollout: %s%s", chosen, why)
+    return InProcess(trained, inside, options.local_rollout_forward_batch_size)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.models.logps import LogitTransform
-from dsalign_kernels import sample_tokens
+from dsalign_kernels import sample_tokens, token_key
+
+__all__ = ["Pick", "token_key"]
 
 
 class Pick:

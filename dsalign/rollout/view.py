@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsalign.engines.engine import whole
-from dsalign.models.heads import unwrap
+from dsalign.models.heads import Backbone, unwrap
 
 KEPT = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
@@ -31,7 +31,8 @@ def generation_view(engine: Any) -> Iterator[PreTrainedModel]:
     ranks may run different numbers of them. At ZeRO stage 3 weights are gathered once, on entering. Entering and
     leaving are collective."""
     with torch.no_grad(), whole(engine, list(engine.module.parameters())):
-        yield view_of(engine.module.model)
+        module = engine.module
+        yield view_of(module.model if isinstance(module, Backbone) else module)
 
 
 @torch.no_grad()

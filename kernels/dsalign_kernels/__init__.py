@@ -10,6 +10,7 @@ from dsalign_kernels.policy import Clipped, clipped_policy, clipped_value, gae
 from dsalign_kernels.preference import Preference, Recipe, preference
 from dsalign_kernels.reference import Advantages, Logps
 from dsalign_kernels.rows import Impl, has_triton, uses_triton
+from dsalign_kernels.sampling import sample_tokens, token_key
 from dsalign_kernels.selective_logps import selective_logps
 
 __all__ = [

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsalign.contract.algorithm import loss_of
-from dsalign.contract.groups import Batch, Group, MicroBatch, Output, Prepared, Scores
+from dsalign.contract.groups import Batch, Group, MicroBatch, Output, Prepared, Sampled, Scores
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.packing import cut
 from dsalign.loop import loss as fused
@@ -109,7 +109,7 @@ class FakeContext:
 
     def generate(
         self, role: str, groups: Sequence[Group], samples: int, first: int = 0
-    ) -> tuple[list[Group], list[Tensor]]:
+    ) -> Sampled:
         raise AssertionError("no algorithm trained on rows samples completions")
 
     def scores(self, groups: Sequence[Group]) -> Scores:

@@ -12,7 +12,7 @@ from fakes import Array, FakeContext, Ranks, metrics_of
 from support import random_groups
 from torch import Tensor
 
-from dsalign.contract.groups import Batch, Group, Prepared, Scores
+from dsalign.contract.groups import Batch, Group, Prepared, Sampled, Scores
 from dsalign.contract.rollouts import RolloutOptions
 
 END, SECOND_END = 2, 7  # two tokens end a completion; 0 is the id of padding
@@ -102,14 +102,14 @@ class Recorded(FakeContext):
 
     def generate(
         self, role: str, groups: Sequence[Group], samples: int, first: int = 0
-    ) -> tuple[list[Group], list[Tensor]]:
+    ) -> Sampled:
         assert role == "policy"
         self.sampled.append((samples, first))
         filled = [
             replace(g, completions=tuple(p.ids for p in self.plays[g.index][first : first + samples])) for g in groups
         ]
         assert all(len(g.completions) == samples for g in filled)
-        return filled, self._each("sampler", filled)
+        return Sampled(filled, self._each("sampler", filled))
 
     def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
         self.asked.append((role, list(groups)))

@@ -16,7 +16,7 @@ from dsalign.checkpoint.export import export
 from dsalign.checkpoint.progress import Progress
 from dsalign.config.schema import OptimOptions
 from dsalign.contract.algorithm import Algorithm
-from dsalign.contract.groups import Group, Prepared, Scores
+from dsalign.contract.groups import Group, Prepared, Sampled, Scores
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.loader import Loader, Stream
 from dsalign.engines import dist
@@ -56,7 +56,7 @@ class Recorded(RunContext):
                 for _ in range(samples)
             )
             filled.append(Group(g.index, g.where, g.prompt, answers, g.prompt_text))
-        return filled, self.logps(role, filled)
+        return Sampled(filled, self.logps(role, filled))
 
 
 def build(
@@ -201,7 +201,8 @@ def generate_and_export(folder: Path, out: Path, stage: str, tuner: str, tokeniz
     for samples, sampling in ((1, {"top_k": 1}), (2, {"temperature": 0.8})):
         size = {"max_new_tokens": 8, "local_rollout_forward_batch_size": 5}
         trainer.ctx.rollout = RolloutOptions(**size, **sampling)  # type: ignore[arg-type]
-        groups, _ = trainer.ctx.at(7).generate("policy", mine, samples)
+        trainer.roles.temperature = trainer.ctx.rollout.temperature
+        groups = trainer.ctx.at(7).generate("policy", mine, samples).groups
         every: list[Any] = [None] * dist.world_size()
         torch.distributed.all_gather_object(every, {g.index: g.completions for g in groups})
         found.append({k: v for part in every for k, v in part.items()})
