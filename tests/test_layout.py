@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 ORDER = list(MAY_IMPORT)
 FRAGMENTS = {"Also", "As", "Does", "It", "Of", "That", "They", "Those", "Whoever"}
-KERNEL_SEAMS = {"dsalign/loop/loss.py", "dsalign/models/logps.py"}
+KERNEL_SEAMS = {"dsalign/loop/loss.py", "dsalign/models/logps.py", "dsalign/rollout/pick.py"}
 # Where a source file's test is not tests/ROOM/test_NAME.py; a pattern stands for files that have one reason.
 FILES_WITHOUT_TEST = {
     "__init__.py": "a docstring or a version; what assets/ and cpu/ hold there is in test_assets.py and test_cpu.py",
@@ -60,7 +60,12 @@ FILES_WITHOUT_TEST = {
     "dsalign/loop/plan.py": "glue of a run: tests/distributed/test_whole_runs.py",
     "dsalign/loop/session.py": "glue of a run: tests/distributed/test_whole_runs.py",
     "dsalign/models/tokenizer.py": "tests/models/test_load.py loads tokenizers with the models of the same folders",
-    "dsalign/rollout/generate.py": "needs engines: tests/distributed, whose online algorithms sample through it",
+    "dsalign/rollout/api.py": "records and a protocol; tests/rollout/test_local.py fills and reads them",
+    "dsalign/rollout/generate.py": "needs engines: tests/rollout/test_probe.py, and tests/distributed",
+    "dsalign/rollout/in_process.py": "needs engines: tests/rollout/test_view.py and test_probe.py",
+    "dsalign/rollout/pick.py": "a call of a kernel, tests/kernels/test_sampling.py; tests/rollout/test_local.py",
+    "dsalign/rollout/plain.py": "tests/rollout/test_local.py holds both engines to the same",
+    "dsalign/rollout/slots.py": "tests/rollout/test_local.py, by numbers, growth and moves",
     "dsalign/verbs/train.py": "a table of contents; tests/distributed/test_whole_runs.py and tests/test_demo.py run it",
 }
 COLLECTIVE = {"engines", "checkpoint"}

@@ -40,3 +40,17 @@ def settings(name: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"deepspeed: {path} must hold a JSON object, got {type(settings).__name__}")
     return settings
+
+
+def hybrid(name: str) -> bool:
+    """Whether a configuration asks for the hybrid engine: rollouts through DeepSpeed's interface, by our own sampling.
+
+    Raises ValueError where its section is no object with a true or false `enabled`, or asks for what this engine does
+    not do: tensor parallel sampling.
+    """
+    section = settings(name).get("hybrid_engine", {"enabled": False})
+    if not isinstance(section, dict) or not isinstance(section.get("enabled", False), bool):
+        raise ValueError(f'deepspeed: {name}: hybrid_engine: expected {{"enabled": true or false}}, got {section!r}')
+    if section.get("inference_tp_size", 1) != 1:
+        raise ValueError(f"deepspeed: {name}: hybrid_engine: inference_tp_size must be 1; each rank samples by itself")
+    return bool(section.get("enabled", False))

@@ -79,9 +79,7 @@ class Context(Protocol):
         Returns one [tokens + completions of the group] float32 tensor a group, units of reward; on the CPU.
         """
 
-    def generate(
-        self, role: str, groups: Sequence[Group], samples: int, first: int = 0
-    ) -> Sampled:
+    def generate(self, role: str, groups: Sequence[Group], samples: int, first: int = 0) -> Sampled:
         """Sample `samples` completions of each group's prompt from the role's model, with the options `self.rollout`.
 
         first: the number of a prompt's first completion; a completion is a function of (seed, step, prompt, number), so

@@ -156,7 +156,7 @@ def sample(ctx: Context, batch: Batch, num_generations: int, *, overlong_buffer:
 
 
 def old_logps(ctx: Context, sampled: Sampled) -> tuple[Sequence[Tensor], Metric]:
-    """The log-probabilities under the weights that sampled, from which ratios start, and the metric |sampler - trainer|.
+    """The log-probabilities under the weights that sampled, from which ratios start, and the metric of `logp_gap`.
 
     With old_logps auto they are the sampler's own where it computes as exactly as the trainer, which saves a forward
     pass over the rollout; else the trainer computes them. Collective.

@@ -43,7 +43,8 @@ def read(name: str) -> dict[str, Any]:
     if set_twice:
         lines = "; ".join(f"{key} is set by {OURS[key]}" for key in set_twice)
         raise ValueError(f"deepspeed: {name} sets what has a flag: {lines}. Remove it from the file")
-    return {key: value for key, value in settings.items() if key not in OURS}
+    # The hybrid engine is ours, in rollout/: with DeepSpeed's own, Llama's second layer crashes (transformers 5).
+    return {key: value for key, value in settings.items() if key not in OURS and key != "hybrid_engine"}
 
 
 def _all_auto(value: Any) -> bool:

@@ -85,9 +85,7 @@ class RunContext:
         most = max((len(group.completions) for group in groups), default=1)
         return max(1, self.rollout.local_rollout_forward_batch_size // max(1, most))
 
-    def generate(
-        self, role: str, groups: Sequence[Group], samples: int, first: int = 0
-    ) -> Sampled:
+    def generate(self, role: str, groups: Sequence[Group], samples: int, first: int = 0) -> Sampled:
         keys = Keys(self._seed, self.step, first)
         if role not in self._engines:
             self._engines[role] = Rollouts(self._roles, role, self.rollout, self.end_ids)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from dsalign.config import ds_files
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group, Scores
+from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.loader import Loader, Stream
 from dsalign.data.tokens.templates import Template
 from dsalign.engines import dist
@@ -42,6 +45,12 @@ def batches_of(config: RunConfig, loader: Loader) -> int:
     return min(total, -(-config.optim.max_steps // steps_per_batch))
 
 
+def rollout_of(config: RunConfig) -> RolloutOptions:
+    """The options of sampling; --rollout auto is hybrid where the DeepSpeed file asks for the hybrid engine."""
+    wanted = config.rollout.rollout == "auto" and ds_files.hybrid(config.optim.deepspeed)
+    return replace(config.rollout, rollout="hybrid") if wanted else config.rollout
+
+
 def context_of(
     config: RunConfig,
     roles: Roles,
@@ -67,6 +76,6 @@ def context_of(
         rewards=rewards,
         reference=cache.logps if cache is not None else None,
         decode=decoder(template.tokenizer),
-        rollout=config.rollout if config.algorithm.traits.online else None,
+        rollout=rollout_of(config) if config.algorithm.traits.online else None,
         stream=Stream(loader),
     )

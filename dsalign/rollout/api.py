@@ -1,4 +1,4 @@
-"""What a rollout engine is asked and what it answers: requests, completions, and the protocol of every engine."""
+"""The requests that a rollout engine is given, the completions it answers, and the protocol of every engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsalign.contract.rollouts import RolloutOptions
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and what is sampled for it: one completion a key.
+    """A prompt, and the completions that are sampled for it: one a key.
 
     prompt: token ids, at least one. keys: one unsigned 64-bit number a completion, from `noise.key`; a completion is a
     function of the weights, the prompt and its key. max_new_tokens: tokens of each completion at most, >= 1.

@@ -47,7 +47,8 @@ class HybridRollout(RolloutEngine):  # type: ignore[misc]
         request: prompts padded on the left. sampling: continuous_batch_size is not read, as rows are always refilled.
         Returns rows of [prompt, response], the prompt as it was padded, the responses of one prompt next to each other.
         """
-        prompts = [row[mask.bool()].tolist() for row, mask in zip(request.prompt_ids, request.prompt_attention_mask)]
+        padded = request.prompt_ids, request.prompt_attention_mask
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(*padded, strict=True)]
         n = sampling.n_samples_per_prompt
         requests = [
             Request(prompt, [token_key(self.seed, self._calls, i, k) for k in range(n)], sampling.max_new_tokens)

@@ -28,7 +28,7 @@ class InProcess:
     def generate(
         self, requests: Sequence[Request], options: RolloutOptions, end_ids: frozenset[int]
     ) -> list[list[Completion]]:
-        """As `dsalign.rollout.api.Rollout` has it."""
+        """Sample the completions of each request, as `dsalign.rollout.api.Rollout` says. Collective."""
         with generation_view(self.engine) as model:
             if self.name == "local" or (self.name == "auto" and attention.share(model)):  # of the view, not the model
                 found = local.decode(local.prepare(model), requests, options, end_ids, self.rows)

@@ -70,7 +70,7 @@ class _Run:
         self.longest = [0] * rows  # tokens in each row's slot at most, known without asking the device
         self.who: list[tuple[int, int]] = [(0, 0)] * rows  # the request and the sample of each row
         self.found: list[list[Completion | None]] = [[None] * len(request.keys) for request in requests]
-        self.mask = torch.zeros(1, 1, 1, 1, device=self.device)  # of four dimensions: transformers makes none of its own
+        self.mask = torch.zeros(1, 1, 1, 1, device=self.device)  # of four dimensions: transformers makes none
 
     def all(self) -> list[list[Completion]]:
         """Run to the end of every request."""

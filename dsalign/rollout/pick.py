@@ -27,12 +27,20 @@ class Pick:
         positions: [n] int64, index of the token in its completion, from 0.
         Returns ([n] int64, [n] float32: log-probabilities of the logits divided by the temperature, nats).
         """
-        return self.of_logits(self.head(states), keys, positions, scale=self.transform.scale, softcap=self.transform.softcap)
+        return self.of_logits(
+            self.head(states), keys, positions, scale=self.transform.scale, softcap=self.transform.softcap
+        )
 
     def of_logits(self, logits: Tensor, keys: Tensor, positions: Tensor, **transform: Any) -> tuple[Tensor, Tensor]:
         """The same from logits [n, V]. transform: what the model does to them, if they come straight from the head."""
         options = self.options
         found = sample_tokens(
-            logits, keys, positions, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, **transform
+            logits,
+            keys,
+            positions,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            **transform,
         )
         return found.tokens, found.logps

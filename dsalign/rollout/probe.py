@@ -50,7 +50,9 @@ def probe(
     old = [number for number in versions if number != now]
     if _any(bool(old), roles):
         which = f"weights of step {old[0]}" if old else "other weights on another rank"
-        raise ValueError(f"rollout: it sampled from {which}, and the trainer is at step {now}: a synchronisation was skipped")
+        raise ValueError(
+            f"rollout: it sampled from {which}, and the trainer is at step {now}: a synchronisation was skipped"
+        )
     few, sampler = _handful(groups, logps)
     dtype = next(engine.module.parameters()).dtype
     limit = LIMITS.get(dtype, HALF)
@@ -88,9 +90,9 @@ def _reason(
             roles.temperature = trained
         if gap <= limit:
             return f"it sampled at temperature {temperature:g} and not {trained:g}"
-    if roles.computes("reference") and roles.role("reference").start_weights:
-        if _largest(sampler, roles.each_group("reference", few, 1), roles) <= limit:
-            return "it sampled without the trained adapter"
+    start = roles.computes("reference") and roles.role("reference").start_weights
+    if start and _largest(sampler, roles.each_group("reference", few, 1), roles) <= limit:
+        return "it sampled without the trained adapter"
     return "its weights are not all the trainer's (of an earlier step, a tied head, or cached keys and values)"
 
 

@@ -1,4 +1,4 @@
-"""Which completion runs in which row: admission of waiting requests, and what moves where rows have ended. No tensors."""
+"""Which completion runs in which row: admission of waiting requests, and what moves where rows have ended."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Schedule:
         self._lengths = [len(request.prompt) for request in requests]
 
     def admit(self, most_tokens: int) -> list[Admitted]:
-        """Start waiting requests in free rows; their prompts have at most `most_tokens` tokens together, or one does."""
+        """Start waiting requests in free rows, of at most `most_tokens` prompt tokens together, or one with more."""
         found: list[Admitted] = []
         tokens = 0
         while self._waiting:

@@ -83,7 +83,13 @@ class Slots:
         return held_keys[:n, :, : self._live], held_values[:n, :, : self._live]
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """Attention of one token a slot over what the slot holds. query: [n, H, 1, D]; key, value: [n, heads, live, D],
         where H / heads neighbouring queries share a head. Returns [n, H, 1, D]."""

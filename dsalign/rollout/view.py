@@ -41,7 +41,9 @@ def view_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     an optimizer step changes shared weights under it, and not those with an adapter merged."""
     inner = unwrap(model)
     config = copy.deepcopy(inner.config)
-    view: PreTrainedModel = _copy(inner, {}, {id(inner.config): config, id(inner.config.get_text_config()): config.get_text_config()})
+    view: PreTrainedModel = _copy(
+        inner, {}, {id(inner.config): config, id(inner.config.get_text_config()): config.get_text_config()}
+    )
     return view.eval()
 
 
@@ -81,6 +83,8 @@ def _merged(layer: Any) -> Any:
     for name, parameter in base._parameters.items():
         if parameter is not None:
             base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    if any(getattr(layer, "lora_bias", {}).values()) and getattr(base, "bias", None) is None:
+        base._parameters["bias"] = nn.Parameter(base.weight.new_zeros(base.out_features), requires_grad=False)
     layer.merged_adapters = []
     layer.merge()
     return base

@@ -1,7 +1,7 @@
 """Operations of a language model's head and of alignment losses, by Triton kernels on a GPU.
 
-`selective_logps`, `linear_logps`, `linear_loss` and `gae` also run in torch, on any device. `preference`,
-`clipped_policy` and `clipped_value` are kernels alone. Nothing here imports dsalign.
+`selective_logps`, `linear_logps`, `linear_loss` and `gae` also run in torch, on any device; `sample_tokens` runs in
+numpy alone. `preference`, `clipped_policy` and `clipped_value` are kernels alone. Nothing here imports dsalign.
 """
 
 from dsalign_kernels.head import chunk_rows
@@ -10,7 +10,7 @@ from dsalign_kernels.policy import Clipped, clipped_policy, clipped_value, gae
 from dsalign_kernels.preference import Preference, Recipe, preference
 from dsalign_kernels.reference import Advantages, Logps
 from dsalign_kernels.rows import Impl, has_triton, uses_triton
-from dsalign_kernels.sampling import sample_tokens, token_key
+from dsalign_kernels.sampling import Sampled, gumbel, sample_tokens, token_key
 from dsalign_kernels.selective_logps import selective_logps
 
 __all__ = [
@@ -20,17 +20,21 @@ __all__ = [
     "Logps",
     "Preference",
     "Recipe",
+    "Sampled",
     "Scheme",
     "chunk_rows",
     "clipped_policy",
     "clipped_value",
     "default_bytes",
     "gae",
+    "gumbel",
     "has_triton",
     "linear_logps",
     "linear_loss",
     "preference",
+    "sample_tokens",
     "scheme",
     "selective_logps",
+    "token_key",
     "uses_triton",
 ]

@@ -107,9 +107,7 @@ class FakeContext:
     def values(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
         raise AssertionError("no algorithm trained on rows prepares values")
 
-    def generate(
-        self, role: str, groups: Sequence[Group], samples: int, first: int = 0
-    ) -> Sampled:
+    def generate(self, role: str, groups: Sequence[Group], samples: int, first: int = 0) -> Sampled:
         raise AssertionError("no algorithm trained on rows samples completions")
 
     def scores(self, groups: Sequence[Group]) -> Scores:

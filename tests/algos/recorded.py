@@ -100,9 +100,7 @@ class Recorded(FakeContext):
         self.sampled: list[tuple[int, int]] = []  # (samples, first) of each call
         self.drawn: list[int] = []  # groups that each call asked `more` for
 
-    def generate(
-        self, role: str, groups: Sequence[Group], samples: int, first: int = 0
-    ) -> Sampled:
+    def generate(self, role: str, groups: Sequence[Group], samples: int, first: int = 0) -> Sampled:
         assert role == "policy"
         self.sampled.append((samples, first))
         filled = [

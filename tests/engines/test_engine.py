@@ -13,6 +13,7 @@ import torch
 from run_cases import Run
 from support import RankPool, ds_file, section
 
+from dsalign.config import ds_files
 from dsalign.config.schema import OptimOptions
 from dsalign.engines import engine as engines
 
@@ -35,7 +36,6 @@ SET_TWICE = [
     ("scheduler", {"type": "WarmupLR"}, "--lr_scheduler_type and --warmup_ratio"),
     ("bf16", {"enabled": True}, "--dtype"),
     ("fp16", {"enabled": False}, "--dtype"),
-    ("hybrid_engine", {"enabled": True}, "nothing: rollouts"),
 ]
 
 
@@ -175,3 +175,13 @@ def test_a_step_in_bfloat16(algo: str, tuner: str, stage: int, tiny: Path, two_r
     assert norm == pytest.approx(exact_norm, rel=0.1)
     assert good
     assert buffers == ["torch.float32"]
+
+
+def test_the_hybrid_engine_is_not_deepspeeds() -> None:
+    """The section chooses our rollout engine; DeepSpeed is not told of it."""
+    file = ds_file({"hybrid_engine": {"enabled": True, "max_out_tokens": 512}, "zero_optimization": {"stage": 2}})
+    assert ds_files.hybrid(file) and "hybrid_engine" not in engines.read(file)
+    assert ds_files.hybrid("zero3_hybrid") and not ds_files.hybrid("zero3")
+    for bad, why in (({"enabled": "yes"}, "expected"), ({"enabled": True, "inference_tp_size": 2}, "must be 1")):
+        with pytest.raises(ValueError, match=f"hybrid_engine: .*{why}"):
+            ds_files.hybrid(ds_file({"hybrid_engine": bad}))

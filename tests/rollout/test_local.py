@@ -25,6 +25,7 @@ from dsalign.models import attention
 from dsalign.rollout import local, plain
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.pick import token_key
+from dsalign.rollout.slots import Slots
 from dsalign.rollout.view import view_of
 
 PROMPTS = [(5, 6, 7, 8, 9, 10, 11), (4,), (0, 2, 30), (60, 61), (12, 12, 12, 12)]  # 0 and the end are ids like others
@@ -137,7 +138,9 @@ def test_a_sample_is_a_function_of_its_key(decode: Any, model: Any) -> None:
     same(decode(view_of(model), requests()[::-1], options, ends)[::-1], whole)
     for request, answer in zip(requests(), whole, strict=True):
         for key, one in zip(request.keys, answer, strict=True):
-            same(decode(view_of(model), [Request(request.prompt, [key], request.max_new_tokens)], options, ends), [[one]])
+            same(
+                decode(view_of(model), [Request(request.prompt, [key], request.max_new_tokens)], options, ends), [[one]]
+            )
     other = decode(view_of(model), requests(step=1), options, ends)
     assert all(a.ids != b.ids for x, y in zip(whole[2:], other[2:], strict=True) for a, b in zip(x, y, strict=True))
     assert len({c.ids for answer in whole for c in answer}) == 15
@@ -187,8 +190,6 @@ def test_no_row_is_computed_in_vain(model: Any, rows: int) -> None:
 
 def test_nothing_is_concatenated(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache grows a few times in all, not with each token: between two growths its storage stays where it is."""
-    from dsalign.rollout.slots import Slots
-
     grown, places = [], set()
     reserve, update = Slots.reserve, Slots.update
 
