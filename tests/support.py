@@ -76,7 +76,12 @@ def stages_and_tuners(*quick: tuple[str, str]) -> list[Any]:
     """Parameters (stage, tuner) of a test that trains for many steps: ZeRO 0 to 3, full weights and LoRA; all but the
     quick ones are slow, as a step's mathematics at every stage have tests of their own."""
     every = [(stage, tuner) for stage in "0123" for tuner in ("full", "lora")]
-    return [pytest.param(*one, marks=() if one in quick else pytest.mark.slow) for one in every]
+    return [quick_if(one in quick, *one) for one in every]
+
+
+def quick_if(quick: bool, *parameters: Any) -> Any:
+    """Parameters of a test that is slow unless `quick`."""
+    return pytest.param(*parameters, marks=() if quick else pytest.mark.slow)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -54,7 +54,3 @@ class Rollout(Protocol):
         """Sample the completions of each request, in the order of its keys. Collective: every rank calls it, with any
         number of requests. end_ids: the tokens that end a completion."""
         ...
-
-    def close(self) -> None:
-        """Give back what the engine holds."""
-        ...

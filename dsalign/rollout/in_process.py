@@ -36,6 +36,3 @@ class InProcess:
                 found = plain.decode(model, requests, options, end_ids, self.rows)
         now = version(self.engine)
         return [[replace(one, version=now) for one in answer] for answer in found]
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -17,9 +17,9 @@ from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.packing import Span
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.last_layer import skip_unread_mlp
+from dsalign.rollout.admission import Admitted, Schedule
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.pick import Pick
-from dsalign.rollout.schedule import Admitted, Schedule
 from dsalign.rollout.slots import Slots
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # prompt tokens in one forward pass

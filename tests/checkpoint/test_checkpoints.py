@@ -9,16 +9,26 @@ import pytest
 import run_cases
 import torch
 from run_cases import Run
-from support import RankPool, section, tiny_tokenizer
+from support import RankPool, quick_if, section, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dsalign.checkpoint.checkpoints import PROGRESS_FILE, Checkpoints, checkpoints, find
 from dsalign.config.schema import OutputOptions
 
+RESUMED = ((0, "full", "sft"), (2, "full", "dpo"), (3, "lora", "dpo"))  # the rest slowly
 
-@pytest.mark.parametrize("algo", ["sft", "dpo"])
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+
+@pytest.mark.parametrize(
+    ("stage", "tuner", "algo"),
+    [
+        quick_if(
+            (stage, tuner, algo) in ((0, "full", "sft"), (2, "full", "dpo"), (3, "lora", "dpo")), stage, tuner, algo
+        )
+        for stage in (0, 2, 3)
+        for tuner in ("full", "lora")
+        for algo in ("sft", "dpo")
+    ],
+)
 def test_resumed_equals_uninterrupted(
     algo: str, tuner: str, stage: int, tiny: Path, two_ranks: RankPool, tmp_path: Path
 ) -> None:

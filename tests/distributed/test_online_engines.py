@@ -10,13 +10,10 @@ import online_cases
 import pytest
 import torch
 from peft import PeftModel
-from support import RankPool, stages_and_tuners, tiny_tokenizer
+from support import RankPool, quick_if, stages_and_tuners, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dsalign import algos
-
-STAGES = ("0", "1", "2", "3")
-
 
 ONLINE = tuple(name for name in algos.names() if algos.load(name)().traits.online)
 
@@ -38,15 +35,14 @@ def test_the_reward_rises(name: str, stage: str, tuner: str, tiny: Path, two_ran
     assert samples == 2 * 4, "two times in the run, four samples of rank 0"
 
 
-CUT_CASES = [
-    ("full", "0"),
-    ("lora", "3"),
-    *[pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "0"), ("full", "3"))],
-]
+def cut_cases() -> list[Any]:
+    """All with full weights at ZeRO-0; PPO, with its two trained models, and GRPO with LoRA at ZeRO-3; else slowly."""
+    cases = [("full", "0"), ("lora", "3"), ("lora", "0"), ("full", "3")]
+    quick = {(name, "full", "0") for name in ONLINE} | {("ppo", "lora", "3"), ("grpo", "lora", "3")}
+    return [quick_if((name, *case) in quick, name, *case) for name in ONLINE for case in cases]
 
 
-@pytest.mark.parametrize("name", ONLINE)
-@pytest.mark.parametrize(("tuner", "stage"), CUT_CASES)
+@pytest.mark.parametrize(("name", "tuner", "stage"), cut_cases())
 def test_gradient_of_recorded_rollouts_does_not_depend_on_the_cut(
     name: str, stage: str, tuner: str, tiny: Path, one_rank: RankPool, two_ranks: RankPool
 ) -> None:
@@ -69,8 +65,7 @@ def test_gradient_of_recorded_rollouts_does_not_depend_on_the_cut(
         assert numbers["objective/scores"] == pytest.approx(metrics["objective/scores"], abs=1e-9)
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "tuner"), stages_and_tuners(("0", "full"), ("2", "full"), ("3", "lora")))
 def test_greedy_rollouts_are_those_of_the_exported_model(
     stage: str, tuner: str, tiny: Path, two_ranks: RankPool, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from support import ALGORITHMS, VOCABULARY, RankPool, from_rows, random_groups, stages_and_tuners, tiny_folder
+from support import ALGORITHMS, VOCABULARY, RankPool, from_rows, quick_if, random_groups, stages_and_tuners, tiny_folder
 
 from dsalign import algos
 from dsalign.contract.algorithm import loss_of
@@ -22,6 +22,7 @@ from dsalign.models import load
 from dsalign.models.names import resolve
 
 STAGES = ("0", "1", "2", "3")
+OFFLOADED = ("2_offload", "3_offload")
 
 
 class PlainContext:
@@ -117,9 +118,17 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("stage", [*STAGES, "2_offload", "3_offload"])
-@pytest.mark.parametrize("name", from_rows())
+def steps_of_engines() -> list[Any]:
+    """DPO on every engine; the others at ZeRO-0 and 3, and slowly elsewhere, where the engine is what differs."""
+    return [
+        quick_if(name == "dpo" or stage in ("0", "3"), name, stage, tuner)
+        for name in from_rows()
+        for stage in [*STAGES, *OFFLOADED]
+        for tuner in ("full", "lora")
+    ]
+
+
+@pytest.mark.parametrize(("name", "stage", "tuner"), steps_of_engines())
 def test_three_sgd_steps_equal_one_plain_process(
     name: str, stage: str, tuner: str, tiny: Path, two_ranks: RankPool, plain: Any
 ) -> None:
@@ -132,7 +141,7 @@ def test_three_sgd_steps_equal_one_plain_process(
     assert len(losses) == 3
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "2_offload", "3_offload"])
+@pytest.mark.parametrize("stage", [*STAGES, *(quick_if(False, stage) for stage in OFFLOADED)])
 def test_tied_weights_step_alike(stage: str, tied: Path, one_rank: RankPool, two_ranks: RankPool) -> None:
     """Of a model whose embedding is its head; in a last step of one row, too, where rank 1 looks up no token."""
     run = Plain("dpo", tied, "full", 8, 21)
@@ -165,13 +174,8 @@ CUTS = {  # ranks, groups or tokens a micro-batch, bytes for logits; the global 
 
 
 def stages_of_cuts() -> list[Any]:
-    """Every algorithm at ZeRO-0; at ZeRO-3 pairs and labels, the others slowly."""
-    quick = {"dpo", "kto"}
-    return [
-        pytest.param(name, stage, marks=() if stage == "0" or name in quick else pytest.mark.slow)
-        for name in from_rows()
-        for stage in ("0", "3")
-    ]
+    """Every algorithm at ZeRO-0; at ZeRO-3 pairs, the others slowly."""
+    return [quick_if(stage == "0" or name == "dpo", name, stage) for name in from_rows() for stage in ("0", "3")]
 
 
 @pytest.mark.parametrize(("name", "stage"), stages_of_cuts())
@@ -225,7 +229,7 @@ def test_a_trained_parameter_without_gradient_is_refused(stage: str, tiny: Path,
     assert "--deepspeed zero1" in message
 
 
-@pytest.mark.parametrize("name", from_rows())
+@pytest.mark.parametrize("name", [quick_if(name == "dpo", name) for name in from_rows()])
 def test_gradient_checkpointing_changes_nothing(name: str, tiny: Path, two_ranks: RankPool) -> None:
     """The gradient with recomputed activations at ZeRO-3, and of DPO with LoRA too."""
     more = {"dpo": [("3", "lora", 2)]}

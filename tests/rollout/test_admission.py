@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsalign.rollout.admission import Schedule
 from dsalign.rollout.api import Request
-from dsalign.rollout.schedule import Schedule
 
 
 def request(tokens: int, samples: int, most: int) -> Request:
