@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-AT_ONCE = 1024  # rows of a product at most; more do not make a row cheaper
+AT_ONCE = 1024  # rows of a product at most: more do not make a row cheaper
 
 
 def matrices(model: Any) -> tuple[list[Tensor], Tensor]:
@@ -34,11 +34,35 @@ def seconds_a_row(weights: list[Tensor], rows: int, repeats: int = 3) -> float:
     return min(taken[1:]) / rows
 
 
+def row_costs(model: Any, *, at_once: int, decoded: int) -> dict[str, float]:
+    """CPU-seconds a row of a model's products: `prompt` of the layers and `head_at_once` of the head for at_once rows,
+    `token` of the layers and `head` of the head for as many rows as are decoded at a time."""
+    layers, head = matrices(model)
+    return {
+        "prompt": seconds_a_row(layers, at_once),
+        "token": seconds_a_row(layers, decoded),
+        "head": seconds_a_row([head], decoded),
+        "head_at_once": seconds_a_row([head], at_once),
+    }
+
+
 def sampling_seconds(costs: dict[str, float], *, prompt_tokens: int, tokens: int, answers: int) -> float:
     """The least CPU-seconds of sampling: every prompt once through the layers, every sampled token but an answer's last
     through the layers, and a row of logits a token.
 
-    costs: CPU-seconds a row, `prompt` through the layers for many rows at once, `token` for as many as are decoded at a
-    time, `head` of logits.
+    costs: of `row_costs`.
     """
     return prompt_tokens * costs["prompt"] + (tokens - answers) * costs["token"] + tokens * costs["head"]
+
+
+def ppo_seconds(costs: dict[str, float], *, prompt_tokens: int, tokens: int, answers: int) -> float:
+    """The least CPU-seconds of an iteration of PPO with one pass over its rollout: the sampling and nine forwards.
+
+    A backward counts as two forwards, so the nine are three of the policy, three of the critic, and one each of the
+    reference, the reward model and the critic before its step; log-probabilities of the policy before its step come
+    from the sampler. Every prompt goes once through the layers whatever its number of answers; in the four forwards of
+    policy and reference answers go through the head. costs: as in `sampling_seconds`, with the head's for many rows at
+    once in `head_at_once`.
+    """
+    rollout = sampling_seconds(costs, prompt_tokens=prompt_tokens, tokens=tokens, answers=answers)
+    return rollout + 9 * (prompt_tokens + tokens) * costs["prompt"] + 4 * tokens * costs["head_at_once"]

@@ -26,11 +26,7 @@ Printed: a line of JSON a measurement, then a table a set. Written: the lines to
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
@@ -45,6 +41,7 @@ import rollout_sets
 import rollout_ways
 import step_clock
 import torch
+from results_file import ResultsFile
 from rollout_sets import Workload
 
 from dsalign.contract.rollouts import RolloutOptions
@@ -54,7 +51,6 @@ LOGP = 1e-4  # nats: log-probabilities of a sampler and of a plain forward
 CHECKED, CHECKED_TOKENS = 4, 16  # requests of a set that are compared, tokens of each
 PEERS = ("generate", "generate_batch")
 PRODUCTS = "products"  # stands beside the ways for what measures the limit
-ROW_COSTS = ("prompt", "token", "head")
 
 
 @torch.no_grad()
@@ -143,10 +139,8 @@ def measure(folder: Path, way: str, work: Workload) -> dict[str, Any]:
     """The costs of one run of a way, in this process."""
     model = rollout_ways.load(folder, way)
     if way == PRODUCTS:
-        layers, head = bare_products.matrices(model)
         rows = min(rollout_ways.ROWS, work.num_answers)
-        each = [(layers, work.prompt_tokens), (layers, rows), ([head], rows)]
-        return dict(zip(ROW_COSTS, (bare_products.seconds_a_row(*one) for one in each), strict=True))
+        return dict(bare_products.row_costs(model, at_once=work.prompt_tokens, decoded=rows))
     sample, options = rollout_ways.WAYS[way], RolloutOptions()
     torch.manual_seed(0)
     sample(model, work.first(2, 4), options)
@@ -199,16 +193,8 @@ class Comparison:
             rollout_sets.small_model(Path(self.model))
         else:
             self.model = peer.ask(sys.executable, peer.WHAT_RUNS, str(peer.ROOT), args.model, "1", "0")["model"]
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.file = args.out / "results.jsonl"
-        self.file.write_text("")
-
-    def say(self, record: Mapping[str, Any]) -> None:
-        """Print a record and write it: a session that is cut off keeps what it has."""
-        line = json.dumps({k: round(v, 9) if isinstance(v, float) else v for k, v in record.items()})
-        print(line, flush=True)
-        with self.file.open("a") as file:
-            file.write(line + "\n")
+        versions = peer.ask(sys.executable, peer.VERSIONS, "torch", "transformers")
+        self.results = ResultsFile(args.out, {"versions": versions, "threads": args.threads})
 
     def run(self, name: str, way: str) -> dict[str, Any]:
         """What one process says: the costs of a way on a set, or with way "check" what the check found. The small form
@@ -224,21 +210,21 @@ class Comparison:
 
     def compare(self, name: str) -> None:
         """Check a set, then run all ways on it in turns; prints a line a run and a table."""
-        self.say(self.run(name, "check"))
+        self.results.say(self.run(name, "check"))
         turns = [*self.args.ways, PRODUCTS]
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in turns}
         for repeat in range(self.args.repeats):
             for way in peer.in_turn(turns, repeat):
                 one = self.run(name, way)
                 runs[way].append(one)
-                self.say({"set": name, "way": way, "repeat": repeat, **one})
-        products = {key: min(one[key] for one in runs[PRODUCTS]) for key in ROW_COSTS}
+                self.results.say({"set": name, "way": way, "repeat": repeat, **one})
+        products = {key: min(one[key] for one in runs[PRODUCTS]) for key in runs[PRODUCTS][0]}
         shape = shapes(self.args)[name]
         prompt_tokens = shape.prompts * shape.prompt_tokens
         full = {way: [with_limit(one, products, prompt_tokens) for one in runs[way]] for way in self.args.ways}
         for way, each in full.items():
             limits = {key: statistics.median(one[key] for one in each) for key in ("limit_s", "of_limit")}
-            self.say({"set": name, "way": way, "median": True, **limits})
+            self.results.say({"set": name, "way": way, "median": True, **limits})
         print(table(name, full), flush=True)
 
 
@@ -276,13 +262,6 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as work:
         comparison = Comparison(args, Path(work))
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        versions = peer.ask(sys.executable, peer.VERSIONS, "torch", "transformers")
-        command = shlex.join(["python", *sys.argv])
-        comparison.say(
-            {"date": now, "command": command, "versions": versions, "commit": peer.commit(), "machine": machine}
-        )
         for name in args.sets:
             comparison.compare(name)
 

@@ -26,7 +26,7 @@ from dsalign.rollout.api import Completion
 Answers = list[list[tuple[int, ...]]]
 ROWS = 64  # answers that are decoded at a time
 OURS = ("local", "plain")
-BATCH_TOKENS = 512  # positions of a forward of continuous batching: some prompts at a time, or one token of every row
+BATCH_TOKENS = 256  # positions of a forward of continuous batching: some prompts at a time, or one token of every row
 PAGE = 32  # positions in a page of the paged cache, so that a short answer does not hold much more than it needs
 
 
