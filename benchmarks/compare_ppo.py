@@ -98,7 +98,9 @@ class Run:
 
 
 def read_run(side: str, setting: Setting, folder: Path) -> Run:
-    """The run whose files lie in `folder`. Prompt tokens are of every answer, though dsalign computes them once.
+    """The run whose files lie in `folder`. Prompt tokens are counted once an answer. dsalign logs the tokens of prompts
+    and answers in one sum, a prompt once: its prompts are taken to be as long as the setting has them, and another
+    length makes that of the answers wrong.
 
     Raises ValueError where there is no iteration.
     """
@@ -109,9 +111,8 @@ def read_run(side: str, setting: Setting, folder: Path) -> Run:
         raise ValueError(f"{path}: expected lines with loss/policy_avg, got {len(records)} others")
     losses = [step["loss/policy_avg"] + OPTIM["vf_coef"] * step["loss/value_avg"] for step in steps]
     if side == "dsalign":
-        answers = len(steps) * setting.answers
-        tokens = steps[-1]["num_tokens"] - answers * setting.prompt_tokens
-        prompts = answers * setting.prompt_tokens
+        tokens = steps[-1]["num_tokens"] - len(steps) * setting.prompts * setting.prompt_tokens
+        prompts = len(steps) * setting.answers * setting.prompt_tokens
     else:
         tokens, prompts = (sum(step[name] for step in steps) for name in ("tokens", "prompt_tokens"))
     return Run(

@@ -1,16 +1,15 @@
-"""The TRL side of `compare_ppo.py`, which runs it with the Python of an environment with TRL 1.10, the last version that
-has PPO.
+"""The TRL side of `compare_ppo.py`, which runs it with the Python of an environment with TRL 1.10; TRL 1.16 has no PPO.
 
 All weights are trained in float32 on the CPU, without dropout, warm-up or gradient checkpointing. One batch comes again
 in every iteration: the data set holds it once an iteration and once more, and is not shuffled. The batch more is not
-used; in the last batch of a data set accelerate would let the optimizer step at every micro-batch. A prompt with several
+used: in the last batch of a data set accelerate lets the optimizer step at every micro-batch. A prompt with several
 answers stands in the batch several times, as this trainer samples one answer a row.
 
-Pad is a token that no prompt holds: the trainer takes every pad token for padding, and SmolLM2's own pad token ends each
-turn of a prompt.
+Pad is a token that no prompt holds: the trainer takes every pad token for padding, and SmolLM2's own pad token ends
+each turn of a prompt.
 
-Writes a JSON line an iteration: what the trainer logs, and of its rollout the number of prompts, and tokens of prompts
-and of answers.
+Writes a JSON line an iteration: what the trainer logs, and of its rollout the number of rows, and tokens of prompts and
+of answers.
 """
 
 from __future__ import annotations
