@@ -16,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "1.16.0"
-NEEDED = {"trl": f"trl=={TRL}", "accelerate": "accelerate"}  # module -> what pip installs where it is missing
 MISSING = """
 import importlib.util, json, sys
 print(json.dumps([module for module in sys.argv[1:] if importlib.util.find_spec(module) is None]))
@@ -35,23 +34,24 @@ print(json.dumps({"model": resolve(sys.argv[2]).weights, "order": epoch_order(in
 """
 
 
-def peer_python(folder: Path) -> str:
-    """The Python of TRL's environment in `folder`, made where it is missing: TRL beside this environment's packages, so
-    that both sides run the same torch and transformers.
+def peer_python(folder: Path, trl: str = TRL) -> str:
+    """The Python of TRL's environment in `folder`, made where it is missing: TRL of the version `trl` beside this
+    environment's packages, so that both sides run the same torch and transformers.
 
     Raises ValueError where it holds another TRL.
     """
+    needed = {"trl": f"trl=={trl}", "accelerate": "accelerate"}  # module -> what pip installs where it is missing
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         own = Path(sysconfig.get_path("purelib"))
         (folder / own.relative_to(sys.prefix) / "base.pth").write_text(f"{own}\n")
-    if missing := ask(str(python), MISSING, *NEEDED):
+    if missing := ask(str(python), MISSING, *needed):
         pip = [str(python), "-m", "pip", "install", "-q", "--no-deps"]
-        subprocess.run([*pip, *(NEEDED[module] for module in missing)], check=True)
+        subprocess.run([*pip, *(needed[module] for module in missing)], check=True)
     version = ask(str(python), VERSIONS, "trl")["trl"]
-    if version != TRL:
-        raise ValueError(f"{folder}: expected an environment with trl {TRL}, got {version}; remove it, or name another")
+    if version != trl:
+        raise ValueError(f"{folder}: expected an environment with trl {trl}, got {version}; remove it, or name another")
     return str(python)
 
 
