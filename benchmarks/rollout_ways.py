@@ -7,7 +7,6 @@ an online algorithm would need from them comes on top of what is measured here.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.models import attention
+from dsalign.rollout import local, plain
 from dsalign.rollout.api import Completion
+from dsalign.rollout.view import view_of
 
 Answers = list[list[tuple[int, ...]]]
 ROWS = 64  # answers that are decoded at a time
@@ -41,9 +42,9 @@ def load(folder: Path, way: str) -> Any:
 
 def completions(way: str, model: Any, work: Workload, options: RolloutOptions) -> list[list[Completion]]:
     """What one of dsalign's engines samples, with log-probabilities."""
-    module: Any = importlib.import_module(f"dsalign.rollout.{way}")
-    found: list[list[Completion]] = module.decode(model, work.requests, options, work.end_ids, rows=ROWS)
-    return found
+    if way == "plain":
+        return plain.decode(model, work.requests, options, work.end_ids, rows=ROWS)
+    return local.decode(local.prepare(view_of(model)), work.requests, options, work.end_ids, rows=ROWS)
 
 
 def ours(way: str) -> Callable[[Any, Workload, RolloutOptions], Answers]:

@@ -16,6 +16,7 @@ from dsalign.data.batches.loader import Stream
 from dsalign.engines import dist
 from dsalign.engines.roles import ReferenceLogps, Roles
 from dsalign.loop import loss
+from dsalign.loop.clock import Clock
 from dsalign.rollout.generate import Keys, Rollouts
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class RunContext:
         self._reference, self._stream, self._online = reference, stream, rollout is not None
         self.rollout = rollout or RolloutOptions()
         self._engines: dict[str, Rollouts] = {}  # role -> what samples from its model
+        self.clock = Clock()
         self._said: set[str] = set()
         self.step = 0
 
@@ -62,20 +64,22 @@ class RunContext:
     def evaluation(self) -> Iterator[None]:
         """A context manager for an evaluation: meanwhile `state` is a copy and `more` has no prompts, so that training
         goes on as if there had been no evaluation."""
-        state, stream = self.state, self._stream
-        self.state, self._stream = copy.deepcopy(state), None
+        state, stream, clock = self.state, self._stream, self.clock
+        self.state, self._stream, self.clock = copy.deepcopy(state), None, Clock()
         try:
             yield
         finally:
-            self.state, self._stream = state, stream
+            self.state, self._stream, self.clock = state, stream, clock
 
     def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
-        if role == "reference" and self._reference is not None:
-            return self._reference(self._roles, groups, self._size(groups))
-        return self._roles.each_group(role, groups, self._size(groups))
+        with self.clock.phase("reference"):
+            if role == "reference" and self._reference is not None:
+                return self._reference(self._roles, groups, self._size(groups))
+            return self._roles.each_group(role, groups, self._size(groups))
 
     def values(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
-        return self._roles.each_group(role, groups, self._size(groups))
+        with self.clock.phase("reference"):
+            return self._roles.each_group(role, groups, self._size(groups))
 
     def _size(self, groups: Sequence[Group]) -> int | None:
         """How many groups a forward pass without gradient takes: with sampling local_rollout_forward_batch_size divided
@@ -89,12 +93,19 @@ class RunContext:
         keys = Keys(self._seed, self.step, first)
         if role not in self._engines:
             self._engines[role] = Rollouts(self._roles, role, self.rollout, self.end_ids)
-        return self._engines[role].generate(groups, samples, keys, self.rollout)
+        rollout = self._engines[role]
+        with self.clock.phase("rollout"):
+            filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)
+        with self.clock.phase("wait"):
+            dist.total([0.0], self._roles.device)
+        with self.clock.phase("rollout"):
+            return rollout.probed(filled, logps, versions, self.rollout)
 
     def scores(self, groups: Sequence[Group]) -> Scores:
         if self._rewards is None:
             raise ValueError("reward: expected a reward model or function, got none; give --reward_model")
-        return self._rewards(groups, self._size(groups) or 1)
+        with self.clock.phase("score"):
+            return self._rewards(groups, self._size(groups) or 1)
 
     def more(self, count: int) -> Batch:
         if self._stream is None or count < 1:

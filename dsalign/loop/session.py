@@ -41,7 +41,7 @@ class Session:
         self._window, self._spread = Window(), Spread()
         self._last: dict[str, float] = {}
         self._now: dict[str, float] = {}
-        self._saved_step = self.progress.step
+        self._saved_step = self._logged_step = self.progress.step
         self._evaluated_step: int | None = None
 
     def run(self) -> dict[str, float]:
@@ -79,7 +79,9 @@ class Session:
 
     def _log(self) -> None:
         """Log the means over the steps since the last line, and the counters and learning rates of this step."""
-        means = {**self._window.take(), **self._now}
+        step = self.progress.step
+        means = {**self._window.take(), **self._now, **self.trainer.ctx.clock.take(step - self._logged_step)}
+        self._logged_step = step
         self._last |= means
         epoch = self.progress.batches / self.trainer.loader.steps_per_epoch
         self.report.log(self.progress.step, {**means, "epoch": epoch})

@@ -79,7 +79,8 @@ class Trainer:
             steps = self._mini_batches(batch, prepared, index)[: self.total_steps - self.progress.step]
             self.at_boundary = not steps
             for i, positions in enumerate(steps):
-                metrics = self.optimizer_step(prepared, positions)
+                with self.ctx.clock.phase("train"):
+                    metrics = self.optimizer_step(prepared, positions)
                 self.progress.step += 1
                 self.at_boundary = i == len(steps) - 1
                 after_step({**metrics, "num_tokens": self.progress.num_tokens})

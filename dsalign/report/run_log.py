@@ -31,6 +31,7 @@ FIRST = (
 )
 NOT_ON_THE_LINE = (  # only in metrics.jsonl
     "num_tokens",
+    "time/",
     "epoch",
     "tokens_per_s",
     "logps/",
@@ -103,6 +104,9 @@ class RunLog:
             self._last, self._last_tokens = now, numbers["num_tokens"]
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
+        split = {n.removeprefix("time/"): x for n, x in numbers.items() if n.startswith("time/")}
+        if split:
+            tail = " | " + ", ".join(f"{name} {seconds:.1f}s" for name, seconds in split.items()) + tail
         rest = [n for n in numbers if n not in FIRST and not n.removeprefix("eval/").startswith(NOT_ON_THE_LINE)]
         ordered = [n for n in FIRST if n in numbers] + rest
         text = " | ".join(f"{name} {number(numbers[name])}" for name in ordered)

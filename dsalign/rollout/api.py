@@ -26,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled completion.
+    """A completion that an engine sampled.
 
     ids: its tokens, at least one; the last is an end token where `ended`. logps: [tokens] float32 on the CPU, the
     log-probability of each token under the sampler, nats, of the logits divided by the temperature, before top_p and

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from dsalign.contract.groups import Group, Sampled
 from dsalign.contract.rollouts import RolloutOptions
@@ -41,19 +42,30 @@ class Rollouts:
         self.roles, self.role, self.end_ids = roles, role, end_ids
         self.engine = engine_of(roles, role, options)
 
-    def generate(self, groups: Sequence[Group], samples: int, keys: Keys, options: RolloutOptions) -> Sampled:
-        """Sample `samples` completions of each group's prompt, and probe that they come from the trainer's weights.
-        Collective: every rank calls it, with any number of groups.
+    def sample(
+        self, groups: Sequence[Group], samples: int, keys: Keys, options: RolloutOptions
+    ) -> tuple[list[Group], list[Tensor], set[int]]:
+        """Sample `samples` completions of each group's prompt. Collective: every rank calls it, with any number of
+        groups, and one that has fewer is done earlier.
 
-        Raises ValueError where the probe fails, as `probe` says.
+        Returns (the groups with these completions, one [completion tokens] float32 tensor a group, the sampler's
+        log-probabilities, nats; the versions of the weights that sampled).
         """
         requests = [Request(group.prompt, keys.of(group, samples), options.max_new_tokens) for group in groups]
         answers = self.engine.generate(requests, options, self.end_ids)
         filled = [replace(g, completions=tuple(c.ids for c in a)) for g, a in zip(groups, answers, strict=True)]
         logps = [torch.cat([c.logps for c in answer]) for answer in answers]
-        versions = {c.version for answer in answers for c in answer}
-        found = probe(self.roles, self.role, filled, logps, versions, options)
-        return Sampled(filled, logps, found.exact, found.gap)
+        return filled, logps, {c.version for answer in answers for c in answer}
+
+    def probed(
+        self, groups: Sequence[Group], logps: Sequence[Tensor], versions: set[int], options: RolloutOptions
+    ) -> Sampled:
+        """Probe that what `sample` returned comes from the trainer's weights. Collective.
+
+        Raises ValueError where it does not, as `probe` says.
+        """
+        found = probe(self.roles, self.role, groups, logps, versions, options)
+        return Sampled(groups, logps, found.exact, found.gap)
 
 
 def engine_of(roles: Roles, role: str, options: RolloutOptions) -> Rollout:

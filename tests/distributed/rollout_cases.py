@@ -13,6 +13,7 @@ from online_cases import build, prompts
 from torch import Tensor
 
 from dsalign.algos.ppo import PPO
+from dsalign.contract.groups import Sampled
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.engines import dist
 from dsalign.engines.engine import whole
@@ -36,6 +37,12 @@ def rollouts_of(folder: Path, stage: str, tuner: str) -> tuple[Any, Any]:
     return trainer, [g for g in prompts(16) if g.index % dist.world_size() == dist.rank()]
 
 
+def rolled(trainer: Any, groups: Any, samples: int, options: RolloutOptions) -> Sampled:
+    """A rollout of the policy, probed."""
+    rollout = Rollouts(trainer.roles, "policy", options, frozenset({2}))
+    return rollout.probed(*rollout.sample(groups, samples, Keys(1, 0, 0), options), options)
+
+
 def unchanged(folder: Path, stage: str, tuner: str) -> bool:
     """Whether weights, hooks, mode and configuration are bit for bit as before, after a rollout by either engine; the
     ranks have different numbers of prompts."""
@@ -46,9 +53,7 @@ def unchanged(folder: Path, stage: str, tuner: str) -> bool:
     before, training = weights(engine), engine.module.training
     for name in ("local", "plain"):
         options = RolloutOptions(max_new_tokens=6, rollout=name)
-        Rollouts(trainer.roles, "policy", options, frozenset({2})).generate(
-            mine if dist.rank() == 0 else mine[:3], 2, Keys(1, 0, 0), options
-        )
+        rolled(trainer, mine if dist.rank() == 0 else mine[:3], 2, options)
     same = all(torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
     kept = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in engine.module.modules()] == hooks
     return same and kept and engine.module.training == training and str(engine.module.model.config) == config
@@ -136,9 +141,8 @@ def faulty(folder: Path, stage: str, tuner: str, fault: str) -> str:
     trainer, mine = rollouts_of(folder, stage, tuner)
     with FAULTS[fault](trainer):
         options = RolloutOptions(max_new_tokens=6, temperature=trainer.roles.temperature)
-        rollout = Rollouts(trainer.roles, "policy", options, frozenset({2}))
         try:
-            rollout.generate(mine, 1, Keys(1, 0, 0), options)
+            rolled(trainer, mine, 1, options)
         except ValueError as error:
             return str(error)
     return ""
@@ -148,6 +152,6 @@ def gap(folder: Path, stage: str, tuner: str) -> tuple[bool, float]:
     """Whether a rollout's log-probabilities may serve as the trainer's, and how far they are from them at most."""
     trainer, mine = rollouts_of(folder, stage, tuner)
     options = RolloutOptions(max_new_tokens=6)
-    found = Rollouts(trainer.roles, "policy", options, frozenset({2})).generate(mine, 2, Keys(1, 0, 0), options)
+    found = rolled(trainer, mine, 2, options)
     theirs = trainer.roles.each_group("policy", found.groups)
     return found.exact, max(float((a - b).abs().max()) for a, b in zip(found.logps, theirs, strict=True))

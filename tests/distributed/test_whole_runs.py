@@ -12,6 +12,8 @@ import whole_runs
 from safetensors.torch import load_file
 from support import RankPool
 
+from dsalign.loop.clock import PHASES
+
 DOCUMENTED = (
     "--sft_type lora --num_train_epochs 2 --lora_target_modules ALL --gradient_checkpointing true --batch_size 1 "
     "--learning_rate 5e-5 --gradient_accumulation_steps 16 --warmup_ratio 0.03 --save_total_limit 2"
@@ -83,7 +85,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     checkpoint = min(whole.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     two_ranks.run(whole_runs.train, [*words, "--resume", str(checkpoint), "--output_dir", str(resumed)])
     step = int(checkpoint.name.rpartition("-")[2])
-    timed = ("tokens_per_s",)
+    timed = ("tokens_per_s", *(f"time/{phase}" for phase in PHASES))
     want = [{k: v for k, v in line.items() if k not in timed} for line in metrics(whole) if line["step"] > step]
     found = [{k: v for k, v in line.items() if k not in timed} for line in metrics(resumed)]
     assert found == want and len(want) >= 2

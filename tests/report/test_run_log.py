@@ -43,6 +43,13 @@ def test_a_line_by_hand(tmp_path: Path, clock: SimpleNamespace, capsys: pytest.C
     assert lines(tmp_path) == [{"step": 4, **metrics, "tokens_per_s": 100.0}]
 
 
+def test_seconds_of_phases_stand_behind_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"loss": 0.5, "time/rollout": 3.14, "time/train": 0.96}
+    of(tmp_path).log(4, metrics)
+    assert capsys.readouterr().out == "step 4/10 | loss 0.5 | rollout 3.1s, train 1.0s\n"
+    assert lines(tmp_path) == [{"step": 4, **metrics}]
+
+
 def test_rates_count_from_the_line_before(tmp_path: Path, clock: SimpleNamespace) -> None:
     """10 tokens in 1 s, then 30 in 2 s."""
     shown = of(tmp_path)
