@@ -1,7 +1,7 @@
 """Operations of a language model's head and of alignment losses, by Triton kernels on a GPU.
 
-`selective_logps`, `linear_logps`, `linear_loss` and `gae` also run in torch, on any device; `sample_tokens` runs in
-numpy alone. `preference`, `clipped_policy` and `clipped_value` are kernels alone. Nothing here imports dsalign.
+`selective_logps`, `linear_logps`, `linear_loss`, `gae` and `sample_tokens` also run without them, on any device.
+`preference`, `clipped_policy` and `clipped_value` are kernels alone. Nothing here imports dsalign.
 """
 
 from dsalign_kernels.head import chunk_rows

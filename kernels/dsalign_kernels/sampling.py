@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,11 @@ from torch import Tensor
 
 from dsalign_kernels import rows
 from dsalign_kernels.rows import Impl, Transform
+
+try:
+    from dsalign_kernels import sampling_kernels
+except ImportError:  # triton is published for Linux alone
+    sampling_kernels = None  # type: ignore[assignment]
 
 Words = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
@@ -71,7 +77,13 @@ def sample_tokens(
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"expected top_k >= 0 and top_p in (0, 1], got top_k {top_k} and top_p {top_p}")
     how = Transform(scale, softcap, temperature)
-    return _by_numpy(logits.detach(), keys, positions, how, top_k, top_p)
+    if not rows.uses_triton(impl, logits):
+        return _by_numpy(logits.detach(), keys, positions, how, top_k, top_p)
+    filtered = top_k > 1 or top_p < 1
+    floors = _floors(logits.detach().float(), top_k, top_p, how) if filtered and top_k != 1 else None
+    numbers: dict[str, Any] = {"scale": scale, "softcap": softcap, "temperature": temperature}
+    found = sampling_kernels.sample(logits.detach(), keys, positions, floors, greedy=top_k == 1, **numbers)
+    return Sampled(*found)
 
 
 def _check(logits: Tensor, keys: Tensor, positions: Tensor) -> None:
@@ -234,7 +246,7 @@ def _floors(logits: Tensor, top_k: int, top_p: float, how: Transform) -> Tensor:
     """The least logit that the filters keep in each row: [n] of logits [n, V], before the transform, which keeps their
     order."""
     ordered = logits.sort(-1, descending=True).values
-    last = torch.full((len(logits),), logits.shape[1] - 1)
+    last = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
     if top_k:
         last.clamp_(max=top_k - 1)
     if top_p < 1:

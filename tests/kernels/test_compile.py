@@ -17,12 +17,12 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dsalign_kernels import pair_kernels as p, row_kernels as k, token_kernels as t
+from dsalign_kernels import pair_kernels as p, row_kernels as k, sampling_kernels as s, token_kernels as t
 
 target = json.loads(sys.argv[1])
 aim = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
 types = {"logits": "*bf16", "out": "*bf16", "tops": "*i1", "desirable": "*i1", "done": "*i32"}
-types |= dict.fromkeys(("targets", "lengths", "segment"), "*i64")
+types |= dict.fromkeys(("targets", "lengths", "segment", "keys", "positions", "ids"), "*i64")
 types |= dict.fromkeys(("stride", "out_stride", "columns", "first", "ignore_index", "tokens", "rows"), "i32")
 types |= dict.fromkeys(("scale", "softcap", "temperature", "beta", "eps", "gamma", "tau", "alpha"), "fp32")
 types |= dict.fromkeys(("weight0", "weight1", "weight2", "nll_scale", "z0", "decay", "cliprange"), "fp32")
@@ -42,6 +42,7 @@ for name, kernel, constants, (block, warps) in (
     ("gae", t._gae_kernel, {}, (t.BLOCK, t.WARPS)),
     ("policy", t._policy_kernel, sums, (t.BLOCK, t.WARPS)),
     ("value", t._value_kernel, sums, (t.BLOCK, t.WARPS)),
+    ("sample", s._sample_kernel, {**rows, "HAS_FLOOR": True, "GREEDY": False}, (s.BLOCK, s.WARPS)),
 ):
     constants = {**constants, "BLOCK": block}
     signature = {x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names}
@@ -80,6 +81,6 @@ def test_compiles_without_spills(target: int | str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert len(found) == 9
+    assert len(found) == 10
     for name, numbers in found.items():
         assert numbers["spills"] == 0 and numbers["shared"] <= 48 * 1024, (name, numbers)
