@@ -11,10 +11,10 @@ too (TRL knows one end token, and has the full stop alone). The same prompts com
 Each side runs as a process of its own, one after the other, in turns that change with every repeat. TRL is found in
 --peer_folder, or installed there beside this environment's packages. `trl_ppo_side.py` says what it needed.
 
-Checked in every repeat: as many iterations, prompts and prompt tokens; as many tokens of answers within MORE_TOKENS, as
-each side samples its own; and a finite loss. Not the same is what an iteration does with them: TRL takes the
-log-probabilities before the step from the sampler, does not clip gradients and has one optimizer for policy and critic;
-dsalign computes these log-probabilities with the trainer.
+Checked in every repeat: as many iterations, prompts and prompt tokens as the setting has; as many tokens of answers on
+one side as on the other within MORE_TOKENS, as each samples its own; finite losses. Not the same is what an iteration
+does with them: TRL does not clip gradients, and has one optimizer for policy and critic; dsalign computes a prompt once
+for all of its answers, TRL once for each. Both take the log-probabilities before the step from the sampler.
 
 Measured from the second iteration on (`step_clock.py`): CPU-seconds and wall-seconds an iteration, the same a thousand
 answer tokens, and the peak of resident memory up to the last step. The limit is what bare matrix products of the
