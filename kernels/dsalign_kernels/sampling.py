@@ -61,7 +61,7 @@ def sample_tokens(
     lowest id; and log p_v = z_v - log sum_w e^(z_w) over all w.
 
     z = softcap tanh(scale x / softcap) / temperature of the logits x, or scale x / temperature without a softcap, in
-    float32; G = `gumbel`. Source of the draw: Gumbel (1954); of its coupling: arXiv:2408.16012.
+    float32; G = `gumbel`. Source: the Gumbel-max trick, arXiv:1411.0030, section 2.
 
     logits: [B, V] float of any dtype and row stride; a column of -inf is never drawn. keys: [B] int64, the bits of an
     unsigned 64-bit key, see `token_key`. positions: [B] int64 in [0, 2**32), the token's index in its completion.
