@@ -1,6 +1,6 @@
 """Operations of a language model's head and of alignment losses, by Triton kernels on a GPU.
 
-`selective_logps`, `linear_logps`, `linear_loss`, `gae` and `sample_tokens` also run without them, on any device.
+`selective_logps`, `linear_logps`, `linear_loss`, `gae` and `sample_tokens` also run without, on any device.
 `preference`, `clipped_policy` and `clipped_value` are kernels alone. Nothing here imports dsalign.
 """
 

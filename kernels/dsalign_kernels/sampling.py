@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +26,11 @@ except ImportError:  # triton is published for Linux alone
 Words = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
 
-CHUNK = 2**16  # logits that the twin works on at a time: several arrays of them stay in the caches of one core
+CHUNK = 2**16  # logits that the CPU works on at a time: several arrays of them stay in the caches of one core
+FILTER_CHUNK = 2**24  # logits that are sorted at a time
 BELOW_ONE = np.float32(1 - 2**-24)  # the largest float32 below 1
 TO_UNIT = np.float32(2**-32)
-ROUNDING = 4 * float(np.finfo(np.float32).eps)
+ROUNDING = np.float32(4 * np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def sample_tokens(
     lowest id; and log p_v = z_v - log sum_w e^(z_w) over all w.
 
     z = softcap tanh(scale x / softcap) / temperature of the logits x, or scale x / temperature without a softcap, in
-    float32; G = `gumbel`. Source: the Gumbel-max trick, arXiv:1411.0030, section 2.
+    float32; G = `gumbel`. Source of the draw: Gumbel (1954); of its coupling: arXiv:2408.07978.
 
     logits: [B, V] float of any dtype and row stride; a column of -inf is never drawn. keys: [B] int64, the bits of an
     unsigned 64-bit key, see `token_key`. positions: [B] int64 in [0, 2**32), the token's index in its completion.
@@ -76,13 +76,15 @@ def sample_tokens(
             raise ValueError(f"{name}: expected a number > 0, got {number}")
     if top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"expected top_k >= 0 and top_p in (0, 1], got top_k {top_k} and top_p {top_p}")
-    how = Transform(scale, softcap, temperature)
+    how, greedy = Transform(scale, softcap, temperature), top_k == 1
+    filters = (top_k if top_k < logits.shape[1] else 0, top_p)
+    logits = logits.detach()
     if not rows.uses_triton(impl, logits):
-        return _by_numpy(logits.detach(), keys, positions, how, top_k, top_p)
-    filtered = top_k > 1 or top_p < 1
-    floors = _floors(logits.detach().float(), top_k, top_p, how) if filtered and top_k != 1 else None
-    numbers: dict[str, Any] = {"scale": scale, "softcap": softcap, "temperature": temperature}
-    found = sampling_kernels.sample(logits.detach(), keys, positions, floors, greedy=top_k == 1, **numbers)
+        return _by_numpy(logits, keys, positions, how, filters, greedy=greedy)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    floors = None if greedy else _floors(logits, how, *filters)
+    found = sampling_kernels.sample(logits, keys.contiguous(), positions.contiguous(), floors, how, greedy=greedy)
     return Sampled(*found)
 
 
@@ -126,19 +128,14 @@ def gumbel(keys: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     found = np.empty((len(keys), vocabulary), np.float32)
     work = np.empty((2, 1, vocabulary), np.uint32)
     for row, prefix in enumerate(_prefixes(keys, positions)):
-        found[row] = _noise(_hashes(prefix[None], work))
+        found[row] = _noise(_hashes(prefix[None], *work))
     return torch.from_numpy(found)
 
 
 def _noise(hashes: Words) -> Floats:
     """G of 32-bit hashes, of their shape."""
-    found: Floats = -np.log(-np.log1p(-_unit(hashes)))
-    return found
-
-
-def _unit(hashes: Words) -> Floats:
-    """The numbers u in (0, 1) of 32-bit hashes."""
-    found: Floats = np.minimum((hashes.astype(np.float32) + np.float32(0.5)) * TO_UNIT, BELOW_ONE)
+    u = np.minimum((hashes.astype(np.float32) + np.float32(0.5)) * TO_UNIT, BELOW_ONE)
+    found: Floats = -np.log(-np.log1p(-u))
     return found
 
 
@@ -164,9 +161,8 @@ def _mixed_ids(vocabulary: int) -> Words:
     return k
 
 
-def _hashes(prefixes: Words, work: Words) -> Words:
-    """Murmur3 of 16 bytes, for rows of `prefixes` [n] and every token id: work[0], [n, V]; work: [2, n, V]."""
-    h, other = work
+def _hashes(prefixes: Words, h: Words, other: Words) -> Words:
+    """Murmur3 of 16 bytes, for rows of `prefixes` [n] and every token id, written to h; h, other: [n, V]."""
     np.bitwise_xor(prefixes[:, None], _mixed_ids(h.shape[1]), out=h)
     np.right_shift(h, np.uint32(19), out=other)
     np.left_shift(h, np.uint32(13), out=h)
@@ -179,23 +175,59 @@ def _hashes(prefixes: Words, work: Words) -> Words:
         np.bitwise_xor(h, other, out=h)
         if factor != 1:
             np.multiply(h, np.uint32(factor), out=h)
-    found: Words = work[0]
-    return found
+    return h
 
 
-def _by_numpy(logits: Tensor, keys: Tensor, positions: Tensor, how: Transform, top_k: int, top_p: float) -> Sampled:
-    """`sample_tokens` in chunks of rows on a CPU, wherever the logits are."""
+def _by_numpy(
+    logits: Tensor, keys: Tensor, positions: Tensor, how: Transform, filters: tuple[int, float], *, greedy: bool
+) -> Sampled:
+    """`sample_tokens` on the CPU in chunks of rows, on whatever device the logits are; filters: top_k and top_p."""
     tokens = np.zeros(len(logits), np.int64)
-    logps = np.full(len(logits), np.nan, np.float32)
+    logps = np.zeros(len(logits), np.float32)
     prefixes = _prefixes(keys, positions)
-    filtered = top_k > 1 or top_p < 1
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         for part, work, space in _chunks(logits):
             work.copy_(logits[part])
-            lost = (work < _floors(work, top_k, top_p, how)[:, None]).numpy() if filtered and top_k != 1 else None
-            z: Floats = rows._transformed(work, how).numpy()
-            tokens[part], logps[part] = _draw(z, prefixes[part], lost, space, greedy=top_k == 1)
+            floors = None if greedy else _floors(work, how, *filters)
+            lost = None if floors is None else (work < floors[:, None]).numpy()
+            z: Floats = _transformed(work, how).numpy()
+            tokens[part], logps[part] = _draw(z, prefixes[part], lost, space, greedy=greedy)
     return Sampled(torch.from_numpy(tokens).to(logits.device), torch.from_numpy(logps).to(logits.device))
+
+
+def _floors(logits: Tensor, how: Transform, top_k: int, top_p: float) -> Tensor | None:
+    """The least logit that the filters keep, [B] float32, of logits [B, V] before `how`; None where they keep all.
+
+    It is compared with the logits before the transform, which are exact: kernels may round the others differently.
+    """
+    if not top_k and top_p == 1:
+        return None
+    floors = torch.empty(len(logits), device=logits.device)
+    size = max(1, FILTER_CHUNK // logits.shape[1])
+    for start in range(0, len(logits), size):
+        part = slice(start, start + size)
+        floors[part] = _floors_of(logits[part], how, top_k or logits.shape[1], top_p)
+    return floors
+
+
+def _floors_of(logits: Tensor, how: Transform, most: int, top_p: float) -> Tensor:
+    """The same of a part of the rows, of which at most `most` tokens are kept."""
+    some = most < logits.shape[1]
+    ordered = (logits.topk(most, 1) if some else logits.sort(1, descending=True)).values.float()
+    if top_p == 1:
+        return ordered[:, -1]
+    z = _transformed(ordered.clone(), how)
+    whole = _transformed(logits.to(torch.float32, copy=True), how) if some else z
+    p = z.sub_(whole.logsumexp(1, keepdim=True)).exp_().double()
+    kept = (p.cumsum(1) - p < top_p).sum(1, keepdim=True)  # the tokens above it hold less
+    return ordered.gather(1, kept.clamp(min=1) - 1)[:, 0]
+
+
+def _transformed(x: Tensor, how: Transform) -> Tensor:
+    """The head's output x [B, V] float32 becomes the logits of the softmax, in place; -inf stays, despite a softcap."""
+    gone = None if how.softcap is None else x == -torch.inf
+    z = rows._transformed(x, how)
+    return z if gone is None else z.masked_fill_(gone, -torch.inf)
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Words]]:
@@ -226,31 +258,21 @@ def _draw(
         tokens = z.argmax(1)
         logps = z[each, tokens] - peak - log_total
         return np.where(np.isnan(logps), 0, tokens), logps
-    hashes = _hashes(prefixes, space[::2])
-    bound[...] = hashes
-    np.minimum(np.multiply(np.add(bound, np.float32(0.5), out=bound), TO_UNIT, out=bound), BELOW_ONE, out=bound)
-    np.divide(p, bound, out=bound)
+    h = _hashes(prefixes, space[0], space[2])
+    # Half of h, less its lowest bit, converts to float32 at twice the speed as a signed number.
+    np.copyto(bound, np.right_shift(h, np.uint32(1), out=space[2]).view(np.int32), casting="unsafe")
+    np.divide(p, np.add(bound, np.float32(0.25), out=bound), out=bound)  # at least 2**-31 e^(z - peak) / u
     if lost is not None:
-        bound[lost] = -1.0
+        np.putmask(bound, lost, np.float32(-1))
     first = bound.argmax(1)
-    score = p[each, first] / -np.log1p(-_unit(hashes[each, first]))
-    for row in range(n):
-        near = np.flatnonzero(bound[row] >= score[row] * (1 - ROUNDING))
-        if len(near):  # none in a row with a NaN
-            tokens[row] = near[(z[row, near] + _noise(hashes[row, near])).argmax()]
-            logps[row] = z[row, tokens[row]] - peak[row] - log_total[row]
-    return np.where(np.isnan(logps), 0, tokens), logps
-
-
-def _floors(logits: Tensor, top_k: int, top_p: float, how: Transform) -> Tensor:
-    """The least logit that the filters keep in each row: [n] of logits [n, V], before the transform, which keeps their
-    order."""
-    ordered = logits.sort(-1, descending=True).values
-    last = torch.full((len(logits),), logits.shape[1] - 1, device=logits.device)
-    if top_k:
-        last.clamp_(max=top_k - 1)
-    if top_p < 1:
-        p = torch.softmax(rows._transformed(ordered.clone(), how).double(), -1)
-        kept = (p.cumsum(-1) - p < top_p).sum(-1)  # those above the last one kept hold less than top_p
-        last = torch.minimum(last, kept - 1)
-    return ordered.gather(1, last.clamp_(min=0)[:, None])[:, 0]
+    score = z[each, first] + _noise(h[each, first])
+    slack = np.float32(1e-5) + ROUNDING * (np.abs(peak) + np.abs(score))
+    least = np.exp(score - peak - slack) * np.float32(2**-31)
+    row, token = np.divmod(np.flatnonzero(bound >= least[:, None]), z.shape[1])  # faster than np.nonzero of two axes
+    score = z[row, token] + _noise(h[row, token])
+    best = np.full(n, -np.inf, np.float32)
+    np.maximum.at(best, row, score)
+    won = np.flatnonzero(score == best[row])[::-1]  # of tokens that tie the lowest is written last
+    tokens[row[won]] = token[won]
+    logps[row] = z[row, tokens[row]] - peak[row] - log_total[row]
+    return tokens, logps

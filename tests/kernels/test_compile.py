@@ -21,9 +21,10 @@ from dsalign_kernels import pair_kernels as p, row_kernels as k, sampling_kernel
 
 target = json.loads(sys.argv[1])
 aim = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
-types = {"logits": "*bf16", "out": "*bf16", "tops": "*i1", "desirable": "*i1", "done": "*i32"}
-types |= dict.fromkeys(("targets", "lengths", "segment", "keys", "positions", "ids"), "*i64")
-types |= dict.fromkeys(("stride", "out_stride", "columns", "first", "ignore_index", "tokens", "rows"), "i32")
+types = {"logits": "*bf16", "out": "*bf16", "tops": "*i1", "desirable": "*i1"}
+types |= dict.fromkeys(("targets", "lengths", "segment", "keys", "positions"), "*i64")
+types |= dict.fromkeys(("choices", "done"), "*i32")
+types |= dict.fromkeys(("stride", "out_stride", "columns", "first", "ignore_index", "rows", "spans"), "i32")
 types |= dict.fromkeys(("scale", "softcap", "temperature", "beta", "eps", "gamma", "tau", "alpha"), "fp32")
 types |= dict.fromkeys(("weight0", "weight1", "weight2", "nll_scale", "z0", "decay", "cliprange"), "fp32")
 types |= dict.fromkeys(("desirable_weight", "undesirable_weight", "tail_weight"), "fp32")
@@ -42,9 +43,12 @@ for name, kernel, constants, (block, warps) in (
     ("gae", t._gae_kernel, {}, (t.BLOCK, t.WARPS)),
     ("policy", t._policy_kernel, sums, (t.BLOCK, t.WARPS)),
     ("value", t._value_kernel, sums, (t.BLOCK, t.WARPS)),
-    ("sample", s._sample_kernel, {**rows, "HAS_FLOOR": True, "GREEDY": False}, (s.BLOCK, s.WARPS)),
+    ("sample", s._sample_kernel, {**rows, "FILTERED": True, "GREEDY": False, "SPAN": s.SPAN}, (s.BLOCK, s.WARPS)),
+    ("merge", s._merge_kernel, rows, (32, 1)),
 ):
     constants = {**constants, "BLOCK": block}
+    # What `tokens` is: the ids that are drawn, or the number of tokens of a loss.
+    types["tokens"] = "*i64" if kernel is s._merge_kernel else "i32"
     signature = {x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names}
     options = {"num_warps": warps}
     built = triton.compile(ASTSource(kernel, signature, constants), target=aim, options=options)
@@ -81,6 +85,6 @@ def test_compiles_without_spills(target: int | str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert len(found) == 10
+    assert len(found) == 11
     for name, numbers in found.items():
         assert numbers["spills"] == 0 and numbers["shared"] <= 48 * 1024, (name, numbers)
