@@ -29,7 +29,7 @@ from trl_side import StepLog
 
 COMMON = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "warmup_steps": 0, "optim": "adamw_torch_fused",
-    "num_sample_generations": 0, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
 }  # fmt: skip
 PAD = 0  # SmolLM2's <|endoftext|>
 
