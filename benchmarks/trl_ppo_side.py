@@ -6,10 +6,10 @@ used: in the last batch of a data set accelerate lets the optimizer step at ever
 answers stands in the batch several times, as this trainer samples one answer a row.
 
 Pad is a token that no prompt holds: the trainer takes every pad token for padding, and SmolLM2's own pad token ends
-each turn of a prompt.
+each turn of a prompt. The policy's generation config is told so too: from there comes the padding of a row that ended.
 
 Writes a JSON line an iteration: what the trainer logs, and of its rollout the number of rows, and tokens of prompts and
-of answers.
+of answers up to their end token.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare_rows import up_to_end
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -46,8 +47,8 @@ class IterationLog(StepLog):
             numbers = {name: float(x) for name, x in logs.items() if isinstance(x, (int, float))}
             self.write({"step": state.global_step, **numbers, **self.rollout})
 
-    def counted(self, sample: Callable[..., Any]) -> Callable[..., Any]:
-        """The trainer's function that samples, its tokens counted."""
+    def counted(self, sample: Callable[..., Any], stop: int) -> Callable[..., Any]:
+        """The trainer's function that samples, its tokens counted. stop: the end token of an answer."""
 
         def batch_generation(model: Any, queries: torch.Tensor, *rest: Any) -> Any:
             found, logits = sample(model, queries, *rest)
@@ -55,7 +56,7 @@ class IterationLog(StepLog):
             self.rollout = {
                 "rows": len(queries),
                 "prompt_tokens": int((queries != PAD).sum()),
-                "tokens": int((answers != PAD).sum()),
+                "tokens": sum(up_to_end(ids, stop) for ids in answers.tolist()),
             }
             return found, logits
 
@@ -85,9 +86,10 @@ def main() -> None:
         for _ in range(2)
     ]
     causal = [AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32) for _ in range(2)]
+    causal[0].generation_config.pad_token_id = PAD
     log = IterationLog(args.folder / "steps.jsonl")
     ppo_trainer.DataLoader = in_order
-    ppo_trainer.batch_generation = log.counted(ppo_trainer.batch_generation)
+    ppo_trainer.batch_generation = log.counted(ppo_trainer.batch_generation, settings["stop_token_id"])
     trainer = PPOTrainer(
         args=PPOConfig(**COMMON, **settings, output_dir=str(args.folder / "checkpoints")),
         processing_class=tokenizer,
