@@ -32,19 +32,18 @@ PAGE = 32  # positions in a page of the paged cache, so that a short answer does
 
 
 def load(folder: Path, way: str) -> Any:
-    """The model for a way, in float32; dsalign's engines take it with dsalign's attention."""
+    """The model for a way, in float32; dsalign's engines take it with dsalign's attention, `local` a view of it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     model.generation_config = GenerationConfig(pad_token_id=0)  # no end token but those of a workload
     if way in OURS:
         attention.share(model)
-    return model
+    return local.prepare(view_of(model)) if way == "local" else model
 
 
 def completions(way: str, model: Any, work: Workload, options: RolloutOptions) -> list[list[Completion]]:
     """What one of dsalign's engines samples, with log-probabilities."""
-    if way == "plain":
-        return plain.decode(model, work.requests, options, work.end_ids, rows=ROWS)
-    return local.decode(local.prepare(view_of(model)), work.requests, options, work.end_ids, rows=ROWS)
+    decode = {"local": local.decode, "plain": plain.decode}[way]
+    return decode(model, work.requests, options, work.end_ids, rows=ROWS)
 
 
 def ours(way: str) -> Callable[[Any, Workload, RolloutOptions], Answers]:

@@ -151,14 +151,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
 
 def main() -> None:
     """Reads the flags, measures, prints a table and appends to --csv."""
-    parser = harness.parser(__doc__, repeats=20)
-    parser.add_argument("--rows", type=int, default=512, help="completion tokens, N")
-    parser.add_argument("--vocabulary", type=int, default=49152, help="V")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the logits")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    rows = measure(args, device)
-    harness.report(rows, COLUMNS, device, args.csv)
+    harness.run_over_logits(__doc__, measure, COLUMNS, rows=512, rows_are="completion tokens, N")
 
 
 if __name__ == "__main__":

@@ -137,6 +137,27 @@ def report(
         write_csv(file, rows)
 
 
+def run_over_logits(
+    about: str | None,
+    measure: Callable[[argparse.Namespace, torch.device], Sequence[Mapping[str, object]]],
+    columns: Sequence[str],
+    *,
+    rows: int,
+    rows_are: str,
+) -> None:
+    """All that a benchmark over logits [rows, V] does: reads the flags, measures, and reports.
+
+    about: its docstring. rows: the default of --rows. rows_are: what they stand for.
+    """
+    found = parser(about, repeats=20)
+    found.add_argument("--rows", type=int, default=rows, help=rows_are)
+    found.add_argument("--vocabulary", type=int, default=49152, help="V")
+    found.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the logits")
+    args = found.parse_args()
+    device = torch.device(args.device)
+    report(measure(args, device), columns, device, args.csv)
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Appends rows to `path`, with a header where the file is new. Raises ValueError where its columns are others."""
     columns = list(rows[0])

@@ -36,7 +36,7 @@ def self_check(roles: Roles, groups: Sequence[Group]) -> None:
     sample = [_answered(group) for group in sorted(first, key=lambda g: (num_tokens([g]), g.index))[:2]]
     for role, engine in roles.engines.items():
         module = engine.module
-        limit = LIMITS.get(next(module.parameters()).dtype, HALF)
+        limit = limit_of(module)
         name = type(unwrap(module.model)).__name__
         why = "" if module.shares else f"{name} with this attention takes no packed rows"
         if module.shares:
@@ -44,14 +44,14 @@ def self_check(roles: Roles, groups: Sequence[Group]) -> None:
             wanted, module.shares = module.unsupported, False
             alone = torch.cat(roles.each_group(role, sample, 1))
             scale = 1.0 if isinstance(module, CausalModel) else max(1.0, float(alone.abs().max()))
-            gap = _largest(together - alone, roles) / scale
+            gap = largest_gap(together, alone, roles) / scale
             if wanted or not gap <= limit:
                 why = f"layers of {name} ask for {wanted}" if wanted else f"packed rows of {name} differ by {gap:.2g}"
             module.shares = not why
         if why and dist.rank() == 0:
             logger.warning("%s: one completion a row, which is slower: %s", role, why)
         if isinstance(module, CausalModel):
-            gap = _largest(_own(engine, sample, roles) - torch.cat(roles.each_group(role, sample)), roles)
+            gap = largest_gap(_own(engine, sample, roles), torch.cat(roles.each_group(role, sample)), roles)
             if not gap <= limit:
                 raise ValueError(
                     f"{name}: the log-probabilities of {sample[0].where} differ by {gap:.2g} nats from the model's own "
@@ -59,9 +59,16 @@ def self_check(roles: Roles, groups: Sequence[Group]) -> None:
                 )
 
 
-def _largest(difference: Tensor, roles: Roles) -> float:
-    """The largest |difference| over all ranks, so that every rank decides alike; NaN where any rank has one."""
-    gap = float(difference.abs().max())
+def limit_of(module: torch.nn.Module) -> float:
+    """The most that two right computations of a model's log-probabilities or values may differ by: nats, or units of
+    value, by the dtype of its weights."""
+    return LIMITS.get(next(module.parameters()).dtype, HALF)
+
+
+def largest_gap(one: Tensor, other: Tensor, roles: Roles) -> float:
+    """The largest |one - other| over all ranks, so that every rank decides alike; NaN where any rank has one. A rank
+    may have no numbers. Collective."""
+    gap = float((one - other).abs().max()) if len(one) else 0.0
     return float(dist.gather(torch.tensor([gap], dtype=torch.float64), roles.device).max())
 
 

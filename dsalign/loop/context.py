@@ -17,7 +17,7 @@ from dsalign.engines import dist
 from dsalign.engines.roles import ReferenceLogps, Roles
 from dsalign.loop import loss
 from dsalign.loop.clock import Clock
-from dsalign.rollout.generate import Keys, Rollouts
+from dsalign.rollout.generate import Keys, Sampler
 
 logger = logging.getLogger(__name__)
 DRAWN = "second stream"  # the key of `state` under which the groups drawn by `more` are counted
@@ -50,7 +50,7 @@ class RunContext:
         self.end_ids, self.total_batches, self._rewards, self._decode = end_ids, total_batches, rewards, decode
         self._reference, self._stream, self._online = reference, stream, rollout is not None
         self.rollout = rollout or RolloutOptions()
-        self._engines: dict[str, Rollouts] = {}  # role -> what samples from its model
+        self._engines: dict[str, Sampler] = {}  # role -> what samples from its model
         self.clock = Clock()
         self._said: set[str] = set()
         self.step = 0
@@ -92,7 +92,7 @@ class RunContext:
     def generate(self, role: str, groups: Sequence[Group], samples: int, first: int = 0) -> Sampled:
         keys = Keys(self._seed, self.step, first)
         if role not in self._engines:
-            self._engines[role] = Rollouts(self._roles, role, self.rollout, self.end_ids)
+            self._engines[role] = Sampler(self._roles, role, self.rollout, self.end_ids)
         rollout = self._engines[role]
         with self.clock.phase("rollout"):
             filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)

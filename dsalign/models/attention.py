@@ -175,7 +175,7 @@ def _by_group(
     parts = (_split(x, prefix.lengths) for x in (query, key, value))
     for q, k, v, mask in zip(*parts, prefix.dense(window), strict=True):
         if softcap is not None:
-            found.append(_capped(q, k, v, mask, dropout, scaling, softcap))
+            found.append(capped(q, k, v, mask, scaling, softcap, dropout))
             continue
         found.append(
             scaled_dot_product_attention(
@@ -185,12 +185,23 @@ def _by_group(
     return torch.cat(found, dim=2)
 
 
-def _capped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, softcap: float
+def capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention with capped scores, softcap tanh(scores / softcap) (arXiv:2408.00118, section 2), which PyTorch's
-    scaled_dot_product_attention does not have. mask: [t, t] bool, None = causal."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scaled_dot_product_attention does not have.
+
+    q: [B, H, t, D]. k, v: [B, heads, T, D], heads = H or fewer, which queries share. mask: bool that broadcasts to
+    [B, H, t, T], true where a query sees a key; None = causal. scaling: of the scores, None = 1 / sqrt(D).
+    """
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask

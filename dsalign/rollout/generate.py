@@ -35,7 +35,7 @@ class Keys:
         return [token_key(self.seed, self.step, group.index, self.first + i) for i in range(samples)]
 
 
-class Rollouts:
+class Sampler:
     """The sampling of completions from a role's model, under its weights as they are now."""
 
     def __init__(self, roles: Roles, role: str, options: RolloutOptions, end_ids: frozenset[int]) -> None:

@@ -1,4 +1,4 @@
-"""The engine `hybrid`: DeepSpeed's `RolloutEngine` with our own sampling inside, for its trainers and for this one."""
+"""The engine `hybrid`: DeepSpeed's `RolloutEngine` with our own sampling inside, for its own trainers."""
 
 from __future__ import annotations
 

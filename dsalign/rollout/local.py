@@ -19,7 +19,7 @@ from dsalign.models.attention import SharedPrefix
 from dsalign.models.last_layer import skip_unread_mlp
 from dsalign.rollout.admission import Admitted, Schedule
 from dsalign.rollout.api import Completion, Request
-from dsalign.rollout.pick import Pick
+from dsalign.rollout.pick import Pick, signed
 from dsalign.rollout.slots import Slots
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # prompt tokens in one forward pass
@@ -154,11 +154,6 @@ class _Run:
             self.slots.move(sources, targets, max(self.longest[source] for source, _ in moves))
             for source, target in moves:
                 self.who[target], self.longest[target] = self.who[source], self.longest[source]
-
-
-def signed(key: int) -> int:
-    """An unsigned 64-bit number as the signed one of the same bits, which int64 holds."""
-    return key - 2**64 if key >= 2**63 else key
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:

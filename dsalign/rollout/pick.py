@@ -10,7 +10,7 @@ from dsalign.contract.rollouts import RolloutOptions
 from dsalign.models.logps import LogitTransform
 from dsalign_kernels import sample_tokens, token_key
 
-__all__ = ["Pick", "token_key"]
+__all__ = ["Pick", "signed", "token_key"]
 
 
 class Pick:
@@ -44,3 +44,8 @@ class Pick:
             **transform,
         )
         return found.tokens, found.logps
+
+
+def signed(key: int) -> int:
+    """The signed 64-bit number that has the bits of an unsigned key, so that int64 holds it."""
+    return key - 2**64 if key >= 2**63 else key

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.rollout.api import Completion, Request
-from dsalign.rollout.local import signed
-from dsalign.rollout.pick import Pick
+from dsalign.rollout.pick import Pick, signed
 
 
 def decode(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,15 +9,14 @@ import torch
 from torch import Tensor
 
 from dsalign.contract.groups import Group, Metric
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollouts import RolloutOptions, logp_gap
 from dsalign.engines import dist
 from dsalign.engines.engine import version
 from dsalign.engines.roles import Roles
+from dsalign.engines.self_check import largest_gap, limit_of
 
 TOKENS = 8  # of one completion of each rank
 EXACT = 1e-4  # nats: in float32 the sampler is the trainer up to rounding; an optimizer step apart they differ by more
-LIMITS = {torch.float32: 1e-3}  # nats, the largest gap of a token; weights that are wrong are off by far more
-HALF = 0.25  # the limit in half precision, where two orders of summation differ by nearly this much
 
 
 @dataclass(frozen=True)
@@ -48,60 +46,53 @@ def probe(
     engine = roles.engines[roles.role(role).engine]
     now = version(engine)
     old = [number for number in versions if number != now]
-    if _any(bool(old), roles):
+    if dist.total([float(len(old))], roles.device)[0]:
         which = f"weights of step {old[0]}" if old else "other weights on another rank"
         raise ValueError(
             f"rollout: it sampled from {which}, and the trainer is at step {now}: a synchronisation was skipped"
         )
     few, sampler = _handful(groups, logps)
-    dtype = next(engine.module.parameters()).dtype
-    limit = LIMITS.get(dtype, HALF)
-
-    ours = roles.each_group(role, few, 1)
-    gap = _largest(sampler, ours, roles)
+    limit = limit_of(engine.module)
+    ours = _trainers(roles, role, few)
+    gap = largest_gap(sampler, ours, roles)
     if not gap <= limit:
         raise ValueError(
             f"rollout: the log-probabilities of sampler and trainer differ by {gap:.3g} nats at a token, more than "
             f"{limit:g}: {_reason(roles, role, few, sampler, options, limit)}"
         )
-    sums = sum(float((s.double() - o.double()).abs().sum()) for s, o in zip(sampler, ours, strict=True))
-    return Probed(dtype is torch.float32 and gap <= EXACT, (sums, sum(map(len, ours))))
+    exact = next(engine.module.parameters()).dtype is torch.float32 and gap <= EXACT
+    return Probed(exact, logp_gap([sampler], [ours]))
 
 
-def _handful(groups: Sequence[Group], logps: Sequence[Tensor]) -> tuple[list[Group], list[Tensor]]:
-    """The group with the shortest prompt, cut to the first tokens of its first completion; nothing of no groups."""
+def _handful(groups: Sequence[Group], logps: Sequence[Tensor]) -> tuple[list[Group], Tensor]:
+    """The group with the shortest prompt, cut to the first tokens of its first completion, and their log-probabilities
+    by the sampler, [tokens]; nothing of no groups."""
     if not groups:
-        return [], []
+        return [], torch.empty(0)
     i = min(range(len(groups)), key=lambda i: (len(groups[i].prompt), groups[i].index))
     kept = groups[i].completions[0][:TOKENS]
-    return [replace(groups[i], completions=(kept,), masks=None)], [logps[i][: len(kept)]]
+    return [replace(groups[i], completions=(kept,), masks=None)], logps[i][: len(kept)]
+
+
+def _trainers(roles: Roles, role: str, few: Sequence[Group]) -> Tensor:
+    """The log-probabilities of the same tokens by the role's model, [tokens]. Collective."""
+    return torch.cat([torch.empty(0), *roles.each_group(role, few, 1)])
 
 
 def _reason(
-    roles: Roles, role: str, few: Sequence[Group], sampler: Sequence[Tensor], options: RolloutOptions, limit: float
+    roles: Roles, role: str, few: Sequence[Group], sampler: Tensor, options: RolloutOptions, limit: float
 ) -> str:
     """Which mistake would give the sampler's numbers. Collective."""
     trained = roles.temperature
     for temperature in {1.0, options.temperature} - {trained}:
         roles.temperature = temperature
         try:
-            gap = _largest(sampler, roles.each_group(role, few, 1), roles)
+            gap = largest_gap(sampler, _trainers(roles, role, few), roles)
         finally:
             roles.temperature = trained
         if gap <= limit:
             return f"it sampled at temperature {temperature:g} and not {trained:g}"
     start = roles.computes("reference") and roles.role("reference").start_weights
-    if start and _largest(sampler, roles.each_group("reference", few, 1), roles) <= limit:
+    if start and largest_gap(sampler, _trainers(roles, "reference", few), roles) <= limit:
         return "it sampled without the trained adapter"
     return "its weights are not all the trainer's (of an earlier step, a tied head, or cached keys and values)"
-
-
-def _largest(sampler: Sequence[Tensor], ours: Sequence[Tensor], roles: Roles) -> float:
-    """The largest |difference| over all ranks, so that every rank decides alike; NaN counts as infinite."""
-    gaps = [float((s.double() - o.double()).abs().max()) for s, o in zip(sampler, ours, strict=True)]
-    worst = max((math.inf if math.isnan(gap) else gap for gap in gaps), default=0.0)
-    return float(dist.gather(torch.tensor([worst], dtype=torch.float64), roles.device).max())
-
-
-def _any(here: bool, roles: Roles) -> bool:
-    return dist.total([float(here)], roles.device)[0] > 0

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from dsalign.models.attention import capped
+
 BUCKET = 64  # tokens: the length of the slots is a multiple of it
 
 
@@ -99,9 +101,7 @@ class Slots:
         if softcap is None:
             found = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
         else:
-            scores = grouped @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-            scores = (softcap * torch.tanh(scores / softcap)).float().masked_fill(~mask, -torch.inf)
-            found = torch.softmax(scores, -1).to(value.dtype) @ value
+            found = capped(grouped, key, value, mask, scaling, softcap)
         return found.reshape(n, query.shape[1], 1, -1)
 
     def _mask(self, window: int | None) -> Tensor:

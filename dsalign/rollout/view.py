@@ -22,15 +22,13 @@ from transformers import PreTrainedModel
 from dsalign.engines.engine import whole
 from dsalign.models.heads import Backbone, unwrap
 
-KEPT = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
-
 
 @contextmanager
 def generation_view(engine: Any) -> Iterator[PreTrainedModel]:
     """A context with the view of a DeepSpeed engine's language model; inside, forward passes need no collective, so
     ranks may run different numbers of them. At ZeRO stage 3 weights are gathered once, on entering. Entering and
     leaving are collective."""
-    with torch.no_grad(), whole(engine, list(engine.module.parameters())):
+    with whole(engine, list(engine.module.parameters())):
         module = engine.module
         yield view_of(module.model if isinstance(module, Backbone) else module)
 
@@ -64,13 +62,13 @@ def _copy(module: nn.Module, seen: dict[int, Any], configs: dict[int, Any]) -> A
             continue
         if isinstance(value, OrderedDict) and name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             value = OrderedDict()
-        elif name in KEPT:
-            value = set(value) if isinstance(value, set) else dict(value)  # ZeRO-3's own kind of dict gathers
+        elif name in ("_parameters", "_buffers"):
+            value = dict(value)  # of its own, as an adapter is merged into it; and ZeRO-3's kind of dict gathers
         vars(found)[name] = configs.get(id(value), value)
     found._modules = {
         name: None if child is None else _copy(child, seen, configs) for name, child in module._modules.items()
     }
-    if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
+    if isinstance(module, BaseTunerLayer):
         seen[id(module)] = found = _merged(found)
     return found
 

@@ -145,18 +145,21 @@ def _prefixes(keys: Tensor, positions: Tensor) -> Words:
     position = positions.cpu().numpy().view(np.uint64)
     state = np.zeros(len(key), np.uint32)
     for word in (key, key >> np.uint64(32), position):
-        k = (word & np.uint64(2**32 - 1)).astype(np.uint32) * np.uint32(0xCC9E2D51)
-        k = (k << np.uint32(15) | k >> np.uint32(17)) * np.uint32(0x1B873593)
-        state ^= k
+        state ^= _mixed((word & np.uint64(2**32 - 1)).astype(np.uint32))
         state = (state << np.uint32(13) | state >> np.uint32(19)) * np.uint32(5) + np.uint32(0xE6546B64)
     return state
+
+
+def _mixed(words: Words) -> Words:
+    """Words as Murmur3 mixes them before they enter its state."""
+    k = words * np.uint32(0xCC9E2D51)
+    return (k << np.uint32(15) | k >> np.uint32(17)) * np.uint32(0x1B873593)
 
 
 @lru_cache(4)
 def _mixed_ids(vocabulary: int) -> Words:
     """What Murmur3 makes of a token id before it enters the state, for every id: [vocabulary]."""
-    k = np.arange(vocabulary, dtype=np.uint32) * np.uint32(0xCC9E2D51)
-    k = (k << np.uint32(15) | k >> np.uint32(17)) * np.uint32(0x1B873593)
+    k = _mixed(np.arange(vocabulary, dtype=np.uint32))
     k.flags.writeable = False
     return k
 

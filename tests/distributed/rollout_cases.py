@@ -18,7 +18,7 @@ from dsalign.contract.rollouts import RolloutOptions
 from dsalign.engines import dist
 from dsalign.engines.engine import whole
 from dsalign.rollout import in_process, local, view
-from dsalign.rollout.generate import Keys, Rollouts
+from dsalign.rollout.generate import Keys, Sampler
 from dsalign.rollout.slots import Slots
 
 HOW: dict[str, Any] = {"batch_size": 4, "steps": 2, "recorded": False, "rate": 1e-2, "max_new_tokens": 8}
@@ -39,7 +39,7 @@ def rollouts_of(folder: Path, stage: str, tuner: str) -> tuple[Any, Any]:
 
 def rolled(trainer: Any, groups: Any, samples: int, options: RolloutOptions) -> Sampled:
     """A rollout of the policy, probed."""
-    rollout = Rollouts(trainer.roles, "policy", options, frozenset({2}))
+    rollout = Sampler(trainer.roles, "policy", options, frozenset({2}))
     return rollout.probed(*rollout.sample(groups, samples, Keys(1, 0, 0), options), options)
 
 
@@ -66,18 +66,32 @@ def no_adapter(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def old_head(trainer: Any) -> Iterator[None]:
-    """The embedding is the trainer's, the head tied to it is an earlier copy."""
+def changed_view(change: Callable[[Any], None]) -> Iterator[None]:
+    """A context in which every generation view is changed once it is made."""
     made = view.view_of
 
     def stale(model: Any) -> Any:
         found = made(model)
-        head = found.get_output_embeddings()
-        head._parameters["weight"] = torch.nn.Parameter(head.weight.detach().roll(1, 0), requires_grad=False)
+        change(found)
         return found
 
     with patch.object(view, "view_of", stale):
         yield
+
+
+def of_its_own(module: Any, name: str, weight: Tensor) -> None:
+    """Put another weight into a module of the view, and not into the trainer's."""
+    module._parameters[name] = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def old_head(trainer: Any) -> Any:
+    """The embedding is the trainer's, the head tied to it is an earlier copy."""
+
+    def change(found: Any) -> None:
+        head = found.get_output_embeddings()
+        of_its_own(head, "weight", head.weight.detach().roll(1, 0))
+
+    return changed_view(change)
 
 
 @contextmanager
@@ -87,21 +101,16 @@ def skipped_sync(trainer: Any) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def old_weights(trainer: Any) -> Iterator[None]:
+def old_weights(trainer: Any) -> Any:
     """A view that outlives an optimizer step, as a captured graph or a second copy would, with a version that lies."""
-    made = view.view_of
 
-    def stale(model: Any) -> Any:
-        found = made(model)
+    def change(found: Any) -> None:
         for module in found.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() > 1:
-                    module._parameters[name] = torch.nn.Parameter(parameter.detach() * 0.98, requires_grad=False)
-        return found
+                    of_its_own(module, name, parameter.detach() * 0.98)
 
-    with patch.object(view, "view_of", stale):
-        yield
+    return changed_view(change)
 
 
 @contextmanager
