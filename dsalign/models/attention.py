@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +29,23 @@ PREFIX = "dsalign_"  # dsalign_sdpa: ours for a packed row, transformers' sdpa f
 BASES = {"sdpa": sdpa_mask, "eager": eager_mask}
 ATTENDS = frozenset({"full_attention", "sliding_attention"})  # kinds of layer that mix tokens as `allowed` says only
 OTHER_MATHEMATICS = ("s_aux", "position_bias", "sinks")  # arguments of layers that compute more than softmax(q k) v
+WORTH_SPLITTING = 32768  # scores that nothing reads: a group with as many is worth a call a branch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries of a packed row whose attention is one call. queries: of one group, its stem, or one branch. stem: the
+    tokens of the row before them that they see too, none unless they are a branch. mask: [queries, stem + queries]
+    bool, true where a query sees a key; None = causal."""
+
+    queries: slice
+    stem: slice
+    mask: Tensor | None
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The keys or values that the queries see, [1, H, stem + queries, D], of those of the row, [1, H, T, D]."""
+        own = x[:, :, self.queries]
+        return torch.cat([x[:, :, self.stem], own], dim=2) if self.stem.stop > self.stem.start else own
 
 
 class SharedPrefix:
@@ -44,7 +63,7 @@ class SharedPrefix:
         flat = [x for part in branches for x in part], [x for part in groups for x in part]
         self.branch, self.group = (torch.tensor(x, device=device) for x in flat)
         self.position = torch.tensor([p for span in spans for p in span.positions()], device=device)
-        self._dense: dict[int | None, list[Tensor | None]] = {}
+        self._parts: dict[int | None, list[Part]] = {}
         self._blocks: dict[int | None, BlockMask] = {}
 
     def allowed(self, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
@@ -61,19 +80,29 @@ class SharedPrefix:
 
         return mask_mod
 
-    def dense(self, window: int | None) -> list[Tensor | None]:
-        """The masks of the groups, one a group: [t, t] bool for its t tokens, row i true where token i sees a token;
-        None where that is plain causal attention."""
-        if window not in self._dense:
-            mask_mod, start = self.allowed(window), 0
-            found: list[Tensor | None] = []
+    def parts(self, window: int | None) -> list[Part]:
+        """The row as calls of a dense attention, in the order of its tokens: a group is one, or its stem is one and
+        each of its branches, where the scores between two branches would be too many to compute for nothing."""
+        if window not in self._parts:
+            found, start = [], 0
             for span, length in zip(self.spans, self.lengths, strict=True):
-                i = torch.arange(start, start + length, device=self.branch.device)
-                causal = len(span.branches) < 2 and (window is None or length <= window)
-                found.append(None if causal else mask_mod(None, None, i[:, None], i[None, :]))
+                none, stem = slice(start, start), slice(start, start + span.stem)
+                pieces = [(slice(start, start + length), none)]
+                unread = (length - span.stem) ** 2 - sum(n**2 for n in span.branches) + span.stem * (length - span.stem)
+                if len(span.branches) > 1 and unread >= WORTH_SPLITTING:
+                    ends = list(accumulate(span.branches, initial=stem.stop))
+                    pieces = [(stem, none), *((slice(a, b), stem) for a, b in pairwise(ends) if b > a)]
+                found += [Part(queries, before, self._mask(queries, before, window)) for queries, before in pieces]
                 start += length
-            self._dense[window] = found
-        return self._dense[window]
+            self._parts[window] = found
+        return self._parts[window]
+
+    def _mask(self, queries: slice, stem: slice, window: int | None) -> Tensor | None:
+        """The mask of a `Part`, None where it is plain causal attention."""
+        own = torch.arange(queries.start, queries.stop, device=self.branch.device)
+        keys = torch.cat([torch.arange(stem.start, stem.stop, device=own.device), own])
+        mask = self.allowed(window)(None, None, own[:, None], keys[None, :])
+        return None if len(keys) == len(own) and torch.equal(mask, torch.ones_like(mask).tril()) else mask
 
     def blocks(self, window: int | None) -> BlockMask:
         """The mask of the whole row, in the form in which FlexAttention skips blocks that no token sees."""
@@ -83,12 +112,6 @@ class SharedPrefix:
                 self.allowed(window), None, None, size, size, device=self.branch.device.type
             )
         return self._blocks[window]
-
-
-def _split(x: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
-    """Queries, keys or values of a row, [1, H, T, D], cut into those of each group, [1, H, t, D]."""
-    found: Sequence[Tensor] = x.split(list(lengths), dim=2)  # type: ignore[no-untyped-call]
-    return found
 
 
 def can_share(model: PreTrainedModel) -> bool:
@@ -166,14 +189,15 @@ def _by_group(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of a packed row on a CPU, one group at a time: scores between two groups are not even computed.
+    """Attention of a packed row on a CPU, one group at a time: scores between two groups are not even computed, nor,
+    where they are many, those between two branches of a group.
 
     query, key, value: [1, H, T, D], key and value with fewer heads where queries share them. scaling: of the scores,
     None = 1 / sqrt(D). softcap: scores are held within -+softcap. Returns [1, H, T, D].
     """
     found = []
-    parts = (_split(x, prefix.lengths) for x in (query, key, value))
-    for q, k, v, mask in zip(*parts, prefix.dense(window), strict=True):
+    for part in prefix.parts(window):
+        q, k, v, mask = query[:, :, part.queries], part.keys(key), part.keys(value), part.mask
         if softcap is not None:
             found.append(capped(q, k, v, mask, scaling, softcap, dropout))
             continue

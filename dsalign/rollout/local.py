@@ -1,7 +1,8 @@
 """The engine `local`: sampling from the training weights, with a key-value cache in which every row has its own place.
 
-Each prompt is computed once, whatever the number of its completions, in packed rows without padding. A completion that
-has ended leaves its row at once: another request takes it, or the last row moves into it.
+Each prompt is computed once, whatever the number of its completions, in packed rows without padding, and what several
+prompts begin with (a system turn) once for all that start together. A completion that has ended leaves its row at once:
+another request takes it, or the last row moves into it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsalign.contract.rollouts import RolloutOptions
-from dsalign.data.batches.packing import Span
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.last_layer import skip_unread_mlp
 from dsalign.rollout.admission import Admitted, Schedule
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.pick import Pick, signed
+from dsalign.rollout.prompts import packed
 from dsalign.rollout.slots import Slots
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}  # prompt tokens in one forward pass
@@ -86,12 +87,10 @@ class _Run:
 
     def _prefill(self, admitted: Sequence[Admitted]) -> None:
         """Compute the prompts of requests that start, and sample the first token of each of their completions."""
-        prompts = [self.requests[one.request].prompt for one in admitted]
-        lengths = list(map(len, prompts))
-        ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        prefix = SharedPrefix([Span(n, ()) for n in lengths], self.device, read=last)
-        self.slots.prefill([list(one.rows) for one in admitted], lengths, self.device)
+        row = packed([self.requests[one.request].prompt for one in admitted], [one.rows for one in admitted])
+        ids, last = (torch.tensor(x, device=self.device) for x in ([row.ids], row.last))
+        prefix = SharedPrefix(row.spans, self.device, read=last)
+        self.slots.prefill(row.places, self.device)
         out = self.decoder(
             input_ids=ids, position_ids=prefix.position[None], attention_mask=self.mask, use_cache=True,
             past_key_values=self.slots, shared_prefix=prefix,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dsalign.models.attention import capped
+from dsalign.rollout.prompts import Place
 
 BUCKET = 64  # tokens: the length of the slots is a multiple of it
 
@@ -25,7 +26,7 @@ class Slots:
         self.rows, self.longest, self.length = rows, longest, 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        self._targets: list[tuple[Tensor, int, int]] | None = None  # of a prefill: (slots, start, stop in the row)
+        self._places: list[tuple[Tensor, slice, slice]] | None = None  # of a prefill: (slots, in the row, in the slots)
         self._rows = self._positions = torch.empty(0, dtype=torch.int64)
         self._live = 0
         self._masks: dict[int | None, Tensor] = {}
@@ -40,14 +41,13 @@ class Slots:
             for layer, old in part.items():
                 part[layer] = _grown(old, self.length)
 
-    def prefill(self, targets: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> None:
-        """Say where the keys and values of the next forward go: a packed row of prompts, of these lengths, each into
-        all the slots of its completions."""
-        self.reserve(max(lengths))
-        self._targets, start = [], 0
-        for slots, length in zip(targets, lengths, strict=True):
-            self._targets.append((torch.tensor(slots, device=device), start, start + length))
-            start += length
+    def prefill(self, places: Sequence[Place], device: torch.device) -> None:
+        """Say where the keys and values of the next forward go, whose input is a packed row of prompts."""
+        self.reserve(max(place.at + place.stop - place.start for place in places))
+        self._places = [
+            (torch.tensor(x.slots, device=device), slice(x.start, x.stop), slice(x.at, x.at + x.stop - x.start))
+            for x in places
+        ]
 
     def decode(self, positions: Tensor, longest: int) -> None:
         """Say where the keys and values of the next forward go: of slot i, one token at positions[i].
@@ -55,7 +55,7 @@ class Slots:
         positions: [n] int64 for the slots 0 to n - 1. longest: the largest of them.
         """
         self.reserve(longest + 1)
-        self._targets, self._masks = None, {}
+        self._places, self._masks = None, {}
         self._positions, self._live = positions, longest + 1
         if len(self._rows) != len(positions):
             self._rows = torch.arange(len(positions), device=positions.device)
@@ -74,10 +74,10 @@ class Slots:
             self.keys[layer] = keys.new_zeros(self.rows, heads, self.length, width)
             self.values[layer] = values.new_zeros(self.rows, heads, self.length, other)
         held_keys, held_values = self.keys[layer], self.values[layer]
-        if self._targets is not None:
-            for slots, start, stop in self._targets:
-                held_keys[slots, :, : stop - start] = keys[:, :, start:stop]
-                held_values[slots, :, : stop - start] = values[:, :, start:stop]
+        if self._places is not None:
+            for slots, source, target in self._places:
+                held_keys[slots, :, target] = keys[:, :, source]
+                held_values[slots, :, target] = values[:, :, source]
             return keys, values
         held_keys[self._rows, :, self._positions] = keys[:, :, 0]
         held_values[self._rows, :, self._positions] = values[:, :, 0]

@@ -100,10 +100,14 @@ def gradients(wrapped: CausalModel, inputs: Inputs) -> tuple[torch.Tensor, dict[
     return logps.detach(), {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_packed_row_is_every_sequence_alone(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "worth"),
+    [*((name, attention.WORTH_SPLITTING) for name in CONFIGS), *((n, 0) for n in CONFIGS if "window" in n), ("llama", 0)],
+)
+def test_a_packed_row_is_every_sequence_alone(name: str, worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probabilities and gradients of five groups in one row, against the untouched model one sequence at a time,
-    and against padded rows; the window of 6 cuts what most tokens see."""
+    and against padded rows; the window of 6 cuts what most tokens see. With worth = 0 a branch is a call of its own."""
+    monkeypatch.setattr(attention, "WORTH_SPLITTING", worth)
     wrapped = build(CONFIGS[name])
     assert wrapped.shares
     ours, mine = gradients(wrapped, packed(groups(), CPU))
@@ -124,8 +128,8 @@ def test_the_window_matters_in_the_test_above(name: str, monkeypatch: pytest.Mon
     wrapped = build(CONFIGS[name])
     with torch.no_grad():
         right, _ = wrapped(packed(groups(), CPU))
-        plain = SharedPrefix.dense
-        monkeypatch.setattr(SharedPrefix, "dense", lambda self, window: plain(self, None))
+        plain = SharedPrefix.parts
+        monkeypatch.setattr(SharedPrefix, "parts", lambda self, window: plain(self, None))
         wrong, _ = wrapped(packed(groups(), CPU))
     assert float((right - wrong).abs().max()) > 0.01
 
@@ -184,9 +188,27 @@ def test_who_sees_whom_by_hand() -> None:
     assert found.int().tolist() == want
     windowed = prefix.allowed(2)(None, None, i[:, None], i[None, :]).int()
     assert windowed[2:5].tolist() == [[0, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0]]
-    first, second = prefix.dense(None)
-    assert first is not None and first.int().tolist() == [row[:5] for row in want[:5]]
-    assert second is None, "one completion is plain causal attention"
+    first, second = prefix.parts(None)
+    assert (first.queries, first.stem) == (slice(0, 5), slice(0, 0))
+    assert first.mask is not None and first.mask.int().tolist() == [row[:5] for row in want[:5]]
+    assert second.queries == slice(5, 7) and second.mask is None, "one completion is plain causal attention"
+
+
+def test_a_call_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stem of 2 with branches of 2, none and 1, behind a group of 3 tokens: of the second group's 25 scores, 2 x 3 are
+    of the stem to branches and 2 x 2 between branches; with these 10 worth a call a branch, none of them is computed."""
+    spans = [Span(1, (2,)), Span(2, (2, 0, 1))]
+    monkeypatch.setattr(attention, "WORTH_SPLITTING", 11)
+    assert [p.queries for p in SharedPrefix(spans, CPU).parts(None)] == [slice(0, 3), slice(3, 8)]
+    monkeypatch.setattr(attention, "WORTH_SPLITTING", 10)
+    one, stem, first, second = SharedPrefix(spans, CPU).parts(None)
+    assert (one.mask, stem.mask) == (None, None), "a group of one completion, and a stem, are plain causal attention"
+    assert (stem.queries, first.queries, second.queries) == (slice(3, 5), slice(5, 7), slice(7, 8))
+    assert first.stem == second.stem == slice(3, 5)
+    assert first.mask is not None and first.mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert second.mask is not None and second.mask.int().tolist() == [[1, 1, 1]]
+    row = torch.arange(8.0)[None, None, :, None]
+    assert first.keys(row).flatten().tolist() == [3, 4, 5, 6] and second.keys(row).flatten().tolist() == [3, 4, 7]
 
 
 def test_blocks_of_flex_attention_are_the_dense_mask() -> None:
@@ -205,10 +227,14 @@ def test_blocks_of_flex_attention_are_the_dense_mask() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("worth", [0, attention.WORTH_SPLITTING])
 @pytest.mark.parametrize("window", [None, 7])
-def test_flex_attention_is_the_attention_by_group(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU's function, not compiled, on a CPU."""
+def test_flex_attention_is_the_attention_by_group(
+    window: int | None, worth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's function, not compiled, on a CPU, whether or not a branch is a call of its own."""
     monkeypatch.setattr(attention, "_compiled", lambda: attention.flex_attention)
+    monkeypatch.setattr(attention, "WORTH_SPLITTING", worth)
     prefix = SharedPrefix([Span(14, (6, 3)), Span(2, (5,))], CPU)
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 30, 16, generator=draw) for heads in (4, 2, 2))

@@ -188,6 +188,24 @@ def test_no_row_is_computed_in_vain(model: Any, rows: int) -> None:
     assert count.decoded == tokens - 15
 
 
+TURN = tuple(range(20, 32))  # with which prompts may begin
+BEGIN_ALIKE = [(*TURN, 5), (*TURN, 5, 6, 7), (9, 8), (*TURN, 40), (*TURN, 40)]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("rows", [64, 4])
+def test_a_common_beginning_is_computed_once(name: str, rows: int) -> None:
+    """With the tokens and log-probabilities of `plain`: 12 tokens for four prompts that all start at once."""
+    model = made(name)
+    options, ends = RolloutOptions(temperature=1.3), frozenset({2, 5})
+    asked = [Request(prompt, [token_key(7, 0, i, k) for k in range(2)], 20) for i, prompt in enumerate(BEGIN_ALIKE)]
+    view = local.prepare(view_of(model))
+    count = Counted(view)
+    same(local.decode(view, asked, options, ends, rows), plain.decode(model, asked, options, ends))
+    if rows == 64:
+        assert count.prompt_tokens == sum(map(len, BEGIN_ALIKE)) - 3 * len(TURN)
+
+
 def test_nothing_is_concatenated(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache grows a few times in all, not with each token: between two growths its storage stays where it is."""
     grown, places = [], set()
