@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dsalign import cpu
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.last_layer import skip_unread_mlp
@@ -87,10 +88,10 @@ class _Run:
 
     def _prefill(self, admitted: Sequence[Admitted]) -> None:
         """Compute the prompts of requests that start, and sample the first token of each of their completions."""
-        row = packed([self.requests[one.request].prompt for one in admitted], [one.rows for one in admitted])
-        ids, last = (torch.tensor(x, device=self.device) for x in ([row.ids], row.last))
-        prefix = SharedPrefix(row.spans, self.device, read=last)
-        self.slots.prefill(row.places, self.device)
+        prompts = packed([self.requests[one.request].prompt for one in admitted], [one.rows for one in admitted])
+        ids, last = (torch.tensor(x, device=self.device) for x in ([prompts.ids], prompts.last))
+        prefix = SharedPrefix(prompts.spans, self.device, read=last)
+        self.slots.prefill(prompts.places, self.device)
         out = self.decoder(
             input_ids=ids, position_ids=prefix.position[None], attention_mask=self.mask, use_cache=True,
             past_key_values=self.slots, shared_prefix=prefix,
@@ -156,6 +157,8 @@ class _Run:
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a generation view skip, over prompts, the part of its last layer that nothing reads."""
+    """Let a generation view skip, over prompts, the part of its last layer that nothing reads; and what a CPU needs."""
     skip_unread_mlp(model.get_decoder())
+    if model.device.type == "cpu":
+        cpu.sampling(model)
     return model

@@ -43,7 +43,7 @@ def packed(prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> 
             places.append(Place([slot for i in members for slot in slots[i]], len(ids), len(ids) + stem, 0))
             ids += prompts[members[0]][:stem]
         lengths = tuple(len(prompts[i]) - stem for i in members)
-        spans.append(Span(stem, lengths) if stem else Span(*lengths, ()))
+        spans.append(Span(stem, lengths) if stem else Span(lengths[0], ()))
         for i in members:
             places.append(Place(slots[i], len(ids), len(ids) + len(prompts[i]) - stem, stem))
             ids += prompts[i][stem:]

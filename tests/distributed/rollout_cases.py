@@ -119,7 +119,7 @@ def old_prompts(trainer: Any) -> Iterator[None]:
     update = Slots.update
 
     def stale(self: Slots, keys: Tensor, values: Tensor, layer: int, *more: Any, **named: Any) -> Any:
-        if self._targets is not None:
+        if self._places is not None:
             update(self, keys * 0.9, values * 0.9, layer)
             return keys, values
         return update(self, keys, values, layer)

@@ -102,7 +102,11 @@ def gradients(wrapped: CausalModel, inputs: Inputs) -> tuple[torch.Tensor, dict[
 
 @pytest.mark.parametrize(
     ("name", "worth"),
-    [*((name, attention.WORTH_SPLITTING) for name in CONFIGS), *((n, 0) for n in CONFIGS if "window" in n), ("llama", 0)],
+    [
+        *((name, attention.WORTH_SPLITTING) for name in CONFIGS),
+        *((n, 0) for n in CONFIGS if "window" in n),
+        ("llama", 0),
+    ],
 )
 def test_a_packed_row_is_every_sequence_alone(name: str, worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probabilities and gradients of five groups in one row, against the untouched model one sequence at a time,
@@ -195,8 +199,8 @@ def test_who_sees_whom_by_hand() -> None:
 
 
 def test_a_call_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stem of 2 with branches of 2, none and 1, behind a group of 3 tokens: of the second group's 25 scores, 2 x 3 are
-    of the stem to branches and 2 x 2 between branches; with these 10 worth a call a branch, none of them is computed."""
+    """A stem of 2 with branches of 2, none and 1, behind a group of 3 tokens: of the second group's 25 scores, 2 x 3
+    are of the stem to branches and 2 x 2 between branches; where these 10 are worth it, none of them is computed."""
     spans = [Span(1, (2,)), Span(2, (2, 0, 1))]
     monkeypatch.setattr(attention, "WORTH_SPLITTING", 11)
     assert [p.queries for p in SharedPrefix(spans, CPU).parts(None)] == [slice(0, 3), slice(3, 8)]

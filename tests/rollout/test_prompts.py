@@ -24,8 +24,8 @@ def test_equal_prompts_keep_a_token_each() -> None:
     row = packed([TURN, TURN, TURN[:9]], [[0], [1], [2]])
     assert row.spans == [Span(8, (1, 2, 2))] and row.last == [10, 12, 8]
     assert len(row.ids) == 13
-    assert alike([TURN[:7] + (1,), TURN[:7] + (2,)]) == [(0, [0]), (0, [1])]
-    assert alike([TURN[:8] + (1,), TURN[:8] + (2,)]) == [(8, [0, 1])]
+    assert alike([(*TURN[:7], 1), (*TURN[:7], 2)]) == [(0, [0]), (0, [1])]
+    assert alike([(*TURN[:8], 1), (*TURN[:8], 2)]) == [(8, [0, 1])]
 
 
 def test_a_prompt_joins_only_where_that_saves_tokens() -> None:
