@@ -1,4 +1,4 @@
-"""What bare matrix products cost: the least that a forward through a model's linear layers can take on a CPU.
+"""What bare matrix products cost: the least that a forward through a model's linear layers can take.
 
 The products are those of the model's own weights, one layer after the other as in a forward, so that weights come from
 memory as often as they do there; attention, norms, activations and everything around them are left out.
@@ -6,9 +6,9 @@ memory as often as they do there; attention, norms, activations and everything a
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
+import device_costs
 import torch
 from torch import Tensor, nn
 
@@ -22,20 +22,21 @@ def matrices(model: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def seconds_a_row(weights: list[Tensor], rows: int, repeats: int = 3) -> float:
-    """CPU-seconds of x W^T over all weights for each of so many rows of x, the least of the repeats."""
-    rows = min(rows, AT_ONCE)
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in weights}
+    """Seconds of x W^T over all weights for each of so many rows of x, the least of the repeats: of the process on a
+    CPU, of the wall on a GPU."""
+    rows, device = min(rows, AT_ONCE), weights[0].device
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=device, dtype=w.dtype) for w in weights}
     taken = []
     for _ in range(repeats + 1):  # the first one warms up
-        start = time.process_time()
+        start = device_costs.clock_s(device)
         for w in weights:
             torch.mm(inputs[w.shape[1]], w.t())
-        taken.append(time.process_time() - start)
+        taken.append(device_costs.clock_s(device) - start)
     return min(taken[1:]) / rows
 
 
 def row_costs(model: Any, *, at_once: int, decoded: int) -> dict[str, float]:
-    """CPU-seconds a row of a model's products: `prompt` of the layers and `head_at_once` of the head for at_once rows,
+    """Seconds a row of a model's products: `prompt` of the layers and `head_at_once` of the head for at_once rows,
     `token` of the layers and `head` of the head for as many rows as are decoded at a time."""
     layers, head = matrices(model)
     return {
@@ -47,7 +48,7 @@ def row_costs(model: Any, *, at_once: int, decoded: int) -> dict[str, float]:
 
 
 def sampling_seconds(costs: dict[str, float], *, prompt_tokens: int, tokens: int, answers: int) -> float:
-    """The least CPU-seconds of sampling: every prompt once through the layers, every sampled token but an answer's last
+    """The least seconds of sampling: every prompt once through the layers, every sampled token but an answer's last
     through the layers, and a row of logits a token.
 
     costs: of `row_costs`.
@@ -56,7 +57,7 @@ def sampling_seconds(costs: dict[str, float], *, prompt_tokens: int, tokens: int
 
 
 def ppo_seconds(costs: dict[str, float], *, prompt_tokens: int, tokens: int, answers: int) -> float:
-    """The least CPU-seconds of an iteration of PPO with one pass over its rollout: the sampling and nine forwards.
+    """The least seconds of an iteration of PPO with one pass over its rollout: the sampling and nine forwards.
 
     A backward counts as two forwards, so the nine are three of the policy, three of the critic, and one each of the
     reference, the reward model and the critic before its step; log-probabilities of the policy before its step come

@@ -1,12 +1,14 @@
-"""An iteration of PPO by dsalign and by TRL 1.10 side by side, on the CPU in float32.
+"""An iteration of PPO by dsalign and by TRL 1.10 side by side, on the CPU in float32 or on one GPU.
 
     python benchmarks/compare_ppo.py --settings A B --repeats 3
+    python benchmarks/compare_ppo.py --settings C --device cuda --dtype bfloat16
 
 SmolLM2 is the policy and the reference; reward model and critic are SmolLM2 with one random score layer, the same on
 both sides. All weights of policy and critic are trained, with one pass over a rollout in one optimizer step, cut into
 four micro-batches. Setting A: 16 prompts of 55 tokens, one answer each of 32 tokens; an end token stops it earlier,
 which is rare. Setting B: 8 prompts of 256 tokens, 4 answers each of at most 64 tokens, where a full stop ends an answer
-too (TRL knows one end token, and has the full stop alone). The same prompts come in every iteration.
+too (TRL knows one end token, and has the full stop alone). Setting C, for a GPU: 64 prompts of 256 tokens, 4 answers
+each of at most 128 tokens, ends as in B. `small` is a trial. The same prompts come in every iteration.
 
 Each side runs as a process of its own, one after the other, in turns that change with every repeat. TRL is found in
 --peer_folder, or installed there beside this environment's packages. `trl_ppo_side.py` says what it needed.
@@ -17,8 +19,9 @@ does with them: TRL does not clip gradients, and has one optimizer for policy an
 for all of its answers, TRL once for each. Both take the log-probabilities before the step from the sampler.
 
 Measured from the second iteration on (`step_clock.py`): CPU-seconds and wall-seconds an iteration, the same a thousand
-answer tokens, and the peak of resident memory up to the last step. The limit is what bare matrix products of the
-iteration's sizes take (`bare_products.py`), `of_limit` its share of a side's CPU-seconds.
+answer tokens, and the peak of resident memory and of what torch allocates on a GPU up to the last step. The limit is
+what bare matrix products of the iteration's sizes take (`bare_products.py`), `of_limit` its share of a side's
+CPU-seconds, on a GPU of its wall-seconds.
 
 Printed: a line of JSON a run, then a table a setting. Written: the lines to results.jsonl in --out.
 """
@@ -44,19 +47,27 @@ import peer
 import rollout_sets
 import rollout_ways
 import torch
-from compare_trl import SIDES, flags
+from compare_trl import flags
+from peer import SIDES
 from results_file import ResultsFile
 from transformers import AutoTokenizer
 
-TRL_OF_PPO = "1.10.0"
-MORE_TOKENS = {"A": 1.1, "B": 1.5}  # the most that one side's answer tokens may be of the other's, all iterations
+# The most that one side's answer tokens may be of the other's, all iterations.
+MORE_TOKENS = {"A": 1.1, "B": 1.5, "C": 1.5, "small": 4}
+    "A": 1.1,
+    "B": 1.5,
+    "C": 1.5,
+    "small": 4,
+}  # the most that one side's answer tokens may be of the other's, all iterations
 OPTIM: dict[str, Any] = {  # options that both sides call the same
     "learning_rate": 1e-6, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_epsilon": 1e-8, "weight_decay": 0.01, "logging_steps": 1, "seed": 42, "temperature": 1.0,
     "num_ppo_epochs": 1, "num_mini_batches": 1, "num_sample_generations": 0,
     "kl_coef": 0.05, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "gamma": 1.0, "lam": 0.95,
 }  # fmt: skip
-COLUMNS = {"cpu_s": 2, "wall_s": 2, "cpu_s_per_1000_tokens": 2, "peak_gib": 2, "of_limit": 3}  # name -> its digits
+COLUMNS = {  # name -> its digits
+    "cpu_s": 2, "wall_s": 2, "cpu_s_per_1000_tokens": 2, "peak_gib": 2, "device_peak_gib": 2, "of_limit": 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,10 @@ class Setting:
         return self.prompts * self.samples
 
 
-SETTINGS = {"A": Setting(16, 55, 1, 32, 4, False), "B": Setting(8, 256, 4, 64, 2, True)}
+SETTINGS = {
+    "A": Setting(16, 55, 1, 32, 4, False), "B": Setting(8, 256, 4, 64, 2, True),
+    "C": Setting(64, 256, 4, 128, 16, True), "small": Setting(4, 40, 2, 4, 1, True),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,23 +172,28 @@ def costs_of(run: Run) -> dict[str, float]:
         "tokens": tokens,
         "cpu_s_per_1000_tokens": 1000 * cpu_s / tokens,
         "peak_gib": last["peak_bytes"] / 2**30,
+        "device_peak_gib": last.get("device_peak_bytes", 0) / 2**30,
     }
 
 
-def with_limit(one: Mapping[str, float], products: dict[str, float], setting: Setting) -> dict[str, float]:
-    """The costs of an iteration with limit_s, what its bare products take, and of_limit, the share of that."""
+def with_limit(
+    one: Mapping[str, float], products: dict[str, float], setting: Setting, clock: str = "cpu_s"
+) -> dict[str, float]:
+    """The costs of an iteration with limit_s, what its bare products take, and of_limit, their share of a clock."""
     sizes = {"prompt_tokens": setting.prompts * setting.prompt_tokens, "answers": setting.answers}
     limit_s = bare_products.ppo_seconds(products, tokens=round(one["tokens"]), **sizes)
-    return {**one, "limit_s": limit_s, "of_limit": limit_s / one["cpu_s"]}
+    return {**one, "limit_s": limit_s, "of_limit": limit_s / one[clock]}
 
 
 def table(name: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """A line a measure: median and spread of each side, and the ratio of the medians."""
-    lines = [f"{name:24s}" + "".join(f"{head:>24s}" for head in (*SIDES, "ratio"))]
+    """A line a measure: median and spread of each side that ran, and the ratio of the medians where both did."""
+    heads = [*runs, *(["ratio"] if len(runs) == len(SIDES) else [])]
+    lines = [f"{name:24s}" + "".join(f"{head:>24s}" for head in heads)]
     for column, digits in {"tokens": 0, **COLUMNS}.items():
-        each = [[one[column] for one in runs[side]] for side in SIDES]
-        ratio = statistics.median(each[0]) / statistics.median(each[1])
-        cells = [*(peer.spread(numbers, digits) for numbers in each), f"{ratio:.3f}"]
+        each = [[one[column] for one in costs] for costs in runs.values()]
+        cells = [peer.spread(numbers, digits) for numbers in each]
+        if len(each) == len(SIDES) and all(each[1]):
+            cells.append(f"{statistics.median(each[0]) / statistics.median(each[1]):.3f}")
         lines.append(f"{column:24s}" + "".join(f"{cell:>24s}" for cell in cells))
     return "\n".join(lines)
 
@@ -183,13 +202,15 @@ class Comparison:
     """Everything that one call of the script compares."""
 
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
-        self.args, self.work, self.python = args, work, peer.peer_python(args.peer_folder, TRL_OF_PPO)
-        self.environment = peer.environment(work, args.threads)
+        self.args, self.work, with_trl = args, work, "trl" in args.sides
+        self.python = peer.peer_python(args.peer_folder, peer.TRL_OF_PPO) if with_trl else sys.executable
+        self.environment = peer.environment(work, args.threads, args.device)
         found = peer.ask(sys.executable, peer.WHAT_RUNS, str(peer.ROOT), args.model, "1", "0")
         self.model, self.scored = Path(found["model"]), work / "scored"
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
-        versions = peer.ask(self.python, peer.VERSIONS, "trl", "torch", "transformers", "accelerate")
-        self.results = ResultsFile(args.out, {"versions": versions, "optim": OPTIM, "threads": args.threads})
+        versions = peer.ask(self.python, peer.VERSIONS, *peer.packages_of(args.sides))
+        about = {name: getattr(args, name) for name in ("threads", "device", "dtype")}
+        self.results = ResultsFile(args.out, {"versions": versions, "optim": OPTIM, **about})
         script = str(peer.ROOT / "benchmarks" / "trl_side.py")
         words = {"model": self.model, "folder": self.scored}
         command = [self.python, script, "--make_classifier", *flags(words)]
@@ -229,6 +250,7 @@ class Comparison:
                 "total_episodes": setting.answers * self.args.iterations,
                 "response_length": setting.longest,
                 "stop_token_id": self.full_stop if setting.full_stop else self.tokenizer.eos_token_id,
+                **peer.trl_device(self.args.device, self.args.dtype),
             }
             words = {"model": self.policy(setting), "reward_model": self.scored, "folder": folder}
             words |= {"prompts": folder / "prompts.json", "settings": json.dumps(settings)}
@@ -236,12 +258,13 @@ class Comparison:
         texts = rollout_sets.prompt_texts(self.model, setting.prompts, setting.prompt_tokens)
         compare_rows.piqa.write_jsonl([{"prompt": text} for text in texts], folder / "rows.jsonl")
         words = {"algo": "ppo", "model": self.policy(setting), "reward_model": self.scored, "output_dir": folder}
-        words |= {"dataset": folder / "rows.jsonl", "tuner": "full", "dtype": "float32", "warmup_ratio": 0}
+        words |= {"dataset": folder / "rows.jsonl", "tuner": "full", "dtype": self.args.dtype, "warmup_ratio": 0}
         words |= {"deepspeed": self.args.deepspeed, "batch_size": setting.micro_batch, **shared}
         words |= {"num_generations": setting.samples, "max_new_tokens": setting.longest}
         words |= {"num_train_epochs": self.args.iterations}
         train = str(peer.ROOT / "launch" / "train.py")
-        return [sys.executable, *clock, train, *flags(words), *shlex.split(self.args.extra)]
+        python = peer.launched(self.args.launcher, self.args.device)
+        return [*python, *clock, train, *flags(words), *shlex.split(self.args.extra)]
 
     def run(self, side: str, setting: Setting) -> Run:
         """One run of one side; what it wrote is removed again, but for its log."""
@@ -255,20 +278,22 @@ class Comparison:
     def products(self, setting: Setting) -> dict[str, float]:
         """The costs of bare products, in this process."""
         torch.set_num_threads(self.args.threads)
-        model = rollout_ways.load(self.model, "")
+        device = torch.device(self.args.device)
+        model = rollout_ways.load(str(self.model), "", device, getattr(torch, self.args.dtype))
         at_once = setting.micro_batch * (setting.prompt_tokens + setting.samples * setting.longest)
         return bare_products.row_costs(model, at_once=at_once, decoded=setting.answers)
 
     def compare(self, name: str) -> None:
         """All repeats of a setting; prints a line a run and a table."""
         setting = SETTINGS[name]
-        costs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        costs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES if side in self.args.sides}
+        clock = "wall_s" if self.args.device == "cuda" else "cpu_s"
         for repeat in range(self.args.repeats):
-            runs = {side: self.run(side, setting) for side in peer.in_turn(SIDES, repeat)}
+            runs = {side: self.run(side, setting) for side in peer.in_turn(list(costs), repeat)}
             check(setting, self.args.iterations, runs, MORE_TOKENS[name])
             products = self.products(setting)
             for side, run in runs.items():
-                costs[side].append(with_limit(costs_of(run), products, setting))
+                costs[side].append(with_limit(costs_of(run), products, setting, clock))
                 sizes = {"iterations": len(run.losses), "prompts": setting.prompts, "first_loss": run.losses[0]}
                 self.results.say({"setting": name, "side": side, "repeat": repeat, **sizes, **costs[side][-1]})
         print(table(name, costs), flush=True)
@@ -276,7 +301,8 @@ class Comparison:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the script."""
-    found = argparse.ArgumentParser(description="PPO of dsalign and of TRL side by side on the CPU.")
+    found = argparse.ArgumentParser(description="PPO of dsalign and of TRL side by side on the CPU or one GPU.")
+    peer.add_device(found)
     found.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=["A"])
     found.add_argument("--iterations", type=int, default=4, help="of a run, at least 2; the first is not counted")
     found.add_argument("--repeats", type=int, default=1, help="runs of each side")

@@ -1,6 +1,7 @@
-"""dsalign and TRL side by side: the same weights, rows, order and hyper-parameters, on the CPU in float32.
+"""dsalign and TRL side by side, on the CPU in float32 or on one GPU: the same weights, rows, order, hyper-parameters.
 
     python benchmarks/compare_trl.py --algos dpo kto rm cpo orpo simpo --sets piqa long --repeats 3
+    python benchmarks/compare_trl.py --sets long --device cuda --dtype bfloat16 --batch_size 16
 
 Each side runs as a process of its own, one after the other, in turns that change with every repeat. TRL is found in
 --peer_folder, or installed there beside this environment's packages. `piqa` are pairs of PIQA, `long` are made pairs
@@ -12,8 +13,12 @@ of KTO 1/2 there whatever the rows are, so their log-probabilities must agree as
 counts the prompt too; the log-odds must. Later losses of KTO part, as TRL takes the answer before for its mismatched
 pairs, and dsalign the one behind.
 
+In bfloat16 dsalign holds float32 weights beside those of the forward,
+and TRL, as its users have it, float32 weights under autocast.
+
 Measured: CPU-seconds a step and wall-seconds a step from the second step on (`step_clock.py`); CPU-seconds until the
-first step is done; CPU-seconds and wall-seconds of the whole process; the peak of resident memory. Both sides write a
+first step is done; CPU-seconds and wall-seconds of the whole process; the peak of resident memory, and of what torch
+allocates on a GPU. Both sides write a
 resumable checkpoint and the model at the end. A number is the median of the repeats, with the smallest and the largest;
 a ratio is dsalign / TRL, of the medians, with those of single repeats. CPU-seconds are what to compare where others use
 the machine; wall-seconds only where it is idle.
@@ -34,15 +39,15 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import compare_rows
 import peer
+from peer import SIDES
 
-SIDES = ("dsalign", "trl")
 SHARED: dict[str, Any] = {  # options that both sides call the same
     "learning_rate": 1e-6, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_epsilon": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0, "gradient_accumulation_steps": 1,
@@ -67,10 +72,12 @@ AGREE: dict[str, dict[str, str]] = {  # dsalign's name -> TRL's, of what the fir
     "orpo": {"log_odds_chosen": "log_odds_chosen", **MEANS},
     "simpo": {"loss": "loss", **MEANS},
 }
-TOLERANCE = 1e-4  # absolute below 1, relative above: sums in another order; another token or row changes far more
+# By dtype, absolute below 1, relative above: sums in another order; another token or row changes far more.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 WITH_REFERENCE = ("dpo", "kto")
 MEASURES = {  # name -> its digits
     "step_cpu_s": 3, "step_wall_s": 3, "first_cpu_s": 1, "process_cpu_s": 1, "process_wall_s": 1, "peak_gib": 2,
+    "device_peak_gib": 2,
 }  # fmt: skip
 
 
@@ -107,11 +114,14 @@ def costs_of(clock: Mapping[str, Any], cpu_s: float, wall_s: float, num_steps: i
         "process_cpu_s": cpu_s,
         "process_wall_s": wall_s,
         "peak_gib": clock["end"]["peak_bytes"] / 2**30,
+        "device_peak_gib": clock["end"].get("device_peak_bytes", 0) / 2**30,
     }
 
 
-def check(algo: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each number that the first steps must share.
+def check(
+    algo: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], dtype: str = "float32"
+) -> list[str]:
+    """A line for each number that the first steps must share, within TOLERANCE of the dtype.
 
     Raises ValueError that says what differs: the number of steps, or one of those.
     """
@@ -120,7 +130,7 @@ def check(algo: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping
     lines = []
     for name, their_name in AGREE[algo].items():
         a, b = ours[0][name], theirs[0][their_name]
-        if not abs(a - b) <= TOLERANCE * max(1.0, abs(b)):
+        if not abs(a - b) <= TOLERANCE[dtype] * max(1.0, abs(b)):
             raise ValueError(f"{algo}: the first {name} of dsalign is {a}, that of TRL {b}: other rows, ids or weights")
         lines.append(f"{name} {a:.6f} {b:.6f}")
     return lines
@@ -132,21 +142,21 @@ def loss_gap(algo: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapp
     return max(abs(a[name] - b[their_name]) for a, b in zip(ours, theirs, strict=True))
 
 
-def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[tuple[str, list[float], list[float], float]]:
-    """(measure, dsalign's numbers, TRL's, ratio of their medians) from side -> the costs of each repeat."""
-    for measure in MEASURES:
-        ours, theirs = ([costs[measure] for costs in runs[side]] for side in SIDES)
-        yield measure, ours, theirs, statistics.median(ours) / statistics.median(theirs)
-
-
 def table(algo: str, rows: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """A line a measure: median and spread of each side, and the ratio with that of each repeat."""
-    lines = [f"{algo + ' ' + rows:16s} {'dsalign':>24s} {'TRL':>24s} {'ratio':>24s}"]
-    for measure, ours, theirs, ratio in summary(runs):
-        each = [a / b for a, b in zip(ours, theirs, strict=True)]
-        low_high = "" if len(each) == 1 else f" ({min(each):.3f}-{max(each):.3f})"
-        cells = [peer.spread(x, MEASURES[measure]) for x in (ours, theirs)] + [f"{ratio:.3f}{low_high}"]
-        lines.append(f"{measure:16s} " + " ".join(f"{cell:>24s}" for cell in cells))
+    """A line a measure: median and spread of each side that ran, and where both did the ratio with that of each repeat.
+
+    runs: side -> the costs of each repeat.
+    """
+    heads = [{"dsalign": "dsalign", "trl": "TRL"}[side] for side in runs] + ["ratio"] * (len(runs) == 2)
+    lines = [" ".join([f"{algo + ' ' + rows:16s}", *(f"{head:>24s}" for head in heads)])]
+    for measure, digits in MEASURES.items():
+        sides = [[costs[measure] for costs in each] for each in runs.values()]
+        cells = [peer.spread(numbers, digits) for numbers in sides]
+        if len(sides) == 2 and all(sides[1]):
+            each = [a / b for a, b in zip(*sides, strict=True)]
+            low_high = "" if len(each) == 1 else f" ({min(each):.3f}-{max(each):.3f})"
+            cells.append(f"{statistics.median(sides[0]) / statistics.median(sides[1]):.3f}{low_high}")
+        lines.append(" ".join([f"{measure:16s}", *(f"{cell:>24s}" for cell in cells)]))
     return "\n".join(lines)
 
 
@@ -154,12 +164,13 @@ class Comparison:
     """Everything that one call of the script compares."""
 
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
-        self.args, self.work, self.python = args, work, peer.peer_python(args.peer_folder)
+        self.args, self.work = args, work
+        self.python = peer.peer_python(args.peer_folder) if "trl" in args.sides else sys.executable
         self.num_rows = args.steps * args.batch_size
         words = (str(peer.ROOT), args.model, str(self.num_rows), str(SHARED["seed"]))
         found = peer.ask(sys.executable, peer.WHAT_RUNS, *words)
         self.model, self.order = found["model"], found["order"]
-        versions = peer.ask(self.python, peer.VERSIONS, "trl", "torch", "transformers", "datasets", "accelerate")
+        versions = peer.ask(self.python, peer.VERSIONS, *peer.packages_of(args.sides))
         self.about = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join(["python", *sys.argv]),
@@ -167,7 +178,7 @@ class Comparison:
             "commit": peer.commit(),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
             "shared": SHARED, "hyper": HYPER, "batch_size": args.batch_size, "threads": args.threads,
-            "ref_cache": args.ref_cache, "extra": args.extra,
+            "ref_cache": args.ref_cache, "extra": args.extra, "device": args.device, "dtype": args.dtype,
         }  # fmt: skip
         self.results: list[dict[str, Any]] = []
         self.sets: dict[str, list[compare_rows.Pair]] = {}
@@ -185,24 +196,26 @@ class Comparison:
         clock = [str(peer.ROOT / "benchmarks" / "step_clock.py"), str(folder / "clock.json")]
         if side == "trl":
             settings = {**SHARED, **HYPER[algo], "per_device_train_batch_size": self.args.batch_size}
+            settings |= peer.trl_device(self.args.device, self.args.dtype)
             if algo in WITH_REFERENCE:
                 settings["precompute_ref_log_probs"] = self.args.ref_cache == "on"
             words = {"algo": algo, "model": model, "dataset": self.work / "ordered.jsonl"}
             words |= {"settings": json.dumps(settings), "folder": folder}
             return [self.python, *clock, str(peer.ROOT / "benchmarks" / "trl_side.py"), *flags(words)]
         words = {"algo": algo, "model": model, "dataset": self.work / "rows.jsonl", "output_dir": folder}
-        words |= {"tuner": "full", "dtype": "float32", "deepspeed": self.args.deepspeed, "warmup_ratio": 0}
+        words |= {"tuner": "full", "dtype": self.args.dtype, "deepspeed": self.args.deepspeed, "warmup_ratio": 0}
         words |= {**SHARED, **HYPER[algo], **ONLY_OURS.get(algo, {}), "batch_size": self.args.batch_size}
         if algo in WITH_REFERENCE:
             words["ref_cache"] = self.args.ref_cache
         train = str(peer.ROOT / "launch" / "train.py")
-        return [sys.executable, *clock, train, *flags(words), *shlex.split(self.args.extra)]
+        python = peer.launched(self.args.launcher, self.args.device)
+        return [*python, *clock, train, *flags(words), *shlex.split(self.args.extra)]
 
     def run(self, side: str, algo: str, model: str) -> Run:
         """One run of one side; what it wrote is removed again, but for its log."""
         folder = self.work / side
         folder.mkdir()
-        settings = peer.environment(folder, self.args.threads)
+        settings = peer.environment(folder, self.args.threads, self.args.device)
         out = folder / "run"
         out.mkdir()
         cpu_s, wall_s = peer.measured(self.command(side, algo, model, out), self.work / f"{side}.log", settings)
@@ -224,11 +237,9 @@ class Comparison:
         compare_rows.piqa.write_jsonl(rows, self.work / "ordered.jsonl")
         compare_rows.piqa.write_jsonl(compare_rows.before_shuffle(rows, self.order), self.work / "rows.jsonl")
         model = self.classifier() if algo == "rm" else self.model
-        costs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        costs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES if side in self.args.sides}
         for repeat in range(self.args.repeats):
-            runs = {side: self.run(side, algo, model) for side in peer.in_turn(SIDES, repeat)}
-            first = check(algo, runs["dsalign"].steps, runs["trl"].steps)
-            gap = loss_gap(algo, runs["dsalign"].steps, runs["trl"].steps)
+            runs = {side: self.run(side, algo, model) for side in peer.in_turn(self.args.sides, repeat)}
             for side, one in runs.items():
                 costs[side].append(one.costs)
                 steps = [{k: round(v, 6) for k, v in step.items()} for step in one.steps]
@@ -236,8 +247,12 @@ class Comparison:
                     {"algo": algo, "set": name, "repeat": repeat, "side": side, **one.costs, "steps": steps}
                 )
             self.write()
-        what = f"largest gap of {next(iter(AGREE[algo]))} in {self.args.steps} steps {gap:.1e}"
-        print(f"\nfirst step, dsalign and TRL: {', '.join(first)}; {what}")
+            if len(runs) == len(SIDES):
+                first = check(algo, runs["dsalign"].steps, runs["trl"].steps, self.args.dtype)
+        if len(runs) == len(SIDES):
+            gap = loss_gap(algo, runs["dsalign"].steps, runs["trl"].steps)
+            what = f"largest gap of {next(iter(AGREE[algo]))} in {self.args.steps} steps {gap:.1e}"
+            print(f"\nfirst step, dsalign and TRL: {', '.join(first)}; {what}")
         print(table(algo, name, costs), flush=True)
 
     def classifier(self) -> str:
@@ -268,9 +283,10 @@ def flags(words: Mapping[str, Any]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the script."""
-    found = argparse.ArgumentParser(description="dsalign and TRL side by side on the CPU.")
+    found = argparse.ArgumentParser(description="dsalign and TRL side by side on the CPU or on one GPU.")
     found.add_argument("--algos", nargs="+", choices=sorted(HYPER), default=["dpo"])
     found.add_argument("--sets", nargs="+", choices=("piqa", "long"), default=["piqa"])
+    peer.add_device(found)
     found.add_argument("--steps", type=int, default=16, help="optimizer steps, at least 2")
     found.add_argument("--batch_size", type=int, default=4, help="pairs, or rows of kto, an optimizer step")
     found.add_argument("--repeats", type=int, default=1, help="runs of each side")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+SIDES = ("dsalign", "trl")
 TRL = "1.16.0"
+TRL_OF_PPO = "1.10.0"  # the last one that has it
 MISSING = """
 import importlib.util, json, sys
 print(json.dumps([module for module in sys.argv[1:] if importlib.util.find_spec(module) is None]))
@@ -55,6 +59,45 @@ def peer_python(folder: Path, trl: str = TRL) -> str:
     return str(python)
 
 
+def has_peer(folder: Path, trl: str = TRL) -> bool:
+    """Whether `folder` holds TRL's environment already, with that version; nothing is installed."""
+    python = folder / "bin" / "python"
+    if not python.exists() or ask(str(python), MISSING, "trl", "accelerate"):
+        return False
+    found: str = ask(str(python), VERSIONS, "trl")["trl"]
+    return found == trl
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The options of where and how both sides train, and of which sides do."""
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="who runs: TRL must be there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--launcher", choices=("python", "deepspeed"), default="python", help="of dsalign's side")
+
+
+def trl_device(device: str, dtype: str) -> dict[str, bool]:
+    """The same as fields of TRL's configuration; its weights are float32 with either dtype."""
+    return {"use_cpu": device == "cpu", "bf16": dtype == "bfloat16"}
+
+
+def packages_of(sides: Sequence[str]) -> list[str]:
+    """The packages whose versions say what ran."""
+    return ["torch", "transformers", "datasets", *(["trl", "accelerate"] if "trl" in sides else [])]
+
+
+def launched(launcher: str, device: str) -> list[str]:
+    """What stands before a script of dsalign: Python alone, or DeepSpeed's launcher with one rank, on the GPU that
+    `environment` shows it."""
+    if launcher == "python":
+        return [sys.executable]
+    with socket.socket() as listener:  # the launcher's own port may be another run's
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--master_port", str(port)]
+    return [*runner, "--num_accelerators", "1"] if device == "cpu" else runner
+
+
 def ask(python: str, code: str, *words: str) -> Any:
     """What the code prints as its last line, as JSON. Raises ValueError with the end of its errors where it fails."""
     done = subprocess.run([python, "-c", code, *words], capture_output=True, text=True, check=False)
@@ -63,10 +106,14 @@ def ask(python: str, code: str, *words: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def environment(work: Path, threads: int) -> dict[str, str]:
-    """For one run: so many threads, no hub, and caches of its own in `work`, so that no run finds another's results."""
+def environment(work: Path, threads: int, device: str = "cpu") -> dict[str, str]:
+    """For one run: so many threads, no hub, and caches of its own in `work`, so that no run finds another's results.
+    device: with cpu no GPU is seen, with cuda one."""
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    seen = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": one}
     return {
         **os.environ,
+        **seen,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",

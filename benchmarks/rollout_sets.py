@@ -3,9 +3,11 @@
 `ragged`: 64 prompts of 55 tokens, one answer each, of 1 to 43 tokens; a token with a full stop or a line break in it
 ends an answer, as the end token does. `tails`: 64 prompts of 55 tokens whose answers have a length of their own,
 log-uniform in 16 to 512, and no end token: a few answers run long after the others. `samples`: 8 prompts of 256 tokens
-with 8 answers each, of 1 to 64 tokens, which end as those of `ragged` do.
+with 8 answers each, of 1 to 64 tokens, which end as those of `ragged` do. `wide`: 256 prompts of 16 to 512 tokens with
+one answer each of 16 to 512 tokens, both log-uniform and scripted.
 
-A prompt is random words in the model's chat template (`compare_rows.py`).
+A prompt is random words in the model's chat template (`compare_rows.py`); for a model with random weights
+(`random_models.py`), which has no tokenizer, and in `wide`, random ids.
 """
 
 from __future__ import annotations
@@ -18,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import compare_rows
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+import random_models
+from transformers import AutoTokenizer
 
 from dsalign.rollout.api import Request
-
-SMALL_VOCABULARY = 97  # tokens of the random model
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Shape:
     """The sizes of a set: how many prompts, tokens of a prompt, answers a prompt, and the tokens of an answer.
 
     shortest: 0 where answers end with an end token and have `longest` tokens at most; else answers have no end token
-    and a scripted length, log-uniform from `shortest` to `longest`.
+    and a scripted length, log-uniform from `shortest` to `longest`. shortest_prompt: 0 where all prompts have
+    prompt_tokens; else their lengths are log-uniform from it to prompt_tokens.
     """
 
     prompts: int
@@ -39,10 +40,17 @@ class Shape:
     samples: int
     longest: int
     shortest: int = 0
+    shortest_prompt: int = 0
 
 
-SETS = {"ragged": Shape(64, 55, 1, 43), "tails": Shape(64, 55, 1, 512, 16), "samples": Shape(8, 256, 8, 64)}
-SMALL = {"ragged": Shape(6, 9, 1, 7), "tails": Shape(6, 9, 1, 16, 2), "samples": Shape(2, 12, 3, 8)}
+SETS = {
+    "ragged": Shape(64, 55, 1, 43), "tails": Shape(64, 55, 1, 512, 16), "samples": Shape(8, 256, 8, 64),
+    "wide": Shape(256, 512, 1, 512, 16, 16),
+}  # fmt: skip
+SMALL = {
+    "ragged": Shape(6, 9, 1, 7), "tails": Shape(6, 9, 1, 16, 2), "samples": Shape(2, 12, 3, 8),
+    "wide": Shape(6, 12, 1, 16, 2, 3),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,24 +76,30 @@ class Workload:
         return replace(self, requests=few)
 
 
-def tail_lengths(num: int, shortest: int, longest: int) -> list[int]:
+def tail_lengths(num: int, shortest: int, longest: int, order: str = "tails") -> list[int]:
     """num lengths at the quantiles (i + 1/2) / num of the log-uniform distribution from shortest to longest, in an
-    order that is mixed and always the same."""
+    order that is mixed and always the same for the same word `order`."""
     lengths = [round(shortest * (longest / shortest) ** ((i + 0.5) / num)) for i in range(num)]
-    random.Random("tails").shuffle(lengths)
+    random.Random(order).shuffle(lengths)
     return lengths
 
 
-def workload(shape: Shape, model: Path, *, small: bool) -> Workload:
-    """The requests of a set. model: a folder with SmolLM2's tokenizer; for `small` none is read."""
+def workload(shape: Shape, model: str) -> Workload:
+    """The requests of a set. model: a folder with SmolLM2's tokenizer, or random:NAME."""
     draw = random.Random("requests")
-    if small:
-        ids = [[draw.randrange(3, SMALL_VOCABULARY) for _ in range(shape.prompt_tokens)] for _ in range(shape.prompts)]
-        ends = frozenset(range(2, SMALL_VOCABULARY, 8))
+    widths = [shape.prompt_tokens] * shape.prompts
+    if shape.shortest_prompt:
+        widths = tail_lengths(shape.prompts, shape.shortest_prompt, shape.prompt_tokens, "prompts")
+    if model.startswith(random_models.PREFIX):
+        tokenizer, size = None, random_models.config_of(model).vocab_size
+        ends = frozenset(range(2, size, 8))
     else:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        ids = prompts(tokenizer, model, shape.prompts, shape.prompt_tokens)
-        ends = sentence_ends(tokenizer)
+        size, ends = len(tokenizer), sentence_ends(tokenizer)
+    if tokenizer is None or shape.shortest_prompt:  # a template alone has more tokens than the shortest prompts
+        ids = [[draw.randrange(3, size) for _ in range(width)] for width in widths]
+    else:
+        ids = prompts(tokenizer, Path(model), shape.prompts, shape.prompt_tokens)
     lengths = [shape.longest] * shape.prompts
     if shape.shortest:
         lengths, ends = tail_lengths(shape.prompts, shape.shortest, shape.longest), frozenset()
@@ -121,12 +135,3 @@ def sentence_ends(tokenizer: Any) -> frozenset[int]:
     line_break = "\u010a"  # how byte-level vocabularies write it
     found = {i for token, i in tokenizer.get_vocab().items() if "." in token or line_break in token}
     return frozenset(found | {tokenizer.eos_token_id})
-
-
-def small_model(folder: Path) -> None:
-    """Write a random Llama of two layers, without a tokenizer."""
-    torch.manual_seed(0)
-    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    heads = {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=SMALL_VOCABULARY, **settings, **heads, **special)).save_pretrained(folder)

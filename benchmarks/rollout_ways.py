@@ -8,9 +8,9 @@ an online algorithm would need from them comes on top of what is measured here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+import random_models
 import torch
 from rollout_sets import Workload
 from torch import Tensor
@@ -25,25 +25,45 @@ from dsalign.rollout.api import Completion
 from dsalign.rollout.view import view_of
 
 Answers = list[list[tuple[int, ...]]]
-ROWS = 64  # answers that are decoded at a time
+ROWS = {"cpu": 64, "cuda": 256}  # answers that are decoded at a time
 OURS = ("local", "plain")
-BATCH_TOKENS = 256  # positions of a forward of continuous batching: some prompts at a time, or one token of every row
-PAGE = 32  # positions in a page of the paged cache, so that a short answer does not hold much more than it needs
+BATCH_TOKENS = {"cpu": 256, "cuda": 2048}  # positions of a forward of continuous batching: some prompts, or one a row
+# Positions in a page of the paged cache: few, so that a short answer does not hold much more than it needs. On a GPU
+# the attention that reads pages where they lie takes multiples of 256 alone.
+PAGE = {"cpu": 32, "cuda": 256}
 
 
-def load(folder: Path, way: str) -> Any:
-    """The model for a way, in float32; dsalign's engines take it with dsalign's attention, `local` a view of it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    model.generation_config = GenerationConfig(pad_token_id=0)  # no end token but those of a workload
+def load(model: str, way: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """The model for a way; dsalign's engines take it with dsalign's attention, `local` a view of it.
+
+    model: a folder, or random:NAME (`random_models.py`). layers: how many of a random model's, None = all.
+    """
+    if model.startswith(random_models.PREFIX):
+        found = random_models.made(model, device, dtype, layers)
+    else:
+        found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").to(device)
+    found.eval()
+    found.generation_config = GenerationConfig(pad_token_id=0)  # no end token but those of a workload
     if way in OURS:
-        attention.share(model)
-    return local.prepare(view_of(model)) if way == "local" else model
+        attention.share(found)
+    return local.prepare(view_of(found)) if way == "local" else found
+
+
+def rows_of(model: Any) -> int:
+    """How many answers are decoded at a time on the device of a model."""
+    return ROWS[device_of(model).type]
+
+
+def device_of(model: Any) -> torch.device:
+    """The device of a model's weights."""
+    found: torch.device = model.get_input_embeddings().weight.device
+    return found
 
 
 def completions(way: str, model: Any, work: Workload, options: RolloutOptions) -> list[list[Completion]]:
     """What one of dsalign's engines samples, with log-probabilities."""
     decode = {"local": local.decode, "plain": plain.decode}[way]
-    return decode(model, work.requests, options, work.end_ids, rows=ROWS)
+    return decode(model, work.requests, options, work.end_ids, rows=rows_of(model))
 
 
 def ours(way: str) -> Callable[[Any, Workload, RolloutOptions], Answers]:
@@ -78,10 +98,11 @@ def generate(model: Any, work: Workload, options: RolloutOptions) -> Answers:
     """transformers' `generate`: one batch of all answers, prompts padded on the left."""
     rows = [request for request in work.requests for _ in request.keys]
     width, longest = max(len(r.prompt) for r in rows), max(r.max_new_tokens for r in rows)
-    ids = torch.tensor([[0] * (width - len(r.prompt)) + list(r.prompt) for r in rows])
-    mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in rows])
-    lengths = torch.tensor([r.max_new_tokens for r in rows])
-    stop = [OwnLength(lengths, width)] if int(lengths.min()) < longest else []
+    device = device_of(model)
+    ids = torch.tensor([[0] * (width - len(r.prompt)) + list(r.prompt) for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in rows], device=device)
+    lengths = torch.tensor([r.max_new_tokens for r in rows], device=device)
+    stop = [OwnLength(lengths, width)] if any(r.max_new_tokens < longest for r in rows) else []
     config = how(options, longest, work.end_ids)
     out = model.generate(
         input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList(stop)
@@ -97,6 +118,22 @@ def answer(ids: list[int], request: Any, end_ids: frozenset[int]) -> tuple[int, 
     return tuple(ids[: end + 1])
 
 
+def paged_cache(model: Any, work: Workload) -> ContinuousBatchingConfig:
+    """The settings of continuous batching: pages for as many of the longest requests as run at a time.
+
+    On a GPU it decides itself about graphs and asynchronous batches, and takes flash attention where that is installed
+    and has the model's dtype.
+    """
+    device, rows = device_of(model), rows_of(model)
+    page = PAGE[device.type]
+    needed = sorted(-(-(len(r.prompt) + r.max_new_tokens) // page) + 1 for r in work.requests for _ in r.keys)
+    return ContinuousBatchingConfig(
+        page_size=page, num_blocks=sum(needed[-rows:]) + rows, max_batch_tokens=BATCH_TOKENS[device.type],
+        max_requests_per_batch=rows, use_cuda_graph=None if device.type == "cuda" else False,
+        auto_switch_to_flash=model.dtype in (torch.bfloat16, torch.float16),
+    )  # fmt: skip
+
+
 def generate_batch(model: Any, work: Workload, options: RolloutOptions) -> Answers:
     """transformers' continuous batching, through the manager that `generate_batch` makes, as that one takes no length a
     request. A prompt with several answers is computed once; its pages are copied.
@@ -106,12 +143,8 @@ def generate_batch(model: Any, work: Workload, options: RolloutOptions) -> Answe
     longest, samples = max(r.max_new_tokens for r in work.requests), len(work.requests[0].keys)
     config = how(options, longest, work.end_ids, num_return_sequences=samples)
     config.eos_token_id = sorted(work.end_ids) or [-1]  # with None it would be the model's own
-    most = max(len(r.prompt) for r in work.requests) + longest
-    paged = ContinuousBatchingConfig(
-        page_size=PAGE, num_blocks=ROWS * (most // PAGE + 2), max_batch_tokens=BATCH_TOKENS,
-        max_requests_per_batch=ROWS, use_cuda_graph=False,
-    )  # fmt: skip
-    hints = WorkloadHints(most - longest, longest, work.num_answers)
+    paged = paged_cache(model, work)
+    hints = WorkloadHints(max(len(r.prompt) for r in work.requests), longest, work.num_answers)
     found: dict[str, tuple[int, ...]] = {}
     manager_of = model.continuous_batching_context_manager
     with manager_of(config, continuous_batching_config=paged, workload_hints=hints, warmup=False) as manager:

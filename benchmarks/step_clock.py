@@ -5,8 +5,9 @@
 A step ends when the optimizer of torch returns. From one end to the next lies everything that a step takes: rows,
 collating, the reference, forward, backward, clipping, the update, logging. So a cost of a step is the difference of two
 entries of `steps`, and start-up and the first step are what comes before the first entry. An entry holds cpu_s (all
-threads of this process, user and system, since it began), wall_s (of a clock with any zero) and peak_bytes (the largest
-resident set so far). `end` is one more, when the script is through.
+threads of this process, user and system, since it began), wall_s (of a clock with any zero), peak_bytes (the largest
+resident set so far) and device_peak_bytes (the most that torch has allocated on the GPU so far; 0 where none is used).
+A step ends when the GPU has done it. `end` is one more, when the script is through.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -29,12 +31,16 @@ def peak_bytes() -> int:
 
 
 def now() -> dict[str, float]:
-    """cpu_s, wall_s, peak_bytes at this moment."""
+    """cpu_s, wall_s, peak_bytes, device_peak_bytes at this moment."""
+    on_gpu = torch.cuda.is_initialized()
+    if on_gpu:
+        torch.cuda.synchronize()
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "cpu_s": usage.ru_utime + usage.ru_stime,
         "wall_s": time.perf_counter(),
         "peak_bytes": peak_bytes(),
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
     }
 
 

@@ -1,9 +1,10 @@
 """The TRL side of `compare_ppo.py`, which runs it with the Python of an environment with TRL 1.10; TRL 1.16 has no PPO.
 
-All weights are trained in float32 on the CPU, without dropout, warm-up or gradient checkpointing. One batch comes again
-in every iteration: the data set holds it once an iteration and once more, and is not shuffled. The batch more is not
-used: in the last batch of a data set accelerate lets the optimizer step at every micro-batch. A prompt with several
-answers stands in the batch several times, as this trainer samples one answer a row.
+All weights are trained in float32, on a GPU under autocast to bfloat16 where that is asked for, without dropout,
+warm-up or gradient checkpointing. One batch comes again in every iteration: the data set holds it once an iteration and
+once more, and is not shuffled. The batch more is not used: in the last batch of a data set accelerate lets the
+optimizer step at every micro-batch. A prompt with several answers stands in the batch several times, as this trainer
+samples one answer a row.
 
 Pad is a token that no prompt holds: the trainer takes every pad token for padding, and SmolLM2's own pad token ends
 each turn of a prompt. The policy's generation config is told so too: from there comes the padding of a row that ended.
@@ -29,7 +30,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 from trl_side import StepLog
 
 COMMON = {
-    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "warmup_steps": 0, "optim": "adamw_torch_fused",
+    "gradient_checkpointing": False, "warmup_steps": 0, "optim": "adamw_torch_fused",
     "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
 }  # fmt: skip
 PAD = 0  # SmolLM2's <|endoftext|>
@@ -69,7 +70,7 @@ def in_order(dataset: Any, **options: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="PPO of TRL on the CPU.")
+    parser = argparse.ArgumentParser(description="PPO of TRL on the CPU or a GPU.")
     parser.add_argument("--model", required=True, help="the policy's folder, and the reference's")
     parser.add_argument("--reward_model", required=True, help="a folder with a score layer; the critic starts from it")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON: token ids of each row of a batch")

@@ -1,8 +1,9 @@
 """The TRL side of `compare_trl.py`, which runs it with the Python of TRL's environment.
 
-One epoch on all weights in float32 on the CPU, rows in the file's order, no warm-up, no dropout, no gradient
-checkpointing. Rows are those that dsalign reads; they become a user's and an assistant's turn, so that TRL applies the
-chat template. Like a run of dsalign it ends with a checkpoint that could be resumed and the model in a folder.
+One epoch on all weights in float32, on a GPU under autocast to bfloat16 where that is asked for, rows in the file's
+order, no warm-up, no dropout, no gradient checkpointing. Rows are those that dsalign reads; they become a user's and an
+assistant's turn, so that TRL applies the chat template. Like a run of dsalign it ends with a checkpoint that could be
+resumed and the model in a folder.
 
 Tokens: a template that writes a newline after the end token makes TRL train on it (and CPO and ORPO on a second end
 token behind it), while a completion of dsalign ends with its end token. So that both sides see the same ids, they are
@@ -27,7 +28,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 COMMON = {
-    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_dropout": True, "warmup_steps": 0,
+    "gradient_checkpointing": False, "disable_dropout": True, "warmup_steps": 0,
     "optim": "adamw_torch_fused", "train_sampling_strategy": "sequential", "save_strategy": "epoch",
     "report_to": "none", "disable_tqdm": True,
 }  # fmt: skip
@@ -131,7 +132,7 @@ def build(args: argparse.Namespace, log: StepLog) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="TRL on the CPU.")
+    parser = argparse.ArgumentParser(description="TRL on the CPU or a GPU.")
     parser.add_argument("--model", required=True, help="a model folder; for rm one with a score layer")
     parser.add_argument("--folder", type=Path, required=True, help="where to write: steps.jsonl, checkpoints/, final/")
     parser.add_argument("--algo", choices=sorted(TRAINERS))

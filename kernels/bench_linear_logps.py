@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # before an installed copy, so that what is measured is what lies here
 
 import harness  # noqa: E402  # needs the line above
-from dsalign_kernels import default_bytes, linear_logps, linear_loss, reference  # noqa: E402
+from dsalign_kernels import Impl, default_bytes, linear_logps, linear_loss, reference  # noqa: E402
 
 COLUMNS = (
     "op", "pass", "dtype", "rows", "hidden", "vocabulary", "error", "grad_error", "p20_ms", "p50_ms", "p80_ms",
@@ -48,18 +48,19 @@ class Case:
 Head = Callable[[Tensor, Tensor, Case], Tensor]  # hidden, weight, case -> log-probabilities, or a scalar loss
 
 
-def ours(head_bytes: int | None, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
+def ours(impl: Impl, head_bytes: int | None, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
     """dsalign_kernels.linear_logps."""
-    return linear_logps(hidden, weight, case.targets, head_bytes=head_bytes).logps
+    return linear_logps(hidden, weight, case.targets, head_bytes=head_bytes, impl=impl).logps
 
 
-def local(size: int, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
+def local(impl: Impl, size: int, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
     """dsalign_kernels.linear_loss in parts of `size` rows."""
     starts = range(0, len(hidden), size)
     parts = [min(size, len(hidden) - i) for i in starts]
     return linear_loss(
-        hidden, weight, case.targets, parts, lambda i, logps, _: (logps * case.grads[starts[i] :][: parts[i]]).sum()
-    )
+        hidden, weight, case.targets, parts, lambda i, logps, _: (logps * case.grads[starts[i] :][: parts[i]]).sum(),
+        impl=impl,
+    )  # fmt: skip
 
 
 def logits_float32(hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
@@ -194,12 +195,12 @@ def products(case: Case) -> dict[str, Callable[[], object]]:
 
 def heads_of(mode: str, args: argparse.Namespace) -> dict[str, Head]:
     """What is measured in a mode."""
-    mine: dict[str, Head] = {"linear_logps": partial(ours, None)}
+    mine: dict[str, Head] = {"linear_logps": partial(ours, args.impl, None)}
     if mode == "trained":
         mine = {
-            "linear_logps, kept": partial(ours, 2**40),
-            "linear_logps, recomputed": partial(ours, (args.head_memory or 32) * MIB),
-            "linear_loss, parts": partial(local, args.part),
+            "linear_logps, kept": partial(ours, args.impl, 2**40),
+            "linear_logps, recomputed": partial(ours, args.impl, (args.head_memory or 32) * MIB),
+            "linear_loss, parts": partial(local, args.impl, args.part),
         }
     plain: dict[str, Head] = {TWIN: logits_float32, "logits, cross_entropy": cross_entropy}
     if args.compile:
@@ -254,6 +255,7 @@ def returned_bytes(case: Case, mode: str) -> int:
 def main() -> None:
     """Reads the flags, measures, prints a table and appends to --csv."""
     parser = harness.parser(__doc__, repeats=5)
+    harness.add_impl(parser)
     parser.add_argument("--rows", type=int, default=2048, help="completion tokens, N")
     parser.add_argument("--hidden", type=int, default=576, help="D")
     parser.add_argument("--vocabulary", type=int, default=49152, help="V")

@@ -72,21 +72,22 @@ def pair_loss(name: str, logps: Tensor, base: Tensor | None, case: Case, impl: I
     return scaled_loss(ALGORITHMS[name], "policy", Output(logps=logps), batch, scales, impl=impl)[0]
 
 
-def ours(by_parts: bool, name: str, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
+def ours(impl: Impl, by_parts: bool, name: str, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
     """As a step has it: the logits kept, or a pair at a time; on a GPU the loss by its kernel."""
     flat, targets = hidden.flatten(0, 1), case.targets.flatten()
     base = None
     if name == "DPO":
         with torch.no_grad():
-            base = linear_logps(case.reference_hidden.flatten(0, 1), case.reference_weight, targets).logps
+            base = linear_logps(case.reference_hidden.flatten(0, 1), case.reference_weight, targets, impl=impl).logps
     if not by_parts:
-        return pair_loss(name, linear_logps(flat, weight, targets, head_bytes=2**40).logps, base, case, "auto")
+        logps = linear_logps(flat, weight, targets, head_bytes=2**40, impl=impl).logps
+        return pair_loss(name, logps, base, case, impl)
     size = 2 * hidden.shape[1]
 
     def of_pair(i: int, logps: Tensor, entropy: Tensor | None) -> Tensor:
-        return pair_loss(name, logps, None if base is None else base[i * size : (i + 1) * size], case, "auto")
+        return pair_loss(name, logps, None if base is None else base[i * size : (i + 1) * size], case, impl)
 
-    return linear_loss(flat, weight, targets, [size] * (len(hidden) // 2), of_pair)
+    return linear_loss(flat, weight, targets, [size] * (len(hidden) // 2), of_pair, impl=impl)
 
 
 def plain(name: str, hidden: Tensor, weight: Tensor, case: Case) -> Tensor:
@@ -140,8 +141,8 @@ def measure(args: argparse.Namespace, device: torch.device, name: str) -> list[d
     tensors = (hidden, weight * scale, moved[0], moved[1] * scale)
     case = Case(*(x.to(device, dtype) for x in tensors), targets)
     heads: dict[str, Head] = {
-        "dsalign, kept": partial(ours, False),
-        "dsalign, a pair at a time": partial(ours, True),
+        "dsalign, kept": partial(ours, args.impl, False),
+        "dsalign, a pair at a time": partial(ours, args.impl, True),
         "plain torch": plain,
     }
     liger = liger_head()
@@ -176,6 +177,7 @@ def measure(args: argparse.Namespace, device: torch.device, name: str) -> list[d
 def main() -> None:
     """Reads the flags, measures, prints a table and appends to --csv."""
     parser = harness.parser(__doc__, repeats=5)
+    harness.add_impl(parser)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128, help="of each completion")
     parser.add_argument("--hidden", type=int, default=576, help="D")

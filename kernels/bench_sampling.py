@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # before an installed copy, so that what is measured is what lies here
 
 import harness  # noqa: E402  # needs the line above
-from dsalign_kernels import gumbel, sample_tokens  # noqa: E402
+from dsalign_kernels import Impl, gumbel, sample_tokens  # noqa: E402
 
 Candidate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 CHECKED = 64  # rows compared with float64
@@ -26,9 +26,9 @@ COLUMNS = ("op", "dtype", "rows", "vocabulary", "error", "p20_ms", "p50_ms", "p8
 COPY = "copy of the logits"
 
 
-def ours(logits: Tensor, keys: Tensor, positions: Tensor, **how: float) -> tuple[Tensor, Tensor]:
+def ours(impl: Impl, logits: Tensor, keys: Tensor, positions: Tensor, **how: float) -> tuple[Tensor, Tensor]:
     """dsalign_kernels.sample_tokens."""
-    found = sample_tokens(logits, keys, positions, **how)  # type: ignore[arg-type]
+    found = sample_tokens(logits, keys, positions, impl=impl, **how)  # type: ignore[arg-type]
     return found.tokens, found.logps
 
 
@@ -45,17 +45,19 @@ def exponential(logits: Tensor, _keys: Tensor, _positions: Tensor) -> tuple[Tens
     return tokens[:, 0], logps.gather(1, tokens)[:, 0]
 
 
-CANDIDATES: dict[str, Candidate] = {
-    "sample_tokens": ours,
-    "sample_tokens, greedy": partial(ours, top_k=1),
-    "sample_tokens, top_k 50": partial(ours, top_k=50),
-    "sample_tokens, top_p 0.9": partial(ours, top_p=0.9),
-    "softmax + multinomial + log_softmax": multinomial,
-    "log_softmax, p / exponential": exponential,
-}
+def candidates(impl: Impl) -> dict[str, Candidate]:
+    """What is measured, by its name."""
+    return {
+        "sample_tokens": partial(ours, impl),
+        "sample_tokens, greedy": partial(ours, impl, top_k=1),
+        "sample_tokens, top_k 50": partial(ours, impl, top_k=50),
+        "sample_tokens, top_p 0.9": partial(ours, impl, top_p=0.9),
+        "softmax + multinomial + log_softmax": multinomial,
+        "log_softmax, p / exponential": exponential,
+    }
 
 
-def errors(logits: Tensor, keys: Tensor, positions: Tensor) -> dict[str, float]:
+def errors(impl: Impl, logits: Tensor, keys: Tensor, positions: Tensor) -> dict[str, float]:
     """Candidate -> the largest error of its tokens' log-probabilities, nats, against float64.
 
     Raises ValueError where a candidate writes to its input, or where more than one token in a hundred of sample_tokens
@@ -65,12 +67,12 @@ def errors(logits: Tensor, keys: Tensor, positions: Tensor) -> dict[str, float]:
     before = logits.clone()
     exact = torch.log_softmax(logits.double(), 1)
     found = {}
-    for name, candidate in CANDIDATES.items():
+    for name, candidate in candidates(impl).items():
         tokens, logps = candidate(logits, keys, positions)
         if not torch.equal(logits, before):
             raise ValueError(f"{name}: expected the logits as they were, got other ones; not timed")
         found[name] = harness.error(logps, exact.gather(1, tokens[:, None])[:, 0])
-    tokens, _ = ours(logits, keys, positions)
+    tokens, _ = ours(impl, logits, keys, positions)
     want = (logits.cpu().float() + gumbel(keys, positions, logits.shape[1])).argmax(1)
     others = int((tokens.cpu() != want).sum())
     if others > len(logits) / 100:
@@ -84,9 +86,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
     logits = (3 * torch.randn(args.rows, args.vocabulary, generator=draw)).to(device, getattr(torch, args.dtype))
     keys = torch.randint(-(2**63), 2**63 - 1, (args.rows,), generator=draw).to(device)
     positions = torch.arange(args.rows, device=device)
-    found = errors(logits, keys, positions)
+    found = errors(args.impl, logits, keys, positions)
     runs: dict[str, Callable[[], object]] = {
-        name: partial(one, logits, keys, positions) for name, one in CANDIDATES.items()
+        name: partial(one, logits, keys, positions) for name, one in candidates(args.impl).items()
     }
     runs[COPY] = partial(torch.empty_like(logits).copy_, logits)
     with torch.no_grad():

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # before an installed copy, so that what is measured is what lies here
 
 import harness  # noqa: E402  # needs the line above
-from dsalign_kernels import selective_logps  # noqa: E402
+from dsalign_kernels import Impl, selective_logps  # noqa: E402
 
 Candidate = Callable[[Tensor, Tensor], Tensor]
 CHECKED = 256  # rows compared with float64
@@ -30,19 +30,19 @@ COLUMNS = (
 COPIES = {"forward": 0.5, "forward+backward": 1.5}  # a copy reads and writes; needed: a read, and a read and a write
 
 
-def ours(logits: Tensor, targets: Tensor) -> Tensor:
+def ours(impl: Impl, logits: Tensor, targets: Tensor) -> Tensor:
     """dsalign_kernels.selective_logps."""
-    return selective_logps(logits, targets)[0]
+    return selective_logps(logits, targets, impl=impl)[0]
 
 
-def in_place(logits: Tensor, targets: Tensor) -> Tensor:
+def in_place(impl: Impl, logits: Tensor, targets: Tensor) -> Tensor:
     """The same, its gradient written over the logits: the backward has them for itself."""
-    return selective_logps(logits, targets, in_place=True)[0]
+    return selective_logps(logits, targets, in_place=True, impl=impl)[0]
 
 
-def with_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def with_entropy(impl: Impl, logits: Tensor, targets: Tensor) -> Tensor:
     """The same, with the entropy and whether the target is the most likely token."""
-    return selective_logps(logits, targets, entropy=True, top=True)[0]
+    return selective_logps(logits, targets, entropy=True, top=True, impl=impl)[0]
 
 
 def log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
@@ -55,25 +55,23 @@ def gather_logsumexp(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None])[:, 0].float() - torch.logsumexp(logits.float(), 1)
 
 
-CANDIDATES: dict[str, Candidate] = {
-    "selective_logps": ours,
-    "selective_logps, entropy": with_entropy,
-    "log_softmax + gather": log_softmax,
-    "gather - logsumexp": gather_logsumexp,
-}
-
-
 COPY = "copy of the logits"
 IN_PLACE = "selective_logps, in place"  # it uses its logits up: timed alone, on a copy that is not timed
 
 
-def with_peers() -> dict[str, Candidate]:
-    """The candidates, and TRL's fused form where it is installed."""
+def candidates(impl: Impl) -> dict[str, Candidate]:
+    """What is measured, by its name; TRL's fused form among it where it is installed."""
+    found: dict[str, Candidate] = {
+        "selective_logps": partial(ours, impl),
+        "selective_logps, entropy": partial(with_entropy, impl),
+        "log_softmax + gather": log_softmax,
+        "gather - logsumexp": gather_logsumexp,
+    }
     try:
         from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy  # noqa: PLC0415  # where it is there
     except ImportError:
-        return CANDIDATES
-    return {**CANDIDATES, "TRL, with entropy": lambda z, t: selective_log_softmax_and_entropy(z, t)[0]}
+        return found
+    return {**found, "TRL, with entropy": lambda z, t: selective_log_softmax_and_entropy(z, t)[0]}
 
 
 def forward_backward(candidate: Candidate, logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +82,7 @@ def forward_backward(candidate: Candidate, logits: Tensor, targets: Tensor, weig
     return logps.detach(), grad
 
 
-def errors(logits: Tensor, targets: Tensor, weights: Tensor) -> dict[str, tuple[float, float]]:
+def errors(impl: Impl, logits: Tensor, targets: Tensor, weights: Tensor) -> dict[str, tuple[float, float]]:
     """Candidate -> (error of log-probabilities in nats, error of the gradient), against float64.
 
     Raises ValueError where a candidate writes to its input, which would spoil every number after it, or where
@@ -96,13 +94,13 @@ def errors(logits: Tensor, targets: Tensor, weights: Tensor) -> dict[str, tuple[
         lambda z, t: torch.log_softmax(z, 1).gather(1, t[:, None])[:, 0], logits.double(), targets, weights.double()
     )
     found = {}
-    for name, candidate in with_peers().items():
+    for name, candidate in candidates(impl).items():
         logps, grad = forward_backward(candidate, logits, targets, weights)
         if not torch.equal(logits, before):
             raise ValueError(f"{name}: expected the logits as they were, got other ones after its backward; not timed")
         found[name] = (harness.error(logps, exact), harness.error(grad, exact_grad))
     copy = logits.clone().requires_grad_()
-    logps = in_place(copy, targets)
+    logps = in_place(impl, copy, targets)
     (grad,) = torch.autograd.grad(logps, copy, weights)
     found[IN_PLACE] = (harness.error(logps.detach(), exact), harness.error(grad, exact_grad))
     eps, largest = torch.finfo(torch.float32).eps, float(logits.abs().max())
@@ -122,7 +120,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
     logits = (4 * torch.randn(args.rows, args.vocabulary, generator=draw)).to(device, dtype)
     targets = torch.randint(args.vocabulary, (args.rows,), generator=draw).to(device)
     weights = torch.randn(args.rows, generator=draw).to(device)
-    found = errors(logits, targets, weights)
+    found = errors(args.impl, logits, targets, weights)
     rows: list[dict[str, object]] = []
     copy_ms = math.nan
     for which, backward in (("forward", False), ("forward+backward", True)):
@@ -130,10 +128,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, ob
             name: partial(forward_backward, one, logits, targets, weights)
             if backward
             else partial(one, logits, targets)
-            for name, one in with_peers().items()
+            for name, one in candidates(args.impl).items()
         }
         if backward:  # over and over on what is left of the logits: any numbers take the same time
-            runs[IN_PLACE] = partial(forward_backward, in_place, logits.clone(), targets, weights)
+            runs[IN_PLACE] = partial(forward_backward, partial(in_place, args.impl), logits.clone(), targets, weights)
         else:
             runs[COPY] = partial(torch.empty_like(logits).copy_, logits)
         with torch.set_grad_enabled(backward):

@@ -127,6 +127,12 @@ def parser(about: str | None, *, repeats: int) -> argparse.ArgumentParser:
     return found
 
 
+def add_impl(parser: argparse.ArgumentParser) -> None:
+    """The flag of benchmarks whose operation has a form in torch too."""
+    about = "of the measured operation; triton on a CPU: in its interpreter, with TRITON_INTERPRET=1"
+    parser.add_argument("--impl", choices=("auto", "triton", "torch"), default="auto", help=about)
+
+
 def report(
     rows: Sequence[Mapping[str, object]], columns: Sequence[str], device: torch.device, file: Path | None
 ) -> None:
@@ -150,6 +156,7 @@ def run_over_logits(
     about: its docstring. rows: the default of --rows. rows_are: what they stand for.
     """
     found = parser(about, repeats=20)
+    add_impl(found)
     found.add_argument("--rows", type=int, default=rows, help=rows_are)
     found.add_argument("--vocabulary", type=int, default=49152, help="V")
     found.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the logits")

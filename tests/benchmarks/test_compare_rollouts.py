@@ -38,7 +38,7 @@ def model() -> Any:
 
 
 def small(scripts: Any, name: str) -> Any:
-    return scripts.rollout_sets.workload(scripts.rollout_sets.SMALL[name], Path("none"), small=True)
+    return scripts.rollout_sets.workload(scripts.rollout_sets.SMALL[name], "random:small")
 
 
 def test_tails_are_log_uniform(scripts):
