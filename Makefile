@@ -9,7 +9,7 @@ CODE := setup.py dsalign kernels launch benchmarks tests
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo demo-real check fix test test-slow test-newest bench wheel clean
+.PHONY: help install demo demo-real check fix test test-slow test-newest bench bench-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -67,6 +67,10 @@ test-newest:  ## the fast tests with the newest versions that setup.py allows, w
 
 bench: $(STAMP)  ## time every kernel against plain torch
 	for file in kernels/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+bench-gpu: $(STAMP)  ## all that is measured on one GPU, in eight minutes, after preparing: needs CUDA builds
+	$(BIN)/python benchmarks/on_gpu.py --prepare
+	$(BIN)/python benchmarks/on_gpu.py
 
 wheel: $(STAMP)  ## dist/: wheel and sdist; the wheel is tried from another folder
 	rm -rf build dist

@@ -54,11 +54,6 @@ from transformers import AutoTokenizer
 
 # The most that one side's answer tokens may be of the other's, all iterations.
 MORE_TOKENS = {"A": 1.1, "B": 1.5, "C": 1.5, "small": 4}
-    "A": 1.1,
-    "B": 1.5,
-    "C": 1.5,
-    "small": 4,
-}  # the most that one side's answer tokens may be of the other's, all iterations
 OPTIM: dict[str, Any] = {  # options that both sides call the same
     "learning_rate": 1e-6, "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_epsilon": 1e-8, "weight_decay": 0.01, "logging_steps": 1, "seed": 42, "temperature": 1.0,

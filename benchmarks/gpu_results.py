@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -37,7 +38,8 @@ def kernel_rows(folder: Path) -> Iterator[Row]:
 
 def rollout_rows(folder: Path) -> Iterator[Row]:
     """The rows of `compare_rollouts.py`'s results.jsonl, a failed way or check among them."""
-    about, *lines = _jsonl(folder / "results.jsonl")
+    lines = _jsonl(folder / "results.jsonl")
+    about = next(lines, {})
     for one in lines:
         case = f"{about['model']} {about['dtype']} {one['set']}"
         if "failed" in one:
@@ -59,7 +61,7 @@ def preference_training_rows(folder: Path) -> Iterator[Row]:
 
 def ppo_rows(folder: Path) -> Iterator[Row]:
     """The rows of `compare_ppo.py`'s results.jsonl: seconds an iteration of each side."""
-    for one in _jsonl(folder / "results.jsonl")[1:]:
+    for one in itertools.islice(_jsonl(folder / "results.jsonl"), 1, None):
         yield row(f"ppo {one['setting']}", one["side"], one["wall_s"], "s/iteration", one["of_limit"], _peak(one))
 
 
@@ -113,5 +115,6 @@ def _csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """A line at a time, as the last one may be half."""
+    yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())

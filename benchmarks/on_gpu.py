@@ -36,7 +36,6 @@ from pathlib import Path
 
 import gpu_results
 import peer
-import random_models
 import torch
 
 sys.path.append(str(peer.ROOT / "kernels"))
@@ -110,13 +109,13 @@ PARTS = (
     rollouts("rollouts-8b", "llama-3.1-8b", 120),
     Part(
         "sampling", "kernel", 25, "kernels/bench_sampling.py", "--rows 256 --vocabulary 152064 --dtype bfloat16",
-        "--rows 4 --vocabulary 300 --repeats 2", TRITON,
+        "--rows 3 --vocabulary 70 --repeats 2", TRITON,
     ),
     Part("decode", "kernel", 40, "kernels/bench_decode_attention.py", "", "--repeats 2"),
     WIDE[0],
     Part(
         "selective", "kernel", 25, "kernels/bench_selective_logps.py",
-        "--rows 8192 --vocabulary 151936 --dtype bfloat16", "--rows 4 --vocabulary 300 --repeats 2", TRITON,
+        "--rows 8192 --vocabulary 151936 --dtype bfloat16", "--rows 3 --vocabulary 70 --repeats 2", TRITON,
     ),
     WIDE[1],
     Part(
@@ -146,7 +145,13 @@ def command(part: Part, args: argparse.Namespace, folder: Path) -> list[str]:
         return words
     sides = ["dsalign", *(["trl"] if not args.small and peer.has_peer(*TRL_FOLDERS[part.name]) else [])]
     words += ["--sides", *sides]
-    return [*words, "--model", str(args.out / "small_model") if args.small else MODEL]
+    return [*words, "--model", str(small_model(args)) if args.small else MODEL]
+
+
+def small_model(args: argparse.Namespace) -> Path:
+    """The folder of the model that small training runs take."""
+    found: Path = args.out / "small_model"
+    return found
 
 
 def environment(part: Part, args: argparse.Namespace) -> dict[str, str]:
@@ -273,7 +278,8 @@ def run(args: argparse.Namespace, parts: Sequence[Part]) -> int:
         raise ValueError(f"{args.out}: expected a new or empty folder, got one with files; name another one in --out")
     record = Record(args.out, about(args))
     if args.small and any(part.kind in ("training", "ppo") for part in parts):
-        random_models.write_small_smollm(args.out / "small_model")
+        script = str(peer.ROOT / "benchmarks" / "random_models.py")
+        peer.measured([sys.executable, script, str(small_model(args))], args.out / "small_model.log", os.environ)
     for part in parts:
         own = args.limit_s or (SMALL_LIMIT_S if args.small else part.limit_s)
         left = end - time.monotonic()

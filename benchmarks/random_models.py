@@ -2,11 +2,14 @@
 
 A shape is a configuration built in code, so nothing is downloaded: `qwen2.5-0.5b` and `llama-3.1-8b` have the sizes of
 the models of these names (arXiv:2412.15115, table 1; arXiv:2407.21783, table 3), `small` is a trial on a CPU.
+
+    python benchmarks/random_models.py FOLDER    # a stand-in for SmolLM2 in trials
 """
 
 from __future__ import annotations
 
 import string
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,3 +99,7 @@ def write_small_smollm(folder: Path) -> None:
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 512
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    write_small_smollm(Path(sys.argv[1]))

@@ -35,9 +35,9 @@ def run(bench: Any, **changes: Any) -> Any:
 
 
 def test_settings_are_cut_into_four(bench):
-    """Sixteen answers in A, 32 in B, four micro-batches in either."""
+    """16 answers in A, 32 in B, 64 prompts of 4 in C and 4 of 2 in the trial, always four micro-batches."""
     assert {name: (one.answers, one.accumulation) for name, one in bench.SETTINGS.items()} == {
-        "A": (16, 4), "B": (32, 4)
+        "A": (16, 4), "B": (32, 4), "C": (256, 4), "small": (8, 4)
     }  # fmt: skip
 
 
@@ -99,3 +99,8 @@ def test_limit_and_table(bench):
     lines = bench.table("A", {"dsalign": [costs], "trl": [{**costs, "cpu_s": 1096.0}]}).splitlines()
     assert lines[0].split() == ["A", "dsalign", "trl", "ratio"]
     assert lines[2].split() == ["cpu_s", "548.00", "1096.00", "0.500"]
+    assert len(lines[0].split()) == 4 and "device_peak_gib" in lines[6]
+    alone = bench.table("A", {"dsalign": [costs]}).splitlines()
+    assert alone[0].split() == ["A", "dsalign"] and alone[2].split() == ["cpu_s", "548.00"]
+    on_gpu = bench.with_limit({**bench.costs_of(run(bench)), "wall_s": 137.0}, ones, setting(bench), "wall_s")
+    assert on_gpu["of_limit"] == 2

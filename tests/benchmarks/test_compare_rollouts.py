@@ -62,6 +62,15 @@ def test_workloads_have_their_sizes(scripts):
     assert [(len(r.keys), r.max_new_tokens) for r in few.requests] == [(1, 5), (1, 5)]
 
 
+def test_wide_prompts_are_not_long_where_answers_are(scripts):
+    """Prompts 3 4^((i + 1/2) / 6), answers 2 8^((i + 1/2) / 6), each in an order of its own."""
+    work = small(scripts, "wide")
+    both = [(len(request.prompt), request.max_new_tokens) for request in work.requests]
+    prompts, answers = zip(*both, strict=True)
+    assert sorted(prompts) == [3, 4, 5, 7, 8, 11] and sorted(answers) == [2, 3, 5, 7, 10, 13]
+    assert sorted(both) != sorted(zip(sorted(prompts), sorted(answers), strict=True)) and not work.end_ids
+
+
 def test_an_answer_stops_at_its_end_or_its_length(scripts):
     """7 is an end token; a request with 2 tokens takes no third."""
     answer = scripts.rollout_ways.answer
@@ -78,13 +87,17 @@ def test_each_row_ends_at_its_own_length(scripts):
 
 def test_limit_by_hand(scripts):
     """10 prompt tokens at 1, 7 - 2 sampled ones through the layers at 2, 7 rows of logits at 3: 10 + 10 + 21 = 41. A
-    way that took 82 reaches half. PPO adds 9 (10 + 7) 1 = 153 and 4 7 0.5 = 14: 208."""
+    way that took 82 reaches half. PPO adds 9 (10 + 7) 1 = 153 and 4 7 0.5 = 14: 208. On a GPU (2 100 + 25 2) / 50 = 5
+    of 50 s."""
     costs = {"prompt": 1.0, "token": 2.0, "head": 3.0, "head_at_once": 0.5}
     sizes = {"prompt_tokens": 10, "tokens": 7, "answers": 2}
     assert scripts.bare_products.sampling_seconds(costs, **sizes) == 41
     assert scripts.bare_products.ppo_seconds(costs, **sizes) == 208
     found = scripts.compare_rollouts.with_limit({"tokens": 7, "answers": 2, "cpu_s": 82.0}, costs, 10)
     assert (found["limit_s"], found["of_limit"]) == (41, 0.5)
+    memory = {"bandwidth": 50.0, "weight_bytes": 100.0, "token_bytes": 2.0}
+    found = scripts.compare_rollouts.with_limit({"steps": 2, "seen": 25, "wall_s": 50.0}, memory, 10)
+    assert (found["limit_s"], found["of_limit"]) == (5, 0.1)
 
 
 def test_products_are_of_all_linear_layers_and_the_head(scripts, model):
@@ -165,3 +178,24 @@ def test_a_small_run(scripts, name, tmp_path, monkeypatch, capsys):
     if shape.shortest:
         assert run["tokens"] == sum(scripts.rollout_sets.tail_lengths(6, shape.shortest, shape.longest))
     assert f"\n{name} " in capsys.readouterr().out
+
+
+def test_a_way_that_fails_is_a_line(scripts, tmp_path, monkeypatch):
+    """generate fails in the check and in its run, plain is measured; without --keep_going the first one ends all."""
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(scripts.rollout_ways, "WAYS", {**scripts.rollout_ways.WAYS, "generate": fails})
+    words = ["compare_rollouts", "--small", "--ways", "generate", "plain", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scripts.compare_rollouts.main()
+    monkeypatch.setattr(sys, "argv", [*words, "--keep_going"])
+    with pytest.raises(SystemExit, match="1"):
+        scripts.compare_rollouts.main()
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    failed = {line["way"]: line["failed"] for line in lines if "failed" in line}
+    assert failed == dict.fromkeys(("check", "generate"), "RuntimeError: out of memory")
+    (plain,) = [line for line in lines if line.get("way") == "plain"]
+    assert plain["tokens"] > 0 and plain["tokens_per_wall_s"] == pytest.approx(plain["tokens"] / plain["wall_s"], 1e-4)

@@ -133,6 +133,9 @@ def test_both_sides_must_begin_alike(bench):
         bench.check("dpo", steps(LN2), steps(LN2, chosen=-50.006))
     with pytest.raises(ValueError, match="the first loss of dsalign is nan"):
         bench.check("dpo", steps(math.nan), steps(LN2))
+    assert bench.check("dpo", steps(LN2), steps(LN2, chosen=-50.9), "bfloat16")  # 2e-2 of 50.9 are 1.018
+    with pytest.raises(ValueError, match="the first logps/chosen"):
+        bench.check("dpo", steps(LN2), steps(LN2, chosen=-51.1), "bfloat16")
 
 
 def test_orpo_is_compared_by_its_odds(bench):
@@ -160,7 +163,7 @@ def test_costs_a_step_leave_out_the_first(bench):
     """25 - 20 CPU-seconds and 8 - 5 wall-seconds in two steps."""
     assert bench.costs_of(CLOCK, 31.0, 12.0, 3) == {
         "step_cpu_s": 2.5, "step_wall_s": 1.5, "first_cpu_s": 20.0, "process_cpu_s": 31.0, "process_wall_s": 12.0,
-        "peak_gib": 2.0,
+        "peak_gib": 2.0, "device_peak_gib": 0.0,
     }  # fmt: skip
     with pytest.raises(ValueError, match="expected one call of the optimizer a step, got 3 in 4 steps"):
         bench.costs_of(CLOCK, 31.0, 12.0, 4)
@@ -179,6 +182,9 @@ def test_table_has_medians_spreads_and_the_ratio(bench):
     ]  # fmt: skip
     single = {side: each[:1] for side, each in costs.items()}
     assert bench.table("dpo", "piqa", single).splitlines()[1].split() == ["step_cpu_s", "1.000", "4.000", "0.250"]
+    alone = bench.table("dpo", "piqa", {"dsalign": costs["dsalign"]}).splitlines()
+    assert alone[0].split() == ["dpo", "piqa", "dsalign"]
+    assert alone[1].split() == ["step_cpu_s", "2.000", "(1.000-3.000)"]
 
 
 def test_results_are_written(bench, tmp_path):
@@ -228,6 +234,33 @@ def test_another_trl_is_refused(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(scripts.peer, "ask", lambda python, code, *words: answers[code])
     with pytest.raises(ValueError, match=r"expected an environment with trl 1\.16\.0, got 0\.9; remove it"):
         scripts.peer.peer_python(tmp_path)
+
+
+def test_a_peer_is_used_where_it_is_there(scripts, tmp_path, monkeypatch):
+    """No folder, another version, no accelerate, and the one that is wanted; nothing is installed."""
+    peer, answers = scripts.peer, {scripts.peer.MISSING: [], scripts.peer.VERSIONS: {"trl": "0.9"}}
+    assert not peer.has_peer(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    monkeypatch.setattr(peer, "ask", lambda python, code, *words: answers[code])
+    assert not peer.has_peer(tmp_path) and peer.has_peer(tmp_path, "0.9")
+    answers[peer.MISSING] = ["accelerate"]
+    assert not peer.has_peer(tmp_path, "0.9")
+
+
+def test_device_of_both_sides(scripts, tmp_path, monkeypatch):
+    """On a CPU no GPU is seen, whatever there is; on a GPU the first of those that the caller sees."""
+    peer = scripts.peer
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    cpu, cuda = (peer.environment(tmp_path, 1, device) for device in ("cpu", "cuda"))
+    assert (cpu["CUDA_VISIBLE_DEVICES"], cpu["DS_ACCELERATOR"]) == ("", "cpu")
+    assert cuda["CUDA_VISIBLE_DEVICES"] == "3" and "DS_ACCELERATOR" not in cuda
+    assert peer.trl_device("cuda", "bfloat16") == {"use_cpu": False, "bf16": True}
+    assert peer.trl_device("cpu", "float32") == {"use_cpu": True, "bf16": False}
+    assert peer.launched("python", "cuda") == [sys.executable]
+    assert "--num_accelerators" in peer.launched("deepspeed", "cpu")
+    assert "--num_accelerators" not in peer.launched("deepspeed", "cuda")
 
 
 def test_the_clock_counts_the_steps_of_any_optimizer(scripts, tmp_path, monkeypatch):
