@@ -284,13 +284,16 @@ class Comparison:
         costs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES if side in self.args.sides}
         clock = "wall_s" if self.args.device == "cuda" else "cpu_s"
         for repeat in range(self.args.repeats):
-            runs = {side: self.run(side, setting) for side in peer.in_turn(list(costs), repeat)}
-            check(setting, self.args.iterations, runs, MORE_TOKENS[name])
-            products = self.products(setting)
-            for side, run in runs.items():
+            products, runs = self.products(setting), dict[str, Run]()
+            for side in peer.in_turn(
+                list(costs), repeat
+            ):  # said at once: what is measured stands where the other fails
+                runs[side] = run = self.run(side, setting)
+                check(setting, self.args.iterations, {side: run}, MORE_TOKENS[name])
                 costs[side].append(with_limit(costs_of(run), products, setting, clock))
                 sizes = {"iterations": len(run.losses), "prompts": setting.prompts, "first_loss": run.losses[0]}
                 self.results.say({"setting": name, "side": side, "repeat": repeat, **sizes, **costs[side][-1]})
+            check(setting, self.args.iterations, runs, MORE_TOKENS[name])
         print(table(name, costs), flush=True)
 
 

@@ -239,14 +239,15 @@ class Comparison:
         model = self.classifier() if algo == "rm" else self.model
         costs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES if side in self.args.sides}
         for repeat in range(self.args.repeats):
-            runs = {side: self.run(side, algo, model) for side in peer.in_turn(self.args.sides, repeat)}
-            for side, one in runs.items():
+            runs: dict[str, Run] = {}
+            for side in peer.in_turn(list(costs), repeat):  # written at once: it stands where the other side fails
+                runs[side] = one = self.run(side, algo, model)
                 costs[side].append(one.costs)
                 steps = [{k: round(v, 6) for k, v in step.items()} for step in one.steps]
                 self.results.append(
                     {"algo": algo, "set": name, "repeat": repeat, "side": side, **one.costs, "steps": steps}
                 )
-            self.write()
+                self.write()
             if len(runs) == len(SIDES):
                 first = check(algo, runs["dsalign"].steps, runs["trl"].steps, self.args.dtype)
         if len(runs) == len(SIDES):

@@ -37,9 +37,10 @@ def kernel_rows(folder: Path) -> Iterator[Row]:
 
 
 def rollout_rows(folder: Path) -> Iterator[Row]:
-    """The rows of `compare_rollouts.py`'s results.jsonl, a failed way or check among them."""
+    """The rows of `compare_rollouts.py`'s results.jsonl, a failed way or check among them; behind every other way how
+    many times its rate that of `local` is, which comes first."""
     lines = _jsonl(folder / "results.jsonl")
-    about = next(lines, {})
+    about, local = next(lines, {}), 0.0
     for one in lines:
         case = f"{about['model']} {about['dtype']} {one['set']}"
         if "failed" in one:
@@ -50,6 +51,10 @@ def rollout_rows(folder: Path) -> Iterator[Row]:
             yield row(case, "copy of memory", one["bandwidth"] / 1e9, "GB/s")
         elif "tokens_per_wall_s" in one:
             yield row(case, one["way"], one["tokens_per_wall_s"], "tokens/s", one["of_limit"], 1024 * one["peak_gib"])
+            if one["way"] == "local":
+                local = one["tokens_per_wall_s"]
+            elif local:
+                yield row(case, f"local / {one['way']}", local / one["tokens_per_wall_s"], "times")
 
 
 def preference_training_rows(folder: Path) -> Iterator[Row]:

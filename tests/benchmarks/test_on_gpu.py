@@ -117,6 +117,7 @@ def test_rows_of_every_kind_of_file(scripts, tmp_path):
         {"set": "wide", "checked": ["local"], "logp_gap": {"local": 1e-6}},
         {"set": "wide", "way": "limit", "bandwidth": 4e12, "weight_bytes": 1.0, "token_bytes": 1.0},
         {"set": "wide", "way": "local", "tokens_per_wall_s": 5.0, "of_limit": 0.5, "peak_gib": 1.0},
+        {"set": "wide", "way": "plain", "tokens_per_wall_s": 2.0, "of_limit": 0.2, "peak_gib": 1.0},
         {"set": "wide", "way": "generate", "failed": "RuntimeError: out of memory\nmore"},
     ]
     ppo = [{}, {"setting": "C", "side": "trl", "wall_s": 2.0, "of_limit": 0.25, "peak_gib": 9, "device_peak_gib": 2.0}]
@@ -140,6 +141,8 @@ def test_rows_of_every_kind_of_file(scripts, tmp_path):
         [case, "check", 1e-6, "nats, gap of log-probabilities", "", ""],
         [case, "copy of memory", 4000.0, "GB/s", "", ""],
         [case, "local", 5.0, "tokens/s", 0.5, 1024.0],
+        [case, "plain", 2.0, "tokens/s", 0.2, 1024.0],
+        [case, "local / plain", 2.5, "times", "", ""],
         [case, "generate", "failed", "RuntimeError: out of memory", "", ""],
     ]
     assert found["tests"] == [["kernels", "passed", 2, "tests", "", ""], ["kernels", "failed", 1, "tests", "", ""]]
