@@ -198,7 +198,7 @@ def test_small_smollm_has_words_and_a_template_like_smollm2(scripts, tmp_path):
 def whole_command(out: Path, *words: str) -> tuple[int, str]:
     """The command as a user gives it: its exit status and its output."""
     command = [sys.executable, str(FOLDER / "on_gpu.py"), "--device", "cpu", "--small", "--out", str(out), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1850, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -233,6 +233,7 @@ def test_a_kernel_through_the_whole_command(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1900)
 def test_all_parts_through_the_whole_command(scripts, tmp_path):
     """Every part in its small form."""
     code, said = whole_command(tmp_path / "out")
