@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dsalign.models.attention import capped
 from dsalign.rollout.prompts import Place
+from dsalign_kernels import decode_attention, uses_triton
 
 BUCKET = 64  # tokens: the length of the slots is a multiple of it
 
@@ -41,6 +42,25 @@ class Slots:
             for layer, old in part.items():
                 part[layer] = _grown(old, self.length)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of all slots, bytes."""
+        return sum(held.nbytes for held in self.tensors())
+
+    @property
+    def row_bytes(self) -> int:
+        """The memory of one row of `longest` tokens, bytes, once a forward has shown the shapes of every layer."""
+        sizes = (held.shape[1] * held.shape[3] * held.element_size() for held in self.tensors())
+        return sum(sizes) * -(-self.longest // BUCKET) * BUCKET
+
+    def tensors(self) -> list[Tensor]:
+        """The keys and values of every layer."""
+        return [*self.keys.values(), *self.values.values()]
+
+    def clear(self) -> None:
+        """Let the memory go; the slots hold nothing any more."""
+        self.keys, self.values, self.length, self._masks = {}, {}, 0, {}
+
     def prefill(self, places: Sequence[Place], device: torch.device) -> None:
         """Say where the keys and values of the next forward go, whose input is a packed row of prompts."""
         self.reserve(max(place.at + place.stop - place.start for place in places))
@@ -49,16 +69,14 @@ class Slots:
             for x in places
         ]
 
-    def decode(self, positions: Tensor, longest: int) -> None:
+    def decode(self, rows: Tensor, positions: Tensor, live: int) -> None:
         """Say where the keys and values of the next forward go: of slot i, one token at positions[i].
 
-        positions: [n] int64 for the slots 0 to n - 1. longest: the largest of them.
+        rows: [n] int64, 0 to n - 1. positions: [n] int64. live: tokens of a slot that are read, above every position
+        whose output is used, and at most what is reserved.
         """
-        self.reserve(longest + 1)
         self._places, self._masks = None, {}
-        self._positions, self._live = positions, longest + 1
-        if len(self._rows) != len(positions):
-            self._rows = torch.arange(len(positions), device=positions.device)
+        self._rows, self._positions, self._live = rows, positions, live
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Copy the first `length` tokens of slots into other slots; sources, targets: [m] int64."""
@@ -94,7 +112,11 @@ class Slots:
         softcap: float | None,
     ) -> Tensor:
         """Attention of one token a slot over what the slot holds. query: [n, H, 1, D]; key, value: [n, heads, live, D],
-        where H / heads neighbouring queries share a head. Returns [n, H, 1, D]."""
+        where H / heads neighbouring queries share a head. Returns [n, H, 1, D]. On a GPU each row's live tokens alone
+        are read, on a CPU all `live` ones."""
+        if uses_triton("auto", query):
+            rows = query[:, :, 0], key, value, self._positions
+            return decode_attention(*rows, scaling=scaling, window=window, softcap=softcap)[:, :, None]
         n, heads = key.shape[:2]
         grouped = query.reshape(n, heads, -1, query.shape[-1])  # queries that share a head, as rows of one product
         mask = self._mask(window)

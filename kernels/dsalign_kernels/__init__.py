@@ -1,9 +1,11 @@
-"""Operations of a language model's head and of alignment losses, by Triton kernels on a GPU.
+"""Operations of a language model's head, of decoding and of alignment losses, by Triton kernels on a GPU.
 
-`selective_logps`, `linear_logps`, `linear_loss`, `gae` and `sample_tokens` also run without, on any device.
+`selective_logps`, `linear_logps`, `linear_loss`, `gae`, `sample_tokens` and `decode_attention` also run without, on any
+device.
 `preference`, `clipped_policy` and `clipped_value` are kernels alone. Nothing here imports dsalign.
 """
 
+from dsalign_kernels.decode_attention import decode_attention
 from dsalign_kernels.head import chunk_rows
 from dsalign_kernels.linear_logps import Scheme, default_bytes, linear_logps, linear_loss, scheme
 from dsalign_kernels.policy import Clipped, clipped_policy, clipped_value, gae
@@ -25,6 +27,7 @@ __all__ = [
     "chunk_rows",
     "clipped_policy",
     "clipped_value",
+    "decode_attention",
     "default_bytes",
     "gae",
     "gumbel",

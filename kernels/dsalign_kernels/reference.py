@@ -1,4 +1,4 @@
-"""The textbook formulas of the head's operations and of GAE in plain torch, on whole tensors.
+"""The textbook formulas of the head's operations, of decode attention and of GAE in plain torch, on whole tensors.
 
 Tests and benchmarks measure every implementation against them, in float64. A run calls one alone: `gae`, on a CPU.
 """
@@ -91,6 +91,28 @@ def linear_logps(
         temperature=temperature,
         ignore_index=ignore_index,
     )
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of one query token a row, query [B, H, D], over all of a cache [B, heads, L, D] and a mask; see
+    `dsalign_kernels.decode_attention`. Computed in float32, in float64 for float64."""
+    q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (query, keys, values))
+    k, v = (x.repeat_interleave(query.shape[1] // keys.shape[1], 1) for x in (k, v))
+    z = (k @ q[..., None])[..., 0] * (query.shape[2] ** -0.5 if scaling is None else scaling)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    behind = positions[:, None] - torch.arange(keys.shape[2], device=positions.device)
+    seen = (behind >= 0) & (behind < (keys.shape[2] if window is None else window))
+    p = torch.softmax(z.masked_fill(~seen[:, None], -torch.inf), 2)
+    return (p[:, :, None] @ v)[:, :, 0].to(query.dtype)
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, lam: float) -> Advantages:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import quick_if
 
 # In a process of its own: the interpreter, which the other tests use, is chosen when triton is imported.
 PROGRAM = """
@@ -17,11 +18,16 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dsalign_kernels import pair_kernels as p, row_kernels as k, sampling_kernels as s, token_kernels as t
+from dsalign_kernels import decode_attention_kernels as d, pair_kernels as p, row_kernels as k
+from dsalign_kernels import sampling_kernels as s, token_kernels as t
 
 target = json.loads(sys.argv[1])
 aim = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
 types = {"logits": "*bf16", "out": "*bf16", "tops": "*i1", "desirable": "*i1"}
+types |= dict.fromkeys(("queries", "held_keys", "held_values"), "*bf16")
+strides = [x for x in d._attend_kernel.arg_names if x.endswith(("_row", "_head", "_token"))]
+types |= dict.fromkeys(strides, "i32")
+types |= dict.fromkeys(("live", "window", "splits"), "i32")
 types |= dict.fromkeys(("targets", "lengths", "segment", "keys", "positions"), "*i64")
 types |= dict.fromkeys(("choices", "done"), "*i32")
 types |= dict.fromkeys(("stride", "out_stride", "columns", "first", "ignore_index", "rows", "spans"), "i32")
@@ -31,6 +37,10 @@ types |= dict.fromkeys(("desirable_weight", "undesirable_weight", "tail_weight")
 rows = {"HAS_SOFTCAP": True}
 table = k.BLOCKS.get(f"sm_{target}" if aim.backend == "cuda" else target, k.BLOCKS["other"])
 sums = {"GRADIENT": True, "COLUMNS": p.COLUMNS, "ROWS": p.ROWS}
+heads = {"GROUP": 7, "BLOCK_GROUP": 16, "WINDOWED": True, "SPLIT": d.SPLIT, "ALONE": False}
+wide = {"OUT": 256, "BLOCK_OUT": 256, "WIDTH": 256, "BLOCK_WIDTH": 256}
+narrow = {"OUT": 80, "BLOCK_OUT": 128, "WIDTH": 80, "BLOCK_WIDTH": 128}
+joined = {"OUT": 128, "BLOCK_OUT": 128, "WINDOWED": True, "SPLIT": d.SPLIT, "CHUNK": d.CHUNK}
 pairs = {"DIVERGENCE": 3, "HAS_REFERENCE": True, "MEAN_REWARDS": False, **sums}
 found = {}
 for name, kernel, constants, (block, warps) in (
@@ -45,13 +55,20 @@ for name, kernel, constants, (block, warps) in (
     ("value", t._value_kernel, sums, (t.BLOCK, t.WARPS)),
     ("sample", s._sample_kernel, {**rows, "FILTERED": True, "GREEDY": False, "SPAN": s.SPAN}, (s.BLOCK, s.WARPS)),
     ("merge", s._merge_kernel, rows, (32, 1)),
+    ("attend, 80 wide", d._attend_kernel, {**rows, **heads, **narrow}, (d.READS[256][0], d.WARPS)),
+    ("attend, 256 wide", d._attend_kernel, {**rows, **heads, **wide}, (d.READS[512][0], d.WARPS)),
+    ("join", d._join_kernel, joined, (None, 4)),
 ):
-    constants = {**constants, "BLOCK": block}
+    constants = {**constants, **({} if block is None else {"BLOCK": block})}
     # What `tokens` is: the ids that are drawn, or the number of tokens of a loss.
     types["tokens"] = "*i64" if kernel is s._merge_kernel else "i32"
     signature = {x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names}
-    options = {"num_warps": warps}
-    built = triton.compile(ASTSource(kernel, signature, constants), target=aim, options=options)
+    options, hints = {"num_warps": warps}, {}
+    if kernel is d._attend_kernel:  # as at run time: the strides of a cache are multiples of 16, so reads are pipelined
+        options["num_stages"] = 3
+        even = [i for i, x in enumerate(kernel.arg_names) if x in strides or signature[x].startswith("*")]
+        hints = {(i,): [["tt.divisibility", 16]] for i in even}
+    built = triton.compile(ASTSource(kernel, signature, constants, hints), target=aim, options=options)
     spills = None
     if aim.backend == "cuda":
         with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +88,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("target", [80, 90, 100, "gfx942"])
+@pytest.mark.parametrize("target", [quick_if(target in (90, "gfx942"), target) for target in (80, 90, 100, "gfx942")])
 def test_compiles_without_spills(target: int | str, tmp_path: Path) -> None:
     """For A100, H100 and H200, B200 and MI300; shared memory stays within 48 KiB."""
     more = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -85,6 +102,6 @@ def test_compiles_without_spills(target: int | str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout.splitlines()[-1])
-    assert len(found) == 11
+    assert len(found) == 14
     for name, numbers in found.items():
         assert numbers["spills"] == 0 and numbers["shared"] <= 48 * 1024, (name, numbers)
