@@ -216,14 +216,24 @@ def _floors(logits: Tensor, how: Transform, top_k: int, top_p: float) -> Tensor 
 def _floors_of(logits: Tensor, how: Transform, most: int, top_p: float) -> Tensor:
     """The same of a part of the rows, of which at most `most` tokens are kept."""
     some = most < logits.shape[1]
-    ordered = (logits.topk(most, 1) if some else logits.sort(1, descending=True)).values.float()
+    ordered = logits.topk(most, 1).values.float() if some else _descending(logits)
     if top_p == 1:
         return ordered[:, -1]
     z = _transformed(ordered.clone(), how)
     whole = _transformed(logits.to(torch.float32, copy=True), how) if some else z
     p = z.sub_(whole.logsumexp(1, keepdim=True)).exp_().double()
-    kept = (p.cumsum(1) - p < top_p).sum(1, keepdim=True)  # the tokens above it hold less
+    kept = (p.cumsum(1).sub_(p) < top_p).count_nonzero(1)[:, None]  # the tokens above it hold less
     return ordered.gather(1, kept.clamp(min=1) - 1)[:, 0]
+
+
+def _descending(logits: Tensor) -> Tensor:
+    """The logits of each row from the largest to the least, [B, V] float32, NaN first.
+
+    On a CPU NumPy sorts: its sort of numbers alone uses vector instructions, where torch's also moves their indices.
+    """
+    if logits.device.type != "cpu":
+        return logits.sort(1, descending=True).values.float()
+    return torch.from_numpy(np.sort(logits.float().numpy(), 1)[:, ::-1].copy())
 
 
 def _transformed(x: Tensor, how: Transform) -> Tensor:

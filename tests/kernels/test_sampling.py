@@ -252,6 +252,15 @@ def test_a_draw_does_not_depend_on_its_batch(how: dict[str, Any], impl: Any, mon
         assert same(sample_tokens(view, keys, positions, impl=impl, **how), slice(None))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_order_of_the_logits_is_that_of_a_sort(dtype: torch.dtype) -> None:
+    """From the largest down, NaN before +inf, -inf last, equal ones kept: what torch's own sort gives."""
+    logits = (inputs(6, 3000, spread=3)[0].to(dtype) * 8).round() / 8
+    logits[1, 5:9], logits[2, ::3], logits[3, 7], logits[4] = NAN, -INF, INF, 0
+    want = logits.sort(1, descending=True).values.float()
+    torch.testing.assert_close(sampling._descending(logits), want, rtol=0, atol=0, equal_nan=True)
+
+
 def inverted(logits: Tensor, draws: Tensor) -> Tensor:
     """Tokens [n, draws] by inverting the cumulative distribution of logits [n, V], at draws [n, draws] in [0, 1)."""
     cumulative = torch.softmax(logits, 1).double().cumsum(1)
