@@ -31,6 +31,14 @@ class OnlineDPO(Algorithm):
         check_range("num_generations", self.num_generations, 2)
         check_range("num_mini_batches", self.num_mini_batches, 1)
 
+    def check(self, rollout: rollouts.RolloutOptions) -> None:
+        """Raise ValueError where rollout_is_cap is set: importance weights are of policy gradients."""
+        if rollout.rollout_is_cap:
+            raise ValueError(
+                "rollout_is_cap: expected 0 with online_dpo, whose pairs are compared with the reference and not with "
+                f"what sampled them, got {rollout.rollout_is_cap}"
+            )
+
     @property
     def traits(self) -> Traits:
         """The roles of sampling with a reference, and one pass over a rollout batch: its pairs stay on policy."""

@@ -13,6 +13,7 @@ import torch
 
 from dsalign.contract.algorithm import Context, Traits, check_choice, check_range
 from dsalign.contract.groups import Batch, Group, Metric, Metrics, Prepared, Sampled
+from dsalign.contract.importance import WEIGHTS, truncated_weights
 from dsalign.contract.maths import mean, ratio, token_kl
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class RolloutOptions:
     rollout_logp_limit: float = 0.5  # nats: stop when sampler and trainer differ by more on average, > 0
     rollout: str = "auto"  # the engine that samples: auto, local, plain or hybrid
     old_logps: str = "auto"  # whose log-probabilities the ratio starts from: auto, sampler or trainer
+    rollout_is_cap: float = 0.0  # cap of a token's weight e^(trainer's - sampler's logp), >= 1; 0 = no weights
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "local_rollout_forward_batch_size"):
@@ -49,6 +51,13 @@ class RolloutOptions:
         check_choice("old_logps", self.old_logps, ("auto", "sampler", "trainer"))
         if self.missing_eos_penalty is not None:
             check_range("missing_eos_penalty", self.missing_eos_penalty, 0)
+        if not (self.rollout_is_cap == 0 or self.rollout_is_cap >= 1):
+            raise ValueError(f"rollout_is_cap: expected a number >= 1, or 0 for no weights, got {self.rollout_is_cap}")
+        if self.rollout_is_cap and self.old_logps == "sampler":
+            raise ValueError(
+                "rollout_is_cap: its weights compare the trainer's log-probabilities with the sampler's, and old_logps "
+                "sampler takes the sampler's for both; use --old_logps auto or trainer"
+            )
 
 
 def traits_of(reference: bool, *, epochs: int = 1, mini_batches: int = 1) -> Traits:
@@ -77,6 +86,7 @@ class Rollouts:
     scores: Sequence[Tensor]
     metrics: Metrics
     samples: Sequence[Mapping[str, Any]] = ()
+    weights: Sequence[Tensor] = ()
 
     def select(self, kept: Sequence[int]) -> Rollouts:
         """The rollouts of the groups with the indices `kept`; metrics and samples stay those of all groups."""
@@ -87,6 +97,7 @@ class Rollouts:
             [self.scores[i] for i in kept],
             self.metrics,
             self.samples,
+            [self.weights[i] for i in kept] if self.weights else (),
         )
 
     def with_signal(self) -> Rollouts:
@@ -104,6 +115,7 @@ class Rollouts:
             [*self.scores, *other.scores],
             _added(self.metrics, other.metrics),
             self.samples,
+            [*self.weights, *other.weights],
         )
 
     def prepared(
@@ -112,11 +124,11 @@ class Rollouts:
         """The prepared batch of these rollouts.
 
         metrics: logged beside the rollouts' own. shared: as in `Prepared`. fields: one 1-D tensor a group, kept beside
-        the field "old".
+        the field "old" and the weights.
         """
         return Prepared(
             self.groups,
-            {"old": self.old, **fields},
+            {"old": self.old, **({WEIGHTS: self.weights} if self.weights else {}), **fields},
             shared or {},
             {**self.metrics, **(metrics or {})},
             self.samples,
@@ -135,6 +147,8 @@ def sample(ctx: Context, batch: Batch, num_generations: int, *, overlong_buffer:
     sampled = ctx.generate("policy", batch.local, num_generations, first)
     groups, (old, gap) = sampled.groups, old_logps(ctx, sampled)
     check_sampler(ctx, gap)
+    cap = options.rollout_is_cap
+    weights, of_weights = truncated_weights(sampled.logps, old, cap) if cap else ([], {})
     found = ctx.scores(groups)
     scores = [
         missing_end(s, g, ctx.end_ids, options.missing_eos_penalty)
@@ -150,9 +164,10 @@ def sample(ctx: Context, batch: Batch, num_generations: int, *, overlong_buffer:
         **{f"objective/scores/{name}": (_sum(of), count) for name, of in by_source.items()},
         "val/num_eos_tokens": (with_end, 1),  # of all ranks, said by each
         "rollout/logp_gap": gap,
+        **of_weights,
         "episode": ((batch.seen + len(batch.groups)) * num_generations, 1),  # completions so far
     }
-    return Rollouts(groups, batch.mine, old, scores, metrics, table(ctx, groups, scores))
+    return Rollouts(groups, batch.mine, old, scores, metrics, table(ctx, groups, scores), weights)
 
 
 def old_logps(ctx: Context, sampled: Sampled) -> tuple[Sequence[Tensor], Metric]:

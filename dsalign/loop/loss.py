@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsalign.contract.algorithm import Algorithm, loss_of
 from dsalign.contract.groups import Fused, Metrics, MicroBatch, Output
+from dsalign.contract.importance import weighted
 from dsalign.contract.maths import entropy_metric
 from dsalign_kernels import Impl, Recipe, clipped_policy, clipped_value, preference, uses_triton
 from dsalign_kernels import gae as gae_of_tokens
@@ -27,13 +28,15 @@ def scaled_loss(
     """The loss of a trained role on a micro-batch, and its metrics.
 
     The loss is a scalar float32 with gradient: the terms of the algorithm's <role>_loss, each times scales[its unit],
-    added up; a term whose unit is not in scales is left out. out: the role's output for the micro-batch.
+    added up; a term whose unit is not in scales is left out. out: the role's output for the micro-batch. Where the
+    batch has importance weights, the gradient of each token is multiplied by its own, see `weighted`.
 
     impl "torch" calls <role>_loss; "triton" calls the kernel that the algorithm's `fused` names, and <role>_loss where
     it names none; "auto" is "triton" on a GPU and "torch" elsewhere. Float64 is always computed by <role>_loss.
     Raises ValueError where "triton" can't run on this device, and where a kernel's inputs don't fit: where the field
     "reference" is missing, for instance.
     """
+    out = weighted(out, batch)
     fused = algorithm.fused(role, batch) if uses_triton(impl, out.numbers) else None
     if fused is not None:
         return KERNELS[fused.kernel](fused, out, batch, scales)

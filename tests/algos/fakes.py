@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Batch, Group, MicroBatch, Output, Prepared, Sampled, Scores
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.packing import cut
@@ -176,8 +175,8 @@ def output(model: Model, groups: Sequence[Group]) -> Output:
 
 def divided(algorithm: Any, role: str, out: Output, micro: MicroBatch) -> Tensor:
     """The loss of a global batch that is one micro-batch of one rank, each term over its count as the trainer does."""
-    loss, units = loss_of(algorithm, role, out, micro), algorithm.units(micro)
-    return sum((term / units[unit] for unit, term in loss.terms.items() if units[unit]), torch.zeros(()))
+    scales = {unit: 1 / count for unit, count in algorithm.units(micro).items() if count}
+    return fused.scaled_loss(algorithm, role, out, micro, scales, impl="torch")[0]
 
 
 def loss_and_gradient(

@@ -58,11 +58,16 @@ def check(
     loss: Callable[..., tuple[float, oracle.Slopes]],
     plays: Plays = PLAYS,
     penalty: float | None = None,
+    cap: float = 0.0,
     **switches: Any,
 ) -> None:
-    """dsalign's loss of the whole step, and its slope a token, are those of the oracle's `loss`."""
-    rollout = RolloutOptions(max_new_tokens=MOST, missing_eos_penalty=penalty)
+    """dsalign's loss of the whole step, and its slope a token, are those of the oracle's `loss`; with a `cap` each
+    slope is that of the oracle times min(e^(old - sampler), cap)."""
+    rollout = RolloutOptions(max_new_tokens=MOST, missing_eos_penalty=penalty, rollout_is_cap=cap)
     want, slopes = loss(batch_of(plays, rollout, getattr(algorithm, "overlong_buffer", 0)), **switches)
+    if cap:
+        weights = [[np.minimum(np.exp(p.old - p.sampler), cap) for p in plays[i]] for i in sorted(plays)]
+        slopes = [[w * s for w, s in zip(*each, strict=True)] for each in zip(weights, slopes, strict=True)]
     for dtype, limit in LIMITS:
         with precision(dtype):
             ((prepared, _),) = prepared_from(algorithm, plays, given=prompts(len(plays)), rollout=rollout)
@@ -123,6 +128,31 @@ def test_rloo(options: dict[str, Any]) -> None:
 def test_reinforce(count: int, options: dict[str, Any]) -> None:
     plays = {i: PLAYS[i][:count] for i in PLAYS}
     check(algos.load("reinforce")(num_generations=count, **options), oracle.reinforce, plays, **options)
+
+
+def drifted(p: Played) -> Played:
+    """The same completion by a sampler whose log-probabilities are up to half a nat off."""
+    gaps = np.random.default_rng([7, *p.ids]).integers(-128, 128, len(p.ids), endpoint=True) / 256
+    return replace(p, sampler=p.old - gaps)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("grpo", {"most": MOST, "beta": 0.5}),
+        ("grpo", {"most": MOST, "loss_norm": "token", "mask_truncated": True}),
+        ("rloo", {}),
+        ("reinforce", {}),
+    ],
+    ids=str,
+)
+def test_importance_weights(name: str, options: dict[str, Any]) -> None:
+    """Each token has its own, also in RLOO, whose ratio is that of a whole completion; the loss is the one without."""
+    plays = {i: [drifted(p) for p in PLAYS[i]] for i in PLAYS}
+    gaps = np.concatenate([p.old - p.sampler for each in plays.values() for p in each])
+    assert 0 < (gaps > np.log(1.25)).mean() < 0.5
+    fields = {key: value for key, value in options.items() if key != "most"}
+    check(algos.load(name)(num_generations=3, **fields), getattr(oracle, name), plays, cap=1.25, **options)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])

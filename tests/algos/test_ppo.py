@@ -10,7 +10,7 @@ import numpy as np
 import oracle_ppo as oracle
 import pytest
 import torch
-from fakes import CPU, Array, flat, metrics_of, precision
+from fakes import CPU, Array, divided, flat, metrics_of, precision
 from recorded import (
     END,
     LIMITS,
@@ -30,6 +30,7 @@ from recorded import (
 from dsalign.algos.ppo import PPO
 from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Output, Prepared
+from dsalign.contract.importance import WEIGHTS
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.packing import cut, micro_batch
 
@@ -221,6 +222,24 @@ def test_policy_loss_and_gradient(cliprange: float) -> None:
         assert out.logps is not None and out.logps.grad is not None
         assert float(found.detach()) / 22 == pytest.approx(want, rel=limit)
         assert apart(out.logps.grad.double().numpy(), slopes) <= max(limit, 1e-8)
+
+
+def test_importance_weights_are_of_the_policy_alone() -> None:
+    """A token's slope of the policy loss is multiplied by its weight, and the critic's is as it was."""
+    made, ppo = update(), algorithm()
+    weights = [np.random.default_rng(i).uniform(0.2, 2.0, len(x)) for i, x in enumerate(made.old)]
+    slopes = oracle.gradient(lambda x: oracle.policy_loss(x, made.old, made.advantages, ppo.cliprange), made.logps)
+    with precision(torch.float64):
+        prepared, found = ready(made), dict[str, Array]()
+        of_groups = [tensor(flat(weights[2 * i : 2 * i + 2])) for i in range(4)]
+        for name, fields in (("plain", {}), ("weighted", {WEIGHTS: of_groups})):
+            micro = cut(replace(prepared, fields={**prepared.fields, **fields}), range(4), CPU)
+            for role, out in zip(("policy", "value"), outputs(made), strict=True):
+                divided(ppo, role, out, micro).backward()
+                found[f"{name} {role}"] = out.numbers.grad.numpy()  # type: ignore[union-attr]
+    assert apart(found["plain policy"], flat(slopes)) <= 1e-8
+    assert apart(found["weighted policy"], flat(weights) * flat(slopes)) <= 1e-8
+    assert found["weighted value"].tolist() == found["plain value"].tolist()
 
 
 @pytest.mark.parametrize("vf_coef", [0.1, 1.0, 0.0])

@@ -11,6 +11,7 @@ from support import ALGORITHMS, random_groups
 
 from dsalign import algos
 from dsalign.contract.groups import MicroBatch, Output
+from dsalign.contract.importance import WEIGHTS
 from dsalign.data.batches.packing import micro_batch
 from dsalign.loop.loss import gae, scaled_loss
 
@@ -95,6 +96,22 @@ def test_as_the_file_says(name: str) -> None:
         assert set(metrics_a) == set(metrics_b)
         for key, value in metrics_a.items():
             assert metrics_b[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_importance_weights_reach_a_kernel_too(impl: Any) -> None:
+    """The gradient of each token is multiplied by its weight; loss and metrics are those without, bit for bit."""
+    batch, out = given("prompts")
+    weights = torch.linspace(0.0, 2.0, len(batch.segment), device=DEVICE)
+    found = []
+    for one in (batch, replace(batch, fields={**batch.fields, WEIGHTS: weights})):
+        leaf = out.logps.clone().requires_grad_()  # type: ignore[union-attr]
+        loss, metrics = scaled_loss(algos.load("ppo")(), "policy", Output(logps=leaf), one, UNITS, impl=impl)
+        numbers = {n: (float(total), float(count)) for n, (total, count) in metrics.items()}
+        found.append((torch.autograd.grad(loss, leaf)[0], float(loss.detach()), numbers))
+    assert float(found[0][0].abs().min()) == 0 < float(found[0][0].abs().max()), "some tokens are clipped"
+    torch.testing.assert_close(found[1][0], weights * found[0][0], rtol=1e-6, atol=0)
+    assert found[1][1:] == found[0][1:]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
