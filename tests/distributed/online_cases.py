@@ -56,7 +56,11 @@ class Recorded(RunContext):
                 for _ in range(samples)
             )
             filled.append(Group(g.index, g.where, g.prompt, answers, g.prompt_text))
-        return Sampled(filled, self.logps(role, filled))
+        logps = self.logps(role, filled)
+        if self.rollout.rollout_is_cap:  # by a sampler of another precision: up to 0.3 nats off
+            angles = [17.0 * g.index + torch.arange(len(x)) for g, x in zip(filled, logps, strict=True)]
+            logps = [x + 0.3 * torch.sin(angle) for x, angle in zip(logps, angles, strict=True)]
+        return Sampled(filled, logps)
 
 
 def build(
@@ -69,10 +73,11 @@ def build(
     steps: int,
     recorded: bool,
     rate: float,
+    optimizer: str | None = None,
     **rollout: Any,
 ) -> Recording:
     """A trainer of 8 prompts a step; with `recorded` SGD and recorded completions, else AdamW and real rollouts.
-    rollout: options of it."""
+    optimizer: another one than these. rollout: options of it."""
     device, world, traits = torch.device("cpu"), dist.world_size(), algorithm.traits
     options, source, sampling = model_options(tuner), resolve(str(folder)), RolloutOptions(**rollout)
     optim = section(
@@ -80,7 +85,7 @@ def build(
         deepspeed=ds_file({"zero_optimization": STAGES[stage]}),
         batch_size=batch_size,
         max_grad_norm=0.0 if recorded else 1.0,
-        optimizer="sgd" if recorded else "adamw",
+        optimizer=optimizer or ("sgd" if recorded else "adamw"),
         learning_rate=rate,
         weight_decay=0.0,
         lr_scheduler_type="constant",
@@ -117,6 +122,7 @@ CUT: dict[str, dict[str, Any]] = {  # settings whose gradient is compared over c
     "reinforce": {"num_generations": 2, "kl_estimator": "k3"},
     "online_dpo": {"num_generations": 3},
 }
+CAPPED = {"ppo": 1.2, "grpo": 1.2, "rloo": 1.2}  # algorithm -> its rollout_is_cap, where it has weights
 
 
 def gradient(name: str, folder: Path, stage: str, tuner: str, batch_size: int, exact: bool = False) -> Any:
@@ -124,6 +130,7 @@ def gradient(name: str, folder: Path, stage: str, tuner: str, batch_size: int, e
     `exact`: in float64 and padded rows of one completion each."""
     algorithm = algos.load(name)(**CUT[name])
     how: dict[str, Any] = {"batch_size": batch_size, "steps": 1, "recorded": True, "rate": 0.01, "temperature": 0.7}
+    how["rollout_is_cap"] = CAPPED.get(name, 0.0)
     trainer = build(folder, algorithm, stage=stage, tuner=tuner, **how)
     found: dict[str, Any] = {}
     for engine in trainer.roles.engines.values():
