@@ -33,9 +33,9 @@ class OnlineDPO(Algorithm):
 
     def check(self, rollout: rollouts.RolloutOptions) -> None:
         """Raise ValueError where rollout_is_cap is set: importance weights are of policy gradients."""
-        if rollout.rollout_is_cap:
+        if rollout.rollout_is_cap is not None:
             raise ValueError(
-                "rollout_is_cap: expected 0 with online_dpo, whose pairs are compared with the reference and not with "
+                "rollout_is_cap: expected none with online_dpo, whose pairs are compared with the reference and not with "
                 f"what sampled them, got {rollout.rollout_is_cap}"
             )
 

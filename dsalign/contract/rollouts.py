@@ -37,7 +37,7 @@ class RolloutOptions:
     rollout_logp_limit: float = 0.5  # nats: stop when sampler and trainer differ by more on average, > 0
     rollout: str = "auto"  # the engine that samples: auto, local, plain or hybrid
     old_logps: str = "auto"  # whose log-probabilities the ratio starts from: auto, sampler or trainer
-    rollout_is_cap: float = 0.0  # cap of a token's weight e^(trainer's - sampler's logp), >= 1; 0 = no weights
+    rollout_is_cap: float | None = None  # cap of a token's weight e^(trainer's - sampler's logp), >= 1
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "local_rollout_forward_batch_size"):
@@ -51,9 +51,9 @@ class RolloutOptions:
         check_choice("old_logps", self.old_logps, ("auto", "sampler", "trainer"))
         if self.missing_eos_penalty is not None:
             check_range("missing_eos_penalty", self.missing_eos_penalty, 0)
-        if not (self.rollout_is_cap == 0 or self.rollout_is_cap >= 1):
-            raise ValueError(f"rollout_is_cap: expected a number >= 1, or 0 for no weights, got {self.rollout_is_cap}")
-        if self.rollout_is_cap and self.old_logps == "sampler":
+        if self.rollout_is_cap is not None and not self.rollout_is_cap >= 1:
+            raise ValueError(f"rollout_is_cap: expected none or a number >= 1, got {self.rollout_is_cap}")
+        if self.rollout_is_cap is not None and self.old_logps == "sampler":
             raise ValueError(
                 "rollout_is_cap: its weights compare the trainer's log-probabilities with the sampler's, and old_logps "
                 "sampler takes the sampler's for both; use --old_logps auto or trainer"
@@ -148,7 +148,7 @@ def sample(ctx: Context, batch: Batch, num_generations: int, *, overlong_buffer:
     groups, (old, gap) = sampled.groups, old_logps(ctx, sampled)
     check_sampler(ctx, gap)
     cap = options.rollout_is_cap
-    weights, of_weights = truncated_weights(sampled.logps, old, cap) if cap else ([], {})
+    weights, of_weights = truncated_weights(sampled.logps, old, cap) if cap is not None else ([], {})
     found = ctx.scores(groups)
     scores = [
         missing_end(s, g, ctx.end_ids, options.missing_eos_penalty)

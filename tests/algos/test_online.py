@@ -58,7 +58,7 @@ def check(
     loss: Callable[..., tuple[float, oracle.Slopes]],
     plays: Plays = PLAYS,
     penalty: float | None = None,
-    cap: float = 0.0,
+    cap: float | None = None,
     **switches: Any,
 ) -> None:
     """dsalign's loss of the whole step, and its slope a token, are those of the oracle's `loss`; with a `cap` each

@@ -85,7 +85,7 @@ def test_weights_stay_with_their_groups_in_dynamic_sampling() -> None:
 @pytest.mark.parametrize("cap", [0.5, -1.0, math.nan])
 def test_a_cap_below_1_is_refused(cap: float) -> None:
     """It would hold down every token, also where sampler and trainer agree; 1 and infinity are caps."""
-    with pytest.raises(ValueError, match=f"^rollout_is_cap: expected a number >= 1, or 0 for no weights, got {cap}$"):
+    with pytest.raises(ValueError, match=f"^rollout_is_cap: expected none or a number >= 1, got {cap}$"):
         RolloutOptions(rollout_is_cap=cap)
     assert RolloutOptions(rollout_is_cap=1.0).rollout_is_cap == 1 and RolloutOptions(rollout_is_cap=math.inf)
 
@@ -94,7 +94,7 @@ def test_a_cap_below_1_is_refused(cap: float) -> None:
     ("words", "said"),
     [
         ("ppo --old_logps sampler", "and old_logps sampler takes the sampler's for both"),
-        ("online_dpo", "rollout_is_cap: expected 0 with online_dpo"),
+        ("online_dpo", "rollout_is_cap: expected none with online_dpo"),
     ],
 )
 def test_a_cap_that_would_do_nothing_is_refused(words: str, said: str) -> None:

@@ -57,7 +57,7 @@ class Recorded(RunContext):
             )
             filled.append(Group(g.index, g.where, g.prompt, answers, g.prompt_text))
         logps = self.logps(role, filled)
-        if self.rollout.rollout_is_cap:  # by a sampler of another precision: up to 0.3 nats off
+        if self.rollout.rollout_is_cap is not None:  # by a sampler of another precision: up to 0.3 nats off
             angles = [17.0 * g.index + torch.arange(len(x)) for g, x in zip(filled, logps, strict=True)]
             logps = [x + 0.3 * torch.sin(angle) for x, angle in zip(logps, angles, strict=True)]
         return Sampled(filled, logps)
@@ -130,7 +130,7 @@ def gradient(name: str, folder: Path, stage: str, tuner: str, batch_size: int, e
     `exact`: in float64 and padded rows of one completion each."""
     algorithm = algos.load(name)(**CUT[name])
     how: dict[str, Any] = {"batch_size": batch_size, "steps": 1, "recorded": True, "rate": 0.01, "temperature": 0.7}
-    how["rollout_is_cap"] = CAPPED.get(name, 0.0)
+    how["rollout_is_cap"] = CAPPED.get(name)
     trainer = build(folder, algorithm, stage=stage, tuner=tuner, **how)
     found: dict[str, Any] = {}
     for engine in trainer.roles.engines.values():
