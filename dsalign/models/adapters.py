@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -15,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsalign.config.schema import ModelOptions
+from dsalign.models import adapter_files
 from dsalign.models.names import Source
 
 TRAINED, START = "default", "start"  # names of the trained adapter, and of a frozen copy of it as training started
@@ -22,24 +25,41 @@ QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", 
 
 
 def merge(model: PreTrainedModel, adapter: Path | None) -> PreTrainedModel:
-    """The model with the adapter in the folder `adapter` merged into its weights; None = the model as it is."""
+    """The model with the adapter in the folder `adapter` merged into its weights; None = the model as it is.
+
+    Raises ValueError as `adapter_files.stored` and `adapter_files.fill` do.
+    """
     if adapter is None:
         return model
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged: PreTrainedModel = _opened(model, adapter, trainable=False).merge_and_unload()
     return merged
+
+
+def _opened(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftModel:
+    """A PEFT model with the adapter of a folder, called TRAINED; where it is trainable, with its frozen copy START."""
+    stored = adapter_files.stored(adapter)
+    adapter_files.resize(model, stored, adapter)
+    stored.config.inference_mode = not trainable
+    peft_model = get_peft_model(model, copy.deepcopy(stored.config), adapter_name=TRAINED)
+    adapter_files.fill(peft_model, TRAINED, stored, adapter)
+    if trainable:
+        frozen = copy.deepcopy(stored.config)
+        frozen.inference_mode = True
+        peft_model.add_adapter(START, frozen)
+        adapter_files.fill(peft_model, START, stored, adapter)
+        peft_model.set_adapter(TRAINED)
+    return cast(PeftModel, peft_model)
 
 
 def add(model: PreTrainedModel, source: Source, options: ModelOptions, seed: int) -> PeftModel:
     """A PEFT model whose adapter TRAINED is trained: a new one, or the source's adapter beside START, its frozen copy.
 
     A source's adapter keeps its rank, alpha and layers and takes the dropout of `options`. seed: of a new adapter.
-    Raises ValueError where a name in lora_target_modules is no layer's.
+    Raises ValueError where a name in lora_target_modules is no layer's, or the source's adapter does not fit the model.
     """
     dropout = options.lora_dropout
     if source.adapter is not None:
-        peft_model = PeftModel.from_pretrained(model, source.adapter, adapter_name=TRAINED, is_trainable=True)
-        peft_model.load_adapter(source.adapter, adapter_name=START, is_trainable=False)
-        peft_model.set_adapter(TRAINED)
+        peft_model = _opened(model, source.adapter, trainable=True)
         peft_model.peft_config[TRAINED].lora_dropout = dropout
         for layer in peft_model.modules():
             if isinstance(layer, LoraLayer) and TRAINED in layer.lora_dropout:

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsalign.data.batches.packing import Inputs
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.logps import Head, HeadLoss, LogitTransform
+from dsalign.models.weights import read_tensors, refuse_broken
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
@@ -126,28 +126,41 @@ class ValueModel(Backbone):
         """The values of the M positions that `inputs.states` lists: [M] float32."""
         return cast(Tensor, self.v_head(self.states(inputs)[inputs.states]))
 
+    def set_head(self, state: dict[str, Tensor], where: str) -> None:
+        """Copy a value head (v_head.summary.weight and .bias) or a score layer (score.weight, maybe .bias) into ours.
+
+        where: what the message names. Raises ValueError where names or shapes do not fit this model, as for a
+        classifier of several labels, or a number is not finite.
+        """
+        refuse_broken(where, state)
+        given = {name.replace("score.", "v_head.summary."): tensor for name, tensor in state.items()}
+        if BIAS not in given and "score.weight" in state:
+            given[BIAS] = torch.zeros(1)
+        want = tuple(self.v_head.summary.weight.shape)
+        found = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        if found != {WEIGHT: want, BIAS: (1,)}:
+            if "score.weight" in state and state["score.weight"].shape[0] != 1:
+                raise ValueError(f"reward model: {where} must have one label (its `score` layer one output)")
+            raise ValueError(f"{where}: its value head holds {found}; expected {WEIGHT} {want} and {BIAS} (1,)")
+        with torch.no_grad():
+            self.v_head.summary.weight.copy_(given[WEIGHT])
+            self.v_head.summary.bias.copy_(given[BIAS])
+
     def load_head(self, folder: Path | None) -> bool:
         """Read the value head in `folder`, if there is one; returns whether there was.
 
         It is value_head.safetensors, as dsalign writes it, or value_head.bin, a pickle of the same two tensors.
-        Raises ValueError where their names or shapes do not fit this model, or the pickle holds more than tensors.
+        Raises ValueError where it does not fit this model, as `set_head`, or the pickle holds more than tensors.
         """
-        if folder is None:
+        files = [] if folder is None else [folder / name for name in (VALUE_HEAD_FILE, "value_head.bin")]
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
             return False
-        if (folder / VALUE_HEAD_FILE).exists():
-            state: dict[str, Any] = load_file(folder / VALUE_HEAD_FILE)
-        elif (folder / "value_head.bin").exists():
-            try:
-                state = torch.load(folder / "value_head.bin", weights_only=True, map_location="cpu")
-            except pickle.UnpicklingError as error:
-                raise ValueError(f"{folder}/value_head.bin holds more than tensors and is not opened") from error
-        else:
-            return False
-        want = tuple(self.v_head.summary.weight.shape)
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if found != {WEIGHT: want, BIAS: (1,)}:
-            raise ValueError(f"{folder}: its value head holds {found}; expected {WEIGHT} {want} and {BIAS} (1,)")
-        with torch.no_grad():
-            self.v_head.summary.weight.copy_(state[WEIGHT])
-            self.v_head.summary.bias.copy_(state[BIAS])
+        try:
+            state = read_tensors(file)
+        except ValueError as error:
+            if isinstance(error.__cause__, pickle.UnpicklingError):
+                raise ValueError(f"{file} holds more than tensors and is not opened") from error
+            raise
+        self.set_head(state, str(file))
         return True

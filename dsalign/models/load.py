@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from dsalign import cpu
 from dsalign.config.schema import ModelOptions
 from dsalign.models import adapters, attention
+from dsalign.models.adapter_files import head_of
 from dsalign.models.heads import CausalModel, ValueModel, unwrap
 from dsalign.models.last_layer import layers_of, skip_unread_mlp
 from dsalign.models.names import Source
 from dsalign.models.tokenizer import named
+from dsalign.models.weights import load_checked, stored_head
 
 logger = logging.getLogger(__name__)
 VALUE_ROLES = frozenset({"reward", "value"})  # roles with a value head; the models of others give log-probabilities
@@ -32,12 +35,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_causal(
-    source: Source, options: ModelOptions, *, device: torch.device, dropout: bool = False
+    source: Source, options: ModelOptions, *, device: torch.device, dropout: bool = False, value: bool = False
 ) -> PreTrainedModel:
     """The causal language model of a source, on the CPU and without the source's adapter.
 
     device: on which it will run, which decides what dtype `auto` is. dropout: whether the model's own dropout stays;
-    if not, it is set to 0. Raises ValueError where the model cannot be opened.
+    if not, it is set to 0. value: whether it gets a value head, so that its own head need not be in the file.
+    Raises ValueError where the model cannot be opened, or its weights are not all there and finite.
     """
     with named(source):
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
@@ -46,9 +50,10 @@ def load_causal(
     if options.trust_remote_code and hasattr(config, "auto_map"):
         logger.warning("running the Python code that comes with %s (--trust_remote_code)", source.weights)
     with named(source):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_checked(
             source.weights,
-            config=config,
+            config,
+            value=value,
             dtype=resolve_dtype(options.dtype, device),
             attn_implementation=_attention_of(config) if options.attn_impl == "auto" else options.attn_impl,
             trust_remote_code=options.trust_remote_code,
@@ -73,7 +78,7 @@ def load_trained(
     dropout: whether the model's own dropout stays. seed: of a new adapter and a new value head.
     Raises ValueError where the model cannot be opened, or has no layer of the names in lora_target_modules.
     """
-    model = load_causal(source, options, device=device, dropout=dropout)
+    model = load_causal(source, options, device=device, dropout=dropout, value=role in VALUE_ROLES)
     shares = attention.share(model)
     if options.tuner == "lora":
         model = adapters.add(model, source, options, seed)
@@ -97,7 +102,7 @@ def load_frozen(role: str, source: Source, options: ModelOptions, *, device: tor
 
     Raises ValueError where the model cannot be opened, or the role needs a value head and the source has none.
     """
-    model = load_causal(source, options, device=device)
+    model = load_causal(source, options, device=device, value=role in VALUE_ROLES)
     shares = attention.share(model)
     model = adapters.merge(model, source.adapter)
     wrapped, whole = _wrap(role, model, source, options, shares, seed=0)
@@ -117,29 +122,29 @@ def _wrap(
     if role not in VALUE_ROLES:
         return CausalModel(model, shares, options.head_memory and options.head_memory * 2**20), True
     wrapped = ValueModel(model, seed, shares)
-    return wrapped, wrapped.load_head(source.value_head) or _load_classifier_head(wrapped, source, options)
+    return wrapped, _load_head(wrapped, source, options)
 
 
-def _load_classifier_head(wrapped: ValueModel, source: Source, options: ModelOptions) -> bool:
-    """Copy the score layer of a sequence-classification model into the value head; returns False where the source is
-    another kind of model.
+def _load_head(wrapped: ValueModel, source: Source, options: ModelOptions) -> bool:
+    """Read the value head of a source, the nearest to its adapter first: value_head.safetensors in its folder, the
+    adapter's own score layer, the base's value_head.safetensors, the base's score layer. Returns whether there is one.
 
-    Raises ValueError where the layer has more than one output, as then no single number is the score.
+    Raises ValueError where it does not fit, or a classifier has no score layer.
     """
+    if wrapped.load_head(source.value_head):
+        return True
+    if head := head_of(source.adapter):
+        wrapped.set_head(head, str(source.adapter))
+        return True
+    if source.adapter is not None and wrapped.load_head(Path(source.weights)):
+        return True
+    if head := stored_head(source.weights):
+        wrapped.set_head(head, source.weights)
+        return True
     config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-        return False
-    with named(source):
-        classifier = AutoModelForSequenceClassification.from_pretrained(source.weights, dtype=torch.float32)
-    score = getattr(classifier, "score", None)
-    if not isinstance(score, torch.nn.Linear) or score.out_features != 1:
-        raise ValueError(f"reward model: {source.weights} must have one label (its `score` layer one output)")
-    with torch.no_grad():
-        wrapped.v_head.summary.weight.copy_(score.weight)
-        wrapped.v_head.summary.bias.zero_()
-        if score.bias is not None:
-            wrapped.v_head.summary.bias.copy_(score.bias)
-    return True
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        raise ValueError(f"{source.weights} is a classifier without a layer called score; give its score.weight")
+    return False
 
 
 def _without_dropout(config: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import VOCABULARY, section, tiny_config, tiny_folder, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -271,14 +271,13 @@ def test_the_score_layer_of_a_classifier_is_the_value_head(role: str, trained: b
     assert {p.requires_grad for p in model.v_head.parameters()} == {trained}
 
 
-def test_the_bias_of_a_score_layer_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bias_of_a_score_layer_is_kept(tmp_path: Path) -> None:
     """Most classifiers have none, and then the value head's is 0."""
     folder = classifier_folder(tmp_path)
     plain = load_frozen("reward", resolve(str(folder)))
     assert plain.v_head.summary.bias.tolist() == [0.0]
-    opened = LlamaForSequenceClassification.from_pretrained(folder)
-    opened.score.bias = torch.nn.Parameter(torch.tensor([3.0]))
-    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: opened)
+    state = {**load_file(folder / "model.safetensors"), "score.bias": torch.tensor([3.0])}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     biased = load_frozen("reward", resolve(str(folder)))
     assert biased.v_head.summary.bias.tolist() == [3.0]
     assert torch.equal(biased.v_head.summary.weight, plain.v_head.summary.weight)
