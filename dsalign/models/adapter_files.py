@@ -16,6 +16,9 @@ from dsalign.models.weights import HEAD_KEYS, read_tensors, refuse_broken, shown
 
 logger = logging.getLogger(__name__)
 ROOT = "base_model.model."  # how PEFT's keys begin
+EMBEDDINGS = re.compile(
+    r"\.(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.(?:modules_to_save\.)?(?:weight$|lora_embedding_A)"
+)
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -65,6 +68,14 @@ def stored(folder: Path) -> Stored:
 def head_of(folder: Path | None) -> dict[str, Tensor]:
     """The tensors of the score layer in an adapter's folder, {} where it has none."""
     return {} if folder is None else stored(folder).head
+
+
+def num_embeddings(folder: Path) -> int | None:
+    """How many token ids an adapter's own embedding has, None where it has none."""
+    file = next((folder / name for name in FILES if (folder / name).exists()), None)
+    found = {} if file is None else read_tensors(file, EMBEDDINGS)
+    sizes = {tensor.shape[1 if "lora_embedding_A" in key else 0] for key, tensor in found.items()}
+    return max(sizes, default=None)
 
 
 def _plain(key: str) -> str:

@@ -117,8 +117,10 @@ class ValueModel(Backbone):
     def __init__(self, model: PreTrainedModel | PeftModel, seed: int, shares: bool = False) -> None:
         super().__init__(model, shares)
         inner = unwrap(model)
-        self.v_head = ValueHead(inner.config.get_text_config().hidden_size, seed)
         head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+        # Not hidden_size: OPT's decoder may project its last state, which is what both heads read.
+        width = inner.config.get_text_config().hidden_size if head is None else head.weight.shape[-1]
+        self.v_head = ValueHead(width, seed)
         if head is not None and getattr(head, "weight", None) is not embedding.weight:
             head.requires_grad_(False)  # it gets no gradient, and ZeRO-3 would step it with an old one
 

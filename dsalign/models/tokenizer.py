@@ -11,9 +11,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from dsalign.config.schema import ModelOptions, RunConfig
 from dsalign.data.tokens.templates import Template, load_template
+from dsalign.models.adapter_files import num_embeddings
 from dsalign.models.names import Source
 
 logger = logging.getLogger(__name__)
+ANSWER = "an answer"  # what a template is asked to write, to see what stands behind it
 
 
 def template_of(config: RunConfig, source: Source) -> Template:
@@ -22,13 +24,46 @@ def template_of(config: RunConfig, source: Source) -> Template:
     Raises ValueError where tokenizer or chat template cannot be used.
     """
     tokenizer = load_tokenizer(source, config.models)
-    template, warning = load_template(tokenizer, config.data.template, end_token_ids(source, tokenizer))
+    template, warning = ended_template(source, tokenizer, config.data.template)
     if warning:
         logger.warning(warning)
-    template = replace(template, vocab_size=vocab_size(source, config.models))
+    rows = vocab_size(source, config.models)
+    if rows is not None and (beyond := [i for i in template.end_ids if i >= rows]):
+        raise ValueError(
+            f"model: {source.weights} has embeddings for {rows} token ids, but {beyond[0]} is to end a turn; correct "
+            "eos_token_id in generation_config.json, or give the tokenizer that belongs to the model"
+        )
+    template = replace(template, vocab_size=rows)
     if template.chat_template is not None:
         tokenizer.chat_template = template.chat_template  # final/ is to be prompted as it was trained
     return template
+
+
+def ended_template(source: Source, tokenizer: PreTrainedTokenizerBase, name: str | None) -> tuple[Template, str | None]:
+    """The template called `name` (None: the tokenizer's own) whose end tokens are those of tokenizer, generation config
+    and the template itself, which may end a turn with a token that neither of them names. With a warning, or None.
+
+    Raises ValueError as `load_template` does.
+    """
+    template, warning = load_template(tokenizer, name, end_token_ids(source, tokenizer))
+    turn_end = _turn_end(template)
+    if turn_end is None or turn_end in template.end_ids:
+        return template, warning
+    token = tokenizer.convert_ids_to_tokens(turn_end)
+    said = f"the template ends turns with {token}, which generation_config.json does not name: it is an end token too"
+    template = replace(template, end_ids=template.end_ids | {turn_end})
+    return template, said if warning is None else f"{warning}; {said}"
+
+
+def _turn_end(template: Template) -> int | None:
+    """The added token that a template writes right behind an answer, None where it writes none there."""
+    try:
+        text = template.render([{"role": "user", "content": "."}, {"role": "assistant", "content": ANSWER}])
+    except ValueError:
+        return None
+    behind = text[text.rfind(ANSWER) + len(ANSWER) :].strip() if ANSWER in text else ""
+    ids = template.tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    return ids[0] if ids and ids[0] in template.tokenizer.added_tokens_decoder else None
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
@@ -58,21 +93,26 @@ def named(source: Source) -> Iterator[None]:
 
 
 def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All token ids that end a turn: the tokenizer's EOS token, then those of generation_config.json, each once."""
+    """All token ids that end a turn: the tokenizer's EOS token, then those of generation_config.json, of an adapter and
+    of its base, each once."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    try:
-        extra = GenerationConfig.from_pretrained(source.weights).eos_token_id
-    except OSError:  # many base models have no generation_config.json
-        extra = None
-    found += extra if isinstance(extra, list) else [] if extra is None else [extra]
+    for where in filter(None, (source.adapter and str(source.adapter), source.weights)):
+        try:
+            extra = GenerationConfig.from_pretrained(where).eos_token_id
+        except OSError:  # many base models have no generation_config.json
+            extra = None
+        found += extra if isinstance(extra, list) else [] if extra is None else [extra]
     return tuple(dict.fromkeys(found))
 
 
 def vocab_size(source: Source, options: ModelOptions) -> int | None:
-    """The number of token ids for which a source's model has embeddings; None where its configuration has no number.
+    """The number of token ids for which a source's model has embeddings, its adapter's where that has resized them;
+    None where its configuration has no number.
 
     Raises ValueError where the configuration cannot be opened.
     """
+    if source.adapter is not None and (rows := num_embeddings(source.adapter)) is not None:
+        return rows
     with named(source):
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     found: int | None = getattr(config.get_text_config(), "vocab_size", None)

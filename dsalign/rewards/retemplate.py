@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group
-from dsalign.data.tokens.templates import Template, load_template
+from dsalign.data.tokens.templates import Template
 from dsalign.models.names import Source
-from dsalign.models.tokenizer import decoder, end_token_ids, load_tokenizer
+from dsalign.models.tokenizer import decoder, ended_template, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def retemplate_of(config: RunConfig, sources: Mapping[str, Source], policy: Temp
     same = tokenizer.get_vocab() == policy.tokenizer.get_vocab()
     if same and tokenizer.chat_template in (None, policy.tokenizer.chat_template):
         return None
-    template, warning = load_template(tokenizer, None, end_token_ids(source, tokenizer))
+    template, warning = ended_template(source, tokenizer, None)
     logger.warning(
         "reward model %s: its %s is not the policy's, so it reads completions as text, in its own template",
         config.models.reward_model,

@@ -20,6 +20,7 @@ from dsalign.data.checks import Finding, Lengths, Survey
 from dsalign.data.rows.iterate import Skipped
 from dsalign.data.tokens.encoder import Tokenized
 from dsalign.data.tokens.templates import Template
+from dsalign.models.compare import compare_models
 from dsalign.models.names import resolve
 from dsalign.models.tokenizer import template_of
 from dsalign.report.run_log import quiet
@@ -95,6 +96,11 @@ def examine(config: RunConfig) -> DataReport:
         severity = "warning" if config.data.on_bad_row == "skip" else "error"
         advice = f"more than half of {total}: raise --max_length, or use --truncation_strategy left or right"
         findings.insert(0, Finding(severity, "rows not used", lost, (), advice))
+    try:
+        main = config.algorithm.traits.main
+        compare_models(config, {main: resolve(config.models.model)}, template.tokenizer, groups)
+    except ValueError as error:
+        findings.insert(0, Finding("error", "rows that the model cannot read", 1, (), str(error)))
     notes = config.algorithm.notes(groups)
     return DataReport(
         config.data.dataset, tokenized, skipped, findings, survey.lengths(), notes, config.data.max_length

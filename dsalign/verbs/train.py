@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
 from dsalign.checkpoint import checkpoints
@@ -13,6 +15,7 @@ from dsalign.launcher import Process
 from dsalign.loop.plan import batches_of, context_of, loader_of
 from dsalign.loop.session import Session
 from dsalign.loop.trainer import Trainer
+from dsalign.models.compare import compare_models
 from dsalign.models.tokenizer import template_of
 from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
@@ -42,6 +45,12 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     if retemplate is not None:
         sources = build.with_critic_of_ids(sources, template, retemplate.template)
     data = dist.together(lambda: data_of(config, template))
+    dist.together(
+        lambda: compare_models(
+            config, sources, template.tokenizer, chain(data.train, data.held_out),
+            own_ids=["reward"] if retemplate is not None else [],
+        )
+    )  # fmt: skip
     loader = loader_of(config, data.train, shuffle=True)
     held_out = loader_of(config, data.held_out, shuffle=False) if data.held_out else None
     total_batches = batches_of(config, loader)

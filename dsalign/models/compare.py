@@ -1,0 +1,115 @@
+"""What must hold between the models of a run, its tokenizer and its rows before the first step: vocabularies that mean
+the same ids, and as many positions as the longest row needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dsalign.config.schema import ModelOptions, RunConfig
+from dsalign.contract.groups import Group
+from dsalign.models.names import Source
+from dsalign.models.tokenizer import load_tokenizer, named, vocab_size
+
+logger = logging.getLogger(__name__)
+BEYOND = 4  # rows by which a table of positions may be longer than the positions it is for: OPT's has two more
+
+
+def compare_models(
+    config: RunConfig,
+    sources: Mapping[str, Source],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Group],
+    *,
+    own_ids: Sequence[str] = (),
+) -> None:
+    """Check the models of a run against each other and against its rows, before any weight is read.
+
+    tokenizer: the policy's. rows: the groups of the run. own_ids: roles that read rows in ids of their own.
+    Raises ValueError where the reference's token ids mean something else, or a row has more tokens than a model has
+    learnt positions.
+    """
+    readers = {role: source for role, source in sources.items() if role not in own_ids}
+    main = sources[config.algorithm.traits.main]
+    for role, source in readers.items():
+        if role == "reference" and source.weights != main.weights:
+            _same_ids(role, source, config.models, tokenizer)
+    each_once = {source.weights: role for role, source in reversed(readers.items())}
+    limits = {role: learnt_positions(readers[role], config.models) for role in each_once.values()}
+    known = {role: limit for role, limit in limits.items() if limit is not None}
+    if known:
+        role = min(known, key=lambda name: known[name])
+        _fits(config, rows, known[role], f"{role} model {readers[role].weights}")
+
+
+def _same_ids(role: str, source: Source, options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where the tokens of a model have other ids than the policy's, or it lacks their embeddings."""
+    rows, need = vocab_size(source, options), len(tokenizer)
+    advice = f"give a --{'ref_model' if role == 'reference' else role} of the same tokenizer"
+    try:
+        theirs = load_tokenizer(source, options).get_vocab()
+    except ValueError:
+        theirs = {}  # a folder without a tokenizer: its embeddings are all there is to compare
+    ours = tokenizer.get_vocab()
+    other = {token: (i, theirs[token]) for token, i in ours.items() if theirs.get(token, i) != i}
+    if theirs and len(other) == 0 and len(ours.keys() & theirs.keys()) < len(ours) // 2:
+        other = {token: (i, -1) for token, i in ours.items() if token not in theirs}
+    if other:
+        token, (mine, its) = min(other.items(), key=lambda item: item[1])
+        found = "no id" if its < 0 else f"id {its}"
+        raise ValueError(
+            f"{role} model {source.weights}: it reads the policy's token ids, but its vocabulary is another: {token!r} "
+            f"is id {mine} to the policy and {found} to it ({len(other)} tokens differ); {advice}"
+        )
+    if rows is not None and rows < need:
+        raise ValueError(
+            f"{role} model {source.weights}: it has embeddings for {rows} token ids, the policy's tokenizer has "
+            f"{need}; {advice}, resized as the policy was"
+        )
+    added = sorted(ours.keys() - theirs.keys()) if theirs else []
+    if added:
+        logger.warning(
+            "%s model %s: its tokenizer lacks %d tokens of the policy's (%s): what it says of them was never trained",
+            role, source.weights, len(added), ", ".join(added[:4]),
+        )  # fmt: skip
+
+
+def learnt_positions(source: Source, options: ModelOptions) -> int | None:
+    """How many positions a model has in a table, None where it computes them for any length.
+
+    The model is built without memory for its weights, so that the answer is the architecture's own.
+    Raises ValueError where its configuration cannot be opened.
+    """
+    with named(source):
+        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+    except ValueError:
+        return None  # no causal language model: refused with its reason where weights are read
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    tables.remove(model.get_input_embeddings().num_embeddings)
+    tables += [len(b) for name, b in model.named_buffers() if "embed_positions" in name and b.dim() == 2]
+    return limit if any(limit <= size <= limit + BEYOND for size in tables) else None
+
+
+def _fits(config: RunConfig, rows: Iterable[Group], limit: int, where: str) -> None:
+    """Raise ValueError for the first row that, with what is sampled after it, has more tokens than `limit`."""
+    sampled = config.rollout.max_new_tokens if config.algorithm.traits.online else 0
+    if config.data.max_length + sampled <= limit:
+        return
+    for row in rows:
+        tokens = len(row.prompt) + (sampled or max(map(len, row.completions), default=0))
+        if tokens > limit:
+            what = f"a prompt of {len(row.prompt)} and up to {sampled} new tokens" if sampled else f"{tokens} tokens"
+            flags = f"--max_length or --max_new_tokens ({sampled})" if sampled else f"--max_length to {limit}"
+            raise ValueError(
+                f"{where} has {limit} positions, {row.where} has {what}; lower {flags}, or take a model with more"
+            )
