@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -11,17 +12,18 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from dsalign.config.schema import ModelOptions
-from dsalign.models import adapter_files
+from dsalign.models import adapter_files, lora_targets
 from dsalign.models.names import Source
 
+logger = logging.getLogger(__name__)
 TRAINED, START = "default", "start"  # names of the trained adapter, and of a frozen copy of it as training started
-QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wq", "wk", "wv")
 
 
 def merge(model: PreTrainedModel, adapter: Path | None) -> PreTrainedModel:
@@ -60,38 +62,38 @@ def add(model: PreTrainedModel, source: Source, options: ModelOptions, seed: int
     dropout = options.lora_dropout
     if source.adapter is not None:
         peft_model = _opened(model, source.adapter, trainable=True)
-        peft_model.peft_config[TRAINED].lora_dropout = dropout
-        for layer in peft_model.modules():
-            if isinstance(layer, LoraLayer) and TRAINED in layer.lora_dropout:
-                layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
+        _set_dropout(peft_model, dropout)
         return peft_model
+    targets = lora_targets.find(model, options.lora_target_modules)
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
-        lora_dropout=dropout,
-        target_modules=_targets(model, options.lora_target_modules),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         task_type=TaskType.CAUSAL_LM,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same adapter on every rank, whatever was drawn before
-        return get_peft_model(model, config, adapter_name=TRAINED)
+        added = get_peft_model(model, config, adapter_name=TRAINED)
+    _set_dropout(added, dropout)
+    return added
 
 
-def _targets(model: PreTrainedModel, targets: Sequence[str]) -> str | list[str]:
-    if list(targets) == ["ALL"]:
-        return "all-linear"
-    names = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if getattr(module, "weight", None) is not None
-    }
-    wanted = QUERY_KEY_VALUE if list(targets) == ["DEFAULT"] else targets
-    found = [name for name in wanted if name in names]
-    missing = [] if list(targets) == ["DEFAULT"] and found else [name for name in wanted if name not in names]
-    if missing:
-        raise ValueError(
-            f"lora_target_modules: {type(model).__name__} has no layer called {', '.join(missing)}; it has "
-            f"{', '.join(sorted(names))}"
+def _set_dropout(peft_model: PeftModel, dropout: float) -> None:
+    """Set the dropout of the adapter TRAINED. Weights of experts are adapted as sums of matrices, which has no input to
+    drop out: there it is 0, and so in adapter_config.json, as PEFT opens no adapter of such weights with another."""
+    layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer) and TRAINED in m.lora_dropout]
+    whole = [layer for layer in layers if isinstance(layer, ParamWrapper)]
+    for layer in layers:
+        if not isinstance(layer, ParamWrapper):
+            layer.lora_dropout[TRAINED] = nn.Dropout(dropout) if dropout else nn.Identity()
+    peft_model.peft_config[TRAINED].lora_dropout = 0.0 if whole else dropout
+    if whole and dropout:
+        logger.warning(
+            "lora_dropout %g: not on the weights of experts, which LoRA adapts without an input to drop out; "
+            "--lora_dropout 0 turns it off elsewhere too",
+            dropout,
         )
-    return found
 
 
 @contextmanager
