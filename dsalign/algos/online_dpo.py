@@ -35,7 +35,7 @@ class OnlineDPO(Algorithm):
         """Raise ValueError where rollout_is_cap is set: importance weights are of policy gradients."""
         if rollout.rollout_is_cap is not None:
             raise ValueError(
-                "rollout_is_cap: expected none with online_dpo, whose pairs are compared with the reference and not with "
+                "rollout_is_cap: expected none with online_dpo, whose pairs are compared with the reference, not with "
                 f"what sampled them, got {rollout.rollout_is_cap}"
             )
 
