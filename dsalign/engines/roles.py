@@ -115,6 +115,18 @@ class Roles:
             found: Tensor = engine(inputs, entropy, self.temperature, HeadLoss(sizes, of_targets))
             return found
 
+    def balance(self, role: str) -> tuple[float, Tensor] | None:
+        """(weight, balancing loss) of the last forward pass of the role's model in training; None for a model without
+        one, which is the same on every rank."""
+        module = self._engine(role)[0].module
+        if module.balancing is None or module.balance is None:
+            return None
+        return module.balancing.coefficient, module.balance
+
+    def balanced(self, role: str) -> bool:
+        """Whether the role's model has a balancing loss."""
+        return self._engine(role)[0].module.balancing is not None
+
     def micro_batches(
         self, role: str, groups: Sequence[Group], positions: Sequence[int], batch_size: int | None = None
     ) -> list[Sequence[int]]:

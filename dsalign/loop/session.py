@@ -141,6 +141,12 @@ class Session:
         first = [groups[i] for i in range(min(len(groups), CHECKED))]
         for finding in Survey(first, trainer.ctx.end_ids, None).findings():
             report.say(f"{finding.line()} (dsalign data check says more)")
+        module = engine.module
+        if module.balancing is not None:
+            report.say(
+                f"loss: plus {module.balancing.coefficient:g} x aux_loss, the model's own balancing loss of each "
+                "micro-batch, by its tokens: the one term that depends on how a step is cut"
+            )
         for line in config.algorithm.notes(groups):
             report.say(line)
         if trainer.loader.dropped:

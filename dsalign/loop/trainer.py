@@ -24,6 +24,7 @@ from dsalign.loop.metrics import Sums
 from dsalign.loop.schedule import learning_rate_factor
 
 CPU = torch.device("cpu")
+ROUTED = "routed tokens"  # the unit of a balancing loss: each micro-batch weighs as many as it has tokens
 
 
 class NonFiniteError(ValueError):
@@ -119,6 +120,9 @@ class Trainer:
         counts = dict(zip(units, dist.total([float(n) for n in units.values()], device), strict=True))
         sums, total_loss, result = Sums(), 0.0, dict[str, float]()
         sums.add(prepared.metrics)
+        if any(self.roles.balanced(role) for trained in self.stepped.values() for role in trained):
+            rows = num_tokens([prepared.groups[i] for i in positions])
+            counts[ROUTED] = dist.total([float(rows)], device)[0]
         for name, trained in self.stepped.items():
             losses = []
             parts = self.roles.micro_batches(name, prepared.groups, positions)
@@ -153,7 +157,13 @@ class Trainer:
                 sums.add(metrics)
                 return loss
 
-            return self.roles.loss(role, groups, of_part, entropy="entropy" in self.algorithm.traits.needs)
+            found = self.roles.loss(role, groups, of_part, entropy="entropy" in self.algorithm.traits.needs)
+            if (balance := self.roles.balance(role)) is None:
+                return found
+            weight, term = balance
+            tokens = num_tokens(groups)
+            sums.add({"aux_loss": (term.detach() * tokens if tokens else 0.0, tokens)})
+            return found + weight * tokens * scales[ROUTED] * term if tokens else found
 
         total = sum((loss_of(role) for role in trained[1:]), loss_of(trained[0]))
         engine.backward(total, scale_wrt_gas=False)

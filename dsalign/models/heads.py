@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dsalign.data.batches.packing import Inputs
 from dsalign.models.attention import SharedPrefix
+from dsalign.models.balancing import balancing_of
 from dsalign.models.logps import Head, HeadLoss, LogitTransform
 from dsalign.models.weights import read_tensors, refuse_broken
 
@@ -30,12 +31,14 @@ class Backbone(nn.Module):
 
     shares: whether the model's attention can compute a packed row, in which the completions of a group share their
     prompt; else each completion gets a padded row of its own. unsupported: names of the features that a layer asked its
-    attention for in the last forward over a packed row and that are not computed there, "" = none.
+    attention for in the last forward over a packed row and that are not computed there, "" = none. balance: the
+    balancing loss of the last forward in training, None where the model has none; balancing: how it is computed.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, shares: bool) -> None:
         super().__init__()
         self.model, self.shares, self.unsupported = model, shares, ""
+        self.balancing, self.balance = balancing_of(unwrap(model)), cast("Tensor | None", None)
 
     def states(self, inputs: Inputs) -> Tensor:
         """The last hidden state of every position of the row, or of all rows one after another: [B T, D]."""
@@ -45,7 +48,11 @@ class Backbone(nn.Module):
             # transformers would make a T x T mask, which SharedPrefix replaces; one of four dimensions it passes on.
             mask = torch.zeros(1, 1, 1, 1, device=inputs.ids.device)
             more = {"position_ids": inputs.positions, "attention_mask": mask, "shared_prefix": prefix}
+        balanced = self.balancing is not None and self.training and torch.is_grad_enabled()
+        if self.balancing is not None:
+            more["output_router_logits"] = balanced
         out = decoder(input_ids=inputs.ids, use_cache=False, **more)
+        self.balance = self.balancing.of(out.router_logits, inputs.real) if self.balancing and balanced else None
         self.unsupported = prefix.unsupported if prefix is not None else ""
         return cast(Tensor, out.last_hidden_state.flatten(0, 1))
 

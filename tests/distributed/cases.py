@@ -200,7 +200,7 @@ class Spare(torch.nn.Module):
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
-        self.inner, self.shares = inner, inner.shares
+        self.inner, self.shares, self.balancing = inner, inner.shares, None
         self.spare = torch.nn.Parameter(torch.zeros(3))
 
     def forward(self, *inputs: Any) -> Any:

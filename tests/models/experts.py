@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def model_of(shape: str, seed: int = 0) -> Any:
     """A model of this shape with random weights, those of experts among them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(SHAPES[shape])
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(SHAPES[shape]))
         with torch.no_grad():
             for p in model.parameters():
                 if p.dim() > 1:

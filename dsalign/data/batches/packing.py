@@ -46,6 +46,7 @@ class Inputs:
     stands. copies: [number of completion tokens that count] int64, or None where it would be 0, 1, 2, ...: which of the
     N predicted tokens each one is, as completions of a group that begin alike share theirs. sizes: how many of the N
     belong to each group. read: int64, `states` without repetition.
+    Of padded rows only: real: [B, T] int64, 1 for tokens and 0 for padding, None where there is no padding.
     """
 
     ids: Tensor
@@ -57,6 +58,7 @@ class Inputs:
     copies: Tensor | None = None
     sizes: tuple[int, ...] = ()
     read: Tensor | None = None
+    real: Tensor | None = None
 
 
 def packed(groups: Sequence[Group], device: torch.device, *, ends: bool = False) -> Inputs:
@@ -156,7 +158,15 @@ def padded(groups: Sequence[Group], device: torch.device, *, ends: bool = False)
         predict += compress(path[:-1], mask)
         states += path[-1:] if ends else path
         targets += compress(completion, mask)
-    return Inputs(ids.to(device), _index(predict, device), _index(targets, device), _index(states, device))
+    sizes = torch.tensor([len(p) + len(c) for p, c, _ in sequences] or [1])
+    real = (torch.arange(width) < sizes[:, None]).long() if int(sizes.min()) < width else None
+    return Inputs(
+        ids.to(device),
+        _index(predict, device),
+        _index(targets, device),
+        _index(states, device),
+        real=None if real is None else real.to(device),
+    )
 
 
 def _index(numbers: Sequence[Any], device: torch.device) -> Tensor:
