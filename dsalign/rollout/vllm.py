@@ -89,9 +89,7 @@ class Colocated:
     """
 
     def __init__(self, options: RolloutOptions, dtype: torch.dtype, device: torch.device, ranks: bool) -> None:
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # the engine in this process too
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process too
         try:
             self._vllm = importlib.import_module("vllm")
         except ImportError as error:
