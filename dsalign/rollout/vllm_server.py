@@ -233,25 +233,38 @@ class Nccl:
         self._limited(self._engine.send_weights)
 
     def _limited(self, work: Callable[[], Any]) -> Any:
-        """The result of `work`, in a thread of its own, as a peer that died leaves NCCL waiting for ever."""
-        found: dict[str, Any] = {}
         device = torch.cuda.current_device()
 
-        def run() -> None:
-            torch.cuda.set_device(device)
-            try:
-                found["result"] = work()
-            except Exception as error:
-                found["error"] = error
+        def on_device() -> Any:
+            torch.cuda.set_device(device)  # each thread has its own
+            return work()
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(self.server.timeout)
-        if "result" not in found:
-            why = found.get("error") or f"not done in {self.server.timeout:g} s"
-            raise ValueError(f"vllm_server: weights do not reach {self.server.url} over NCCL: {why}; start it with "
-                             '--weight-transfer-config \'{"backend": "nccl"}\', or give --vllm_folder')  # fmt: skip
-        return found["result"]
+        return limited(on_device, self.server)
+
+
+def limited(work: Callable[[], Any], server: Server) -> Any:
+    """The result of `work`, in a thread of its own, as a peer that died leaves NCCL waiting for ever.
+
+    Raises ValueError where it fails, or takes longer than the server's time limit.
+    """
+    found: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            found["result"] = work()
+        except Exception as error:
+            found["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(server.timeout)
+    if "result" not in found:
+        why = found.get("error") or f"not done in {server.timeout:g} s"
+        raise ValueError(
+            f"vllm_server: weights do not reach {server.url} over NCCL: {why}; start it with "
+            '--weight-transfer-config \'{"backend": "nccl"}\', or give --vllm_folder'
+        )
+    return found["result"]
 
 
 class Servers:

@@ -1,4 +1,4 @@
-"""A server with the part of vLLM's HTTP API that the client uses, computing with transformers on the folder it reads."""
+"""A server with the part of vLLM's HTTP API that the client uses, over transformers and the folder it reads."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -16,8 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import vllm_cases
 from support import RankPool, tiny_folder
+
+from dsalign.rollout.vllm_server import Nccl
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="needs vLLM in an environment of its own: make test-vllm"
@@ -42,6 +46,18 @@ def test_three_syncs_in_process(stage: str, tuner: str, tied: bool, tmp_path: Pa
     gaps, exact, alone = one.run(vllm_cases.three_syncs, folder, stage, tuner, {})
     print(f"in process, stage {stage}, {tuner}, tied {tied}: gaps {gaps}")
     assert max(gaps) <= 1e-5 and exact and alone
+
+
+def test_weights_are_a_source_for_vllms_own_transfer() -> None:
+    """NCCL itself needs GPUs; up to it vLLM takes what is announced and what is sent for the same tensors."""
+    nccl = importlib.import_module("vllm.distributed.weight_transfer.nccl_engine")
+    source = object.__new__(Nccl)
+    source.weights = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    engine = nccl.NCCLTrainerWeightTransferEngine
+    assert dict(engine._checked_iter(source, source.metadata())) == source.weights
+    with pytest.raises(ValueError, match="metadata"):
+        list(engine._checked_iter(source, source.metadata()[::-1]))
+    assert nccl.NCCLTrainerInitInfo("10.0.0.1", 5, 3, rank=0).world_size == 3
 
 
 def test_three_syncs_in_process_on_two_ranks(tmp_path: Path, two_ranks: RankPool) -> None:
@@ -119,7 +135,10 @@ def test_a_server(tmp_path: Path, one: RankPool) -> None:
         gaps, exact, alone = one.run(vllm_cases.three_syncs, folder, "3", "lora", where)
         print(f"server: gaps {gaps}")
         assert max(gaps) <= 1e-5 and exact and alone
-        for change, why in (({"vocab_size": 84}, "its vocabulary is not of 84"), ({"hidden_size": 48}, "hidden size is 32")):
+        for change, why in (
+            ({"vocab_size": 84}, "its vocabulary is not of 84"),
+            ({"hidden_size": 48}, "hidden size is 32"),
+        ):
             other = tiny_folder(tmp_path / why[:12], tie_word_embeddings=True, **SHAPE, **change)
             with pytest.raises(RuntimeError, match=why):
                 one.run(vllm_cases.three_syncs, other, "0", "full", where)
