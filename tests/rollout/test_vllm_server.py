@@ -1,4 +1,4 @@
-"""The client of vLLM's servers against one that computes with transformers, and each mistake stopped with its reason."""
+"""The client of vLLM's servers against one over transformers; each mistake is stopped with its reason."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_busy_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.Monkey
         assert [[c.ids for c in answer] for answer in over.generate(REQUESTS, options, ENDS, "run:0")] == want
         assert fake.calls.count("v1/completions") == 9
         monkeypatch.setattr(vllm_server, "TRIES", 2)
-        with pytest.raises(ValueError, match="v1/completions answered 503: .*try again"):
+        with pytest.raises(ValueError, match=r"v1/completions answered 503: .*try again"):
             over.generate(REQUESTS, options, ENDS, "run:0")
 
 
@@ -134,7 +134,7 @@ def test_a_server_that_is_away_or_silent_is_an_error(tmp_path: Path) -> None:
     """Nothing waits for ever."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(ValueError, match="gave no answer in 0.2 s .*VLLM_SERVER_DEV_MODE=1 vllm serve"):
+        with pytest.raises(ValueError, match=r"gave no answer in 0.2 s .*VLLM_SERVER_DEV_MODE=1 vllm serve"):
             servers(address, tmp_path, vllm_timeout=0.2)
     with pytest.raises(ValueError, match=r"v1/models gave no answer .*refused"):
         servers(address, tmp_path)
