@@ -43,7 +43,7 @@ class Vllm:
         self._run = dist.from_rank_0(uuid.uuid4().hex[:8])  # in the versions' names: two runs may meet at one server
         model = unwrap(engine.module.model)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        config, device = model.config.get_text_config(), embedding.weight.device
+        config, device = model.config.get_text_config(), torch.device(engine.device)
         self._form: Servers | Colocated = dist.together(
             lambda: (
                 Servers(options, config, head.weight is embedding.weight, device, dist.rank() == 0)

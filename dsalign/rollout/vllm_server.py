@@ -116,7 +116,8 @@ class Server:
         if [self._refuses(token) for token, _ in sizes] != [refused for _, refused in sizes]:
             wrong.append(f"its vocabulary is not of {config.vocab_size} tokens, as the trainer's")
         file = Path(served.get("root") or "", "config.json")
-        theirs = json.loads(file.read_text())["hidden_size"] if file.is_file() else config.hidden_size
+        read = json.loads(file.read_text()) if file.is_file() else {}  # seen from here, or left to the reload's error
+        theirs = read.get("text_config", read).get("hidden_size", config.hidden_size)
         if theirs != config.hidden_size:
             wrong.append(f"its hidden size is {theirs}, the trainer's {config.hidden_size}")
         if tied and (info.get("hf_overrides") or {}).get("tie_word_embeddings") is not False:
@@ -153,19 +154,19 @@ class Server:
         ):
             self.call("collective_rpc", {"method": method, "kwargs": kwargs})
 
-    def settle(self, version: str, prompt: Sequence[int], logp: float, limit: float) -> None:
-        """Name the weights that have come, once the server computes with them. logp: the trainer's log-probability of
-        the likeliest token after `prompt`, nats, from which the server's may differ by `limit`.
+    def settle(self, version: str, prompt: Sequence[int], logps: Tensor, limit: float) -> None:
+        """Name the weights that have come, once the server computes with them. logps: [V] nats, the trainer's for the
+        token after `prompt`; the server's of one that it samples may differ by `limit`.
 
         Every server is asked, as the probe after a rollout sees one completion of each rank and so not every server.
         """
         if not self.call("reset_prefix_cache", {})["success"]:
             raise ValueError(f"vllm_server: {self.url} kept its prefix cache, whose blocks come from older weights")
-        _, logps, _ = self.complete(prompt, 0, 1, RolloutOptions(top_k=1), frozenset())
-        if not abs(logps[0] - logp) <= limit:
+        (token,), (logp,), _ = self.complete(prompt, 0, 1, RolloutOptions(), frozenset())
+        if not abs(logp - float(logps[token])) <= limit:
             raise ValueError(
-                f"vllm_server: {self.url} took the weights, it said, but computes {logps[0]:.4g} nats where the "
-                f"trainer has {logp:.4g}: not all of them were applied (a tied head, an adapter, a sync without effect)"
+                f"vllm_server: {self.url} took the weights, it said, but computes {logp:.4g} nats where the "
+                f"trainer has {float(logps[token]):.4g}: not all of them were applied (a tied head, an adapter, a sync without effect)"
             )
         self.call("update_weight_version", {"new_version": version})
 
@@ -296,7 +297,7 @@ class Servers:
         self._prompt = [i % view.config.get_text_config().vocab_size for i in range(8)]
         with torch.no_grad():
             ids = torch.tensor([self._prompt], device=view.get_input_embeddings().weight.device)
-            self._logp = float(torch.log_softmax(view(ids, use_cache=False).logits[0, -1].float(), -1).max())
+            self._logps = torch.log_softmax(view(ids, use_cache=False).logits[0, -1].float(), -1).cpu()
         weights = weights_of(view)
         if self.folder is not None:
             self._pending = self.folder / version.replace(":", "-")
@@ -314,7 +315,7 @@ class Servers:
         def one(server: Server) -> None:
             if self.folder is not None:
                 server.reload(self._pending)
-            server.settle(version, self._prompt, self._logp, limit)
+            server.settle(version, self._prompt, self._logps, limit)
 
         with ThreadPoolExecutor(len(self.all)) as pool:
             list(pool.map(one, self.all))

@@ -62,7 +62,7 @@ class FakeVllm:
         return {"results": [None]}
 
     def v1_completions(self, body: Any) -> Any:
-        """Inverse CDF by a generator of the request's own seed; log-probabilities of the logits as they are."""
+        """Inverse CDF by a generator of the request's own seed."""
         ids, choice = list(body["prompt"]), {"token_ids": [], "logprobs": {"token_logprobs": []}}
         if any(int(token) >= self.vocabulary for token in body.get("logit_bias", {})):
             raise ValueError("logit_bias out of vocabulary")
@@ -75,7 +75,8 @@ class FakeVllm:
             token = int(shares.argmax() if body["top_k"] == 1 else torch.multinomial(shares, 1, generator=draw))
             ids.append(token)
             choice["token_ids"].append(token)
-            choice["logprobs"]["token_logprobs"].append(float(logps[token]))
+            shown = logps if self.config["logprobs_mode"] == "raw_logprobs" else shares.log()
+            choice["logprobs"]["token_logprobs"].append(float(shown[token]))
             if token in body["stop_token_ids"]:
                 break
         if self.fault == "cut" and body["max_tokens"] > 1:

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,11 +128,12 @@ UNTIED = ("--hf-overrides", '{"tie_word_embeddings": false}')
 
 
 def test_a_server(tmp_path: Path, one: RankPool) -> None:
-    """Three syncs through a folder of a tied model with LoRA; then a trainer of another vocabulary and one of another
-    width are refused before they send anything, and the server lives."""
+    """Three syncs through a folder of a tied model with LoRA, at a temperature; then a trainer of another vocabulary and
+    one of another width are refused before they send anything, and the server lives."""
     folder = tiny_folder(tmp_path / "tiny", tie_word_embeddings=True, **SHAPE)
-    with vllm_serve(folder, *UNTIED) as address:
-        where = {"vllm_server": address, "vllm_folder": str(tmp_path / "weights"), "vllm_timeout": 60.0}
+    with vllm_serve(folder, *UNTIED, "--logprobs-mode", "processed_logprobs") as address:
+        where: dict[str, Any] = {"temperature": 0.7}
+        where |= {"vllm_server": address, "vllm_folder": str(tmp_path / "weights"), "vllm_timeout": 60.0}
         gaps, exact, alone = one.run(vllm_cases.three_syncs, folder, "3", "lora", where)
         print(f"server: gaps {gaps}")
         assert max(gaps) <= 1e-5 and exact and alone

@@ -44,13 +44,14 @@ def rolled(over: Servers, options: RolloutOptions, of: Any, name: str) -> list[l
     return over.generate(REQUESTS, options, ENDS, name)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_completions_come_from_the_weights_sent(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tied", "temperature"), [(False, 1.0), (True, 0.7)])
+def test_completions_come_from_the_weights_sent(tied: bool, temperature: float, tmp_path: Path) -> None:
     """From two servers and through three sets of weights: ids and log-probabilities are the model's, a completion does
     not depend on the server or on its neighbours, the folder is empty afterwards."""
-    with serving(FakeVllm()) as one, serving(FakeVllm()) as other:
-        both, options = servers(f"{one}, {other}/", tmp_path, tied)
-        alone, _ = servers(other, tmp_path, tied)
+    mode = "raw_logprobs" if temperature == 1 else "processed_logprobs"
+    with serving(FakeVllm(logprobs_mode=mode)) as one, serving(FakeVllm(logprobs_mode=mode)) as other:
+        both, options = servers(f"{one}, {other}/", tmp_path, tied, temperature=temperature)
+        alone, _ = servers(other, tmp_path, tied, temperature=temperature)
         assert both.dtype is torch.float32 and not both.holds("run:0")
         for seed in range(3):
             ours = model(seed, tied)
@@ -59,7 +60,7 @@ def test_completions_come_from_the_weights_sent(tied: bool, tmp_path: Path) -> N
             for request, answer in zip(REQUESTS, found, strict=True):
                 for completion in answer:
                     ids = torch.tensor([[*request.prompt, *completion.ids]])
-                    logits = ours(ids).logits[0, len(request.prompt) - 1 : -1]
+                    logits = ours(ids).logits[0, len(request.prompt) - 1 : -1] / temperature
                     want = torch.log_softmax(logits, -1).gather(1, ids[0, len(request.prompt) :, None])[:, 0]
                     torch.testing.assert_close(completion.logps, want.detach(), rtol=0, atol=1e-5)
                     assert completion.ended == (completion.ids[-1] == 2) and (
