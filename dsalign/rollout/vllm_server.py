@@ -165,8 +165,8 @@ class Server:
         (token,), (logp,), _ = self.complete(prompt, 0, 1, RolloutOptions(), frozenset())
         if not abs(logp - float(logps[token])) <= limit:
             raise ValueError(
-                f"vllm_server: {self.url} took the weights, it said, but computes {logp:.4g} nats where the "
-                f"trainer has {float(logps[token]):.4g}: not all of them were applied (a tied head, an adapter, a sync without effect)"
+                f"vllm_server: {self.url} took the weights, it said, but computes {logp:.4g} nats where the trainer has "
+                f"{float(logps[token]):.4g}: not all were applied (a tied head, an adapter, a sync without effect)"
             )
         self.call("update_weight_version", {"new_version": version})
 

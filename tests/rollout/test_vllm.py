@@ -128,8 +128,8 @@ UNTIED = ("--hf-overrides", '{"tie_word_embeddings": false}')
 
 
 def test_a_server(tmp_path: Path, one: RankPool) -> None:
-    """Three syncs through a folder of a tied model with LoRA, at a temperature; then a trainer of another vocabulary and
-    one of another width are refused before they send anything, and the server lives."""
+    """Three syncs through a folder of a tied model with LoRA, at a temperature; then a trainer of another vocabulary
+    and one of another width are refused before they send anything, and the server lives."""
     folder = tiny_folder(tmp_path / "tiny", tie_word_embeddings=True, **SHAPE)
     with vllm_serve(folder, *UNTIED, "--logprobs-mode", "processed_logprobs") as address:
         where: dict[str, Any] = {"temperature": 0.7}
