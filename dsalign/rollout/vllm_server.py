@@ -162,11 +162,12 @@ class Server:
         """
         if not self.call("reset_prefix_cache", {})["success"]:
             raise ValueError(f"vllm_server: {self.url} kept its prefix cache, whose blocks come from older weights")
-        (token,), (logp,), _ = self.complete(prompt, 0, 1, RolloutOptions(), frozenset())
-        if not abs(logp - float(logps[token])) <= limit:
+        found = one_completion(*self.complete(prompt, 0, 1, RolloutOptions(), frozenset()), 1, frozenset())
+        theirs, ours = float(found.logps), float(logps[found.ids[0]])
+        if not abs(theirs - ours) <= limit:
             raise ValueError(
-                f"vllm_server: {self.url} took the weights, it said, but computes {logp:.4g} nats where the trainer has "
-                f"{float(logps[token]):.4g}: not all were applied (a tied head, an adapter, a sync without effect)"
+                f"vllm_server: {self.url} took the weights, it said, but computes {theirs:.4g} nats where the trainer "
+                f"has {ours:.4g}: not all were applied (a tied head, an adapter, a sync without effect)"
             )
         self.call("update_weight_version", {"new_version": version})
 
