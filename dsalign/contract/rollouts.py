@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +35,14 @@ class RolloutOptions:
     local_rollout_forward_batch_size: int = 64  # completions in a forward without gradient, of one rank, >= 1
     num_sample_generations: int = 10  # times in a run that sample completions are shown and saved, >= 0
     rollout_logp_limit: float = 0.5  # nats: stop when sampler and trainer differ by more on average, > 0
-    rollout: str = "auto"  # the engine that samples: auto, local, plain or hybrid
+    rollout: str = "auto"  # the engine that samples: auto, local, plain, hybrid or vllm
     old_logps: str = "auto"  # whose log-probabilities the ratio starts from: auto, sampler or trainer
     rollout_is_cap: float | None = None  # cap of a token's weight e^(trainer's - sampler's logp), >= 1
+    # Where vllm runs is no part of what it samples, so a resumed run may change it: `repr` is compared then.
+    vllm_server: str = field(default="", repr=False)  # http://host:port of vLLM servers, with commas; "" = in process
+    vllm_folder: str = field(default="", repr=False)  # trainer and servers see it: for weights; "" = they go by NCCL
+    vllm_memory: float = field(default=0.3, repr=False)  # share of the GPU's memory for vLLM in process, in (0, 1]
+    vllm_timeout: float = field(default=600.0, repr=False)  # seconds until a silent server is an error, > 0
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "local_rollout_forward_batch_size"):
@@ -47,8 +52,14 @@ class RolloutOptions:
         for name in ("temperature", "rollout_logp_limit"):
             check_range(name, getattr(self, name), 0, open_low=True)
         check_range("top_p", self.top_p, 0, 1, open_low=True)
-        check_choice("rollout", self.rollout, ("auto", "local", "plain", "hybrid"))
+        check_choice("rollout", self.rollout, ("auto", "local", "plain", "hybrid", "vllm"))
         check_choice("old_logps", self.old_logps, ("auto", "sampler", "trainer"))
+        check_range("vllm_memory", self.vllm_memory, 0, 1, open_low=True)
+        check_range("vllm_timeout", self.vllm_timeout, 0, open_low=True)
+        if self.rollout != "vllm" and (self.vllm_server or self.vllm_folder):
+            raise ValueError(f"vllm_server, vllm_folder: for --rollout vllm, which was not chosen ({self.rollout} was)")
+        if self.vllm_folder and not self.vllm_server:
+            raise ValueError("vllm_folder: without --vllm_server vLLM runs in process and takes weights from memory")
         if self.missing_eos_penalty is not None:
             check_range("missing_eos_penalty", self.missing_eos_penalty, 0)
         if self.rollout_is_cap is not None and not self.rollout_is_cap >= 1:

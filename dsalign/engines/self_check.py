@@ -62,7 +62,12 @@ def self_check(roles: Roles, groups: Sequence[Group]) -> None:
 def limit_of(module: torch.nn.Module) -> float:
     """The most that two right computations of a model's log-probabilities or values may differ by: nats, or units of
     value, by the dtype of its weights."""
-    return LIMITS.get(next(module.parameters()).dtype, HALF)
+    return limit_in(next(module.parameters()).dtype)
+
+
+def limit_in(dtype: torch.dtype) -> float:
+    """The same limit by the dtype alone."""
+    return LIMITS.get(dtype, HALF)
 
 
 def largest_gap(one: Tensor, other: Tensor, roles: Roles) -> float:

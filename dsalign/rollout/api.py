@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dsalign.contract.rollouts import RolloutOptions
@@ -43,10 +44,11 @@ class Completion:
 class Rollout(Protocol):
     """A rollout engine: it samples from the weights of one DeepSpeed engine as they are now.
 
-    name: as --rollout has it.
+    name: as --rollout has it. dtype: in which it computes, which may be another one than the trainer's.
     """
 
     name: str
+    dtype: torch.dtype
 
     def generate(
         self, requests: Sequence[Request], options: RolloutOptions, end_ids: frozenset[int]

@@ -17,6 +17,7 @@ from dsalign.rollout.api import Request, Rollout
 from dsalign.rollout.in_process import InProcess
 from dsalign.rollout.pick import token_key
 from dsalign.rollout.probe import probe
+from dsalign.rollout.vllm import Vllm
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +65,20 @@ class Sampler:
 
         Raises ValueError where it does not, as `probe` says.
         """
-        found = probe(self.roles, self.role, groups, logps, versions, options)
+        found = probe(self.roles, self.role, groups, logps, versions, options, self.engine.dtype)
         return Sampled(groups, logps, found.exact, found.gap)
 
 
 def engine_of(roles: Roles, role: str, options: RolloutOptions) -> Rollout:
     """The rollout engine that --rollout names; `auto` is local where the model's attention takes packed rows, which the
-    check at start-up has seen, else plain, and one line says which.
+    check at start-up has seen, else plain, and one line says which. Collective.
 
     Raises ValueError where the engine that was asked for cannot run this model.
     """
     trained = roles.engines[roles.role(role).engine]
     name, shares = options.rollout, trained.module.shares
+    if name == "vllm":
+        return Vllm(trained, options)
     if name == "local" and not shares:
         raise ValueError("rollout: local needs a model whose attention takes packed rows; use --rollout plain")
     inside = "plain" if name == "plain" or not shares else "local"

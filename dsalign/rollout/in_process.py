@@ -24,6 +24,7 @@ class InProcess:
 
     def __init__(self, engine: Any, name: str, rows: int) -> None:
         self.engine, self.name, self.rows = engine, name, rows
+        self.dtype = next(engine.module.parameters()).dtype
 
     def generate(
         self, requests: Sequence[Request], options: RolloutOptions, end_ids: frozenset[int]

@@ -13,7 +13,7 @@ from dsalign.contract.rollouts import RolloutOptions, logp_gap
 from dsalign.engines import dist
 from dsalign.engines.engine import version
 from dsalign.engines.roles import Roles
-from dsalign.engines.self_check import largest_gap, limit_of
+from dsalign.engines.self_check import largest_gap, limit_in, limit_of
 
 TOKENS = 8  # of one completion of each rank
 EXACT = 1e-4  # nats: in float32 the sampler is the trainer up to rounding; an optimizer step apart they differ by more
@@ -35,11 +35,12 @@ def probe(
     logps: Sequence[Tensor],
     versions: Collection[int],
     options: RolloutOptions,
+    dtype: torch.dtype,
 ) -> Probed:
     """Compare the log-probabilities of the first tokens of one completion of each rank with those of the role's model.
 
     groups: this rank's, with their completions. logps: the sampler's, one tensor a group. versions: of the weights that
-    sampled. Collective.
+    sampled. dtype: in which the sampler computes. Collective.
     Raises ValueError that names the reason where they differ: weights of another step, another temperature, an adapter
     that is missing, or weights that are not all the trainer's.
     """
@@ -52,7 +53,7 @@ def probe(
             f"rollout: it sampled from {which}, and the trainer is at step {now}: a synchronisation was skipped"
         )
     few, sampler = _handful(groups, logps)
-    limit = limit_of(engine.module)
+    limit = max(limit_of(engine.module), limit_in(dtype))
     ours = _trainers(roles, role, few)
     gap = largest_gap(sampler, ours, roles)
     if not gap <= limit:
@@ -60,7 +61,7 @@ def probe(
             f"rollout: the log-probabilities of sampler and trainer differ by {gap:.3g} nats at a token, more than "
             f"{limit:g}: {_reason(roles, role, few, sampler, options, limit)}"
         )
-    exact = next(engine.module.parameters()).dtype is torch.float32 and gap <= EXACT
+    exact = {dtype, next(engine.module.parameters()).dtype} == {torch.float32} and gap <= EXACT
     return Probed(exact, logp_gap([sampler], [ours]))
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from dsalign.engines.engine import whole
 from dsalign.models.heads import Backbone, unwrap
@@ -86,3 +90,43 @@ def _merged(layer: Any) -> Any:
     layer.merged_adapters = []
     layer.merge()
     return base
+
+
+def weights_of(view: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of a view, on its device, under the names that the architecture's checkpoints have. A head that is
+    tied to the embedding is there under both names, as an engine with a second copy may hold it twice."""
+    found: dict[str, Tensor] = revert_weight_conversion(view, view.state_dict())
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def untied(view: PreTrainedModel) -> Any:
+    """A copy of a view's configuration for a model whose head is a weight of its own, with the same numbers."""
+    config = copy.deepcopy(view.config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    config.architectures = [type(view).__name__]
+    config.dtype = view.dtype
+    return config
+
+
+def write_untied(weights: Mapping[str, Tensor], view: PreTrainedModel, folder: Path) -> None:
+    """Write the weights and `untied` to a folder, which is made, as safetensors.
+
+    Raises ValueError where the files do not hold every tensor and byte: a shared tensor is easily written once only.
+    """
+    kept, own = set[int](), dict[str, Tensor]()
+    for name, tensor in weights.items():
+        own[name] = tensor.clone() if tensor.data_ptr() in kept else tensor
+        kept.add(tensor.data_ptr())
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(own, folder)
+    untied(view).save_pretrained(folder)
+    wanted = {name: tensor.shape.numel() * tensor.element_size() for name, tensor in weights_of(view).items()}
+    found = dict[str, int]()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            found |= {name: opened.get_tensor(name).nbytes for name in opened.keys()}  # noqa: SIM118
+    if found != wanted:
+        raise ValueError(
+            f"rollout: {folder} holds {len(found)} tensors of {sum(found.values())} bytes; expected the model's "
+            f"{len(wanted)} of {sum(wanted.values())}: {', '.join(sorted(wanted.keys() ^ found.keys())[:5])}"
+        )

@@ -51,6 +51,18 @@ def test_a_sampler_that_disagrees_is_refused(world: int) -> None:
     sampled(shifted(4.0, -4.0), rollout=RolloutOptions(rollout_logp_limit=0.91))
 
 
+def test_options_of_vllm_are_for_vllm_and_no_part_of_what_a_run_is() -> None:
+    """A resumed run may have its servers elsewhere, so they do not stand in the text that is compared."""
+    with pytest.raises(ValueError, match=r"^vllm_server, vllm_folder: for --rollout vllm, .* \(auto was\)"):
+        RolloutOptions(vllm_server="http://a:8000")
+    with pytest.raises(ValueError, match=r"^vllm_folder: without --vllm_server"):
+        RolloutOptions(rollout="vllm", vllm_folder="weights")
+    with pytest.raises(ValueError, match=r"^vllm_memory"):
+        RolloutOptions(vllm_memory=0.0)
+    there = RolloutOptions(rollout="vllm", vllm_server="http://a:8000", vllm_timeout=5.0)
+    assert repr(there) == repr(RolloutOptions(rollout="vllm")) != repr(RolloutOptions())
+
+
 def test_a_sampler_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^rollout_logp_limit: .* by nan nats a token"):
         sampled(shifted(math.nan))
