@@ -4,7 +4,8 @@ parse.py."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,21 +105,24 @@ def split(argv: Sequence[str], aliases: Mapping[str, str]) -> Command:
     return Command(tuple(words), tuple(flags))
 
 
-def read_yaml(file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[str]]:
+def read_yaml(file: str, aliases: Mapping[str, str], sections: Collection[str] = ()) -> tuple[list[Given], list[str]]:
     """(the options in a YAML file, the file's problems, a line each).
 
     Raises nothing: a file that cannot be read is one of the problems.
     """
     try:
-        return parse_yaml(Path(file).expanduser().read_text(encoding="utf-8"), file, aliases)
+        return parse_yaml(Path(file).expanduser().read_text(encoding="utf-8-sig"), file, aliases, sections)
     except OSError as error:
         return [], [f"--config: expected a YAML file that can be read, got {file!r} ({error.strerror}); check the path"]
     except UnicodeDecodeError as error:
         return [], [f"{file}: expected UTF-8 text, got a byte that is none at {error.start}; save it as UTF-8"]
 
 
-def parse_yaml(text: str, file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[str]]:
+def parse_yaml(
+    text: str, file: str, aliases: Mapping[str, str], sections: Collection[str] = ()
+) -> tuple[list[Given], list[str]]:
     """(the options in YAML text, its problems, a line each). file: how the problems name it. aliases: as for `split`.
+    sections: keys whose mapping holds options, each of which is then called section.option.
 
     Scalars stay text, and null is None: so `1e-4`, which is a string in YAML 1.1, means what it means behind a flag.
     """
@@ -134,16 +138,28 @@ def parse_yaml(text: str, file: str, aliases: Mapping[str, str]) -> tuple[list[G
     if not isinstance(root, yaml.MappingNode):
         return [], [f"{file}:1: expected lines of `name: value`, got something else; see --print_config for the form"]
     given, problems = [], []
-    for key, value in root.value:
+    for key, value, prefix in _entries(root, sections):
         place = f"{file}:{key.start_mark.line + 1}"
         raw, problem = _raw(value)
         if not isinstance(key, yaml.ScalarNode):
-            problems.append(f"{place}: expected the name of an option, got a {key.id}; write `name: value`")
+            problems.append(
+                f"{place}: expected the name of an option, got a {getattr(key, 'id', 'value')}; write `name: value`"
+            )
         elif problem:
-            problems.append(f"{place}: {key.value}: {problem}")
+            problems.append(f"{place}: {prefix}{key.value}: {problem}")
         else:
-            given.append(Given(_name(key.value, aliases), key.value, raw, place))
+            spelled = prefix + key.value
+            given.append(Given(_name(spelled, aliases), spelled, raw, place))
     return given, problems
+
+
+def _entries(root: yaml.MappingNode, sections: Collection[str]) -> Iterator[tuple[yaml.Node, yaml.Node, str]]:
+    """(key, value, the section's name and a dot or nothing) of each entry, those of a section one by one."""
+    for key, value in root.value:
+        if isinstance(value, yaml.MappingNode) and isinstance(key, yaml.ScalarNode) and key.value in sections:
+            yield from ((inner, of, f"{key.value}.") for inner, of in value.value)
+        else:
+            yield key, value, ""
 
 
 def _raw(node: yaml.Node) -> tuple[Raw, str | None]:
@@ -180,6 +196,26 @@ def twice(layer: Sequence[Given]) -> list[str]:
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """The words '; did you mean X?' for the name most like `name`; empty where none is like it."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    """The words '; did you mean X?' for the name of which `name` is a misspelling; empty where there is none.
+
+    Word by word, as a name that shares one word of two means another thing: evaluation_strategy is no
+    truncation_strategy.
+    """
+    close = difflib.get_close_matches(name.lower(), {one.lower(): one for one in names}, n=8, cutoff=0.6)
+    found = next((one for near in close for one in names if one.lower() == near and _misspelt(name, one)), None)
+    return f"; did you mean {found}?" if found else ""
+
+
+def _misspelt(name: str, known: str) -> bool:
+    """Whether `name` is `known` but for a letter or two in each word, or for how its words are joined."""
+    mine, theirs = (re.findall(r"[a-z]+|[0-9]+", text.lower()) for text in (name, known))
+    if "".join(mine) == "".join(theirs):
+        return True
+    return len(mine) == len(theirs) and all(_alike(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _alike(word: str, known: str) -> bool:
+    if word.isdigit() or known.isdigit() or min(len(word), len(known)) == 1:
+        return word == known
+    swapped = sorted(word) == sorted(known)
+    return swapped or difflib.SequenceMatcher(None, word, known).ratio() >= 0.7
