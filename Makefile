@@ -9,7 +9,7 @@ CODE := setup.py dsalign kernels launch benchmarks tests
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo demo-real check fix test test-slow test-newest test-vllm bench bench-gpu wheel clean
+.PHONY: help install demo demo-real verifiable check fix test test-slow test-newest test-vllm bench bench-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -32,6 +32,9 @@ demo: $(STAMP)  ## SFT, RM and PPO of a tiny model on two CPU ranks; fails where
 
 demo-real: $(STAMP)  ## the same with SmolLM2-135M-Instruct and LoRA
 	$(BIN)/python launch/demo.py --real
+
+verifiable: $(STAMP)  ## GRPO of SmolLM2 with a reward that a program checks; fails where it does not rise
+	$(BIN)/python launch/verifiable.py
 
 check: $(STAMP)  ## ruff and mypy; changes nothing
 	$(BIN)/ruff check $(CODE)

@@ -1,4 +1,4 @@
-"""What test_identity.py runs on every rank: a training whose every prompt is also sampled by other engines, in other
+"""What test_same_tokens.py runs on every rank: a training whose every prompt is also sampled by other engines, in other
 batches, under the same weights."""
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     algo: str, data: str, more: str, tiny: Path, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     """From the first checkpoint on: the same rollouts, losses and weights, bit for bit; sampled answers are compared as
-    text, and the ids of thousands in test_identity.py. GRPO has importance weights other than 1, as in bfloat16 the
+    text, and the ids of thousands in test_same_tokens.py. GRPO has importance weights other than 1, as in bfloat16 the
     sampler is not the trainer."""
     reward = tmp_path / "reward.py"
     reward.write_text(
