@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dsalign.config import ds_keys
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = next(p / "ds_configs" for p in (_PACKAGE, _PACKAGE.parent) if (p / "ds_configs").is_dir())  # wheel, checkout
+OTHERS = {f"default-{stage}": stage for stage in ("zero0", "zero1", "zero2", "zero3")}  # of ms-swift 2 -> ours
+OTHERS |= {"default-zero2-offload": "zero2_offload", "default-zero3-offload": "zero3_offload"}
 
 
 def names() -> tuple[str, ...]:
@@ -22,35 +26,81 @@ def find(name: str) -> Path:
     """
     if name in names():
         return FOLDER / f"{name}.json"
-    if Path(name).is_file():
-        return Path(name)
+    if Path(name).expanduser().is_file():
+        return Path(name).expanduser()
     raise ValueError(f"deepspeed: expected one of {', '.join(names())} or a JSON file, got {name!r}")
 
 
 def settings(name: str) -> dict[str, Any]:
     """A configuration as a dictionary, as it stands in its file. name: one of `names()`, or a path.
 
-    Raises ValueError where there is no such file, or it holds no JSON object.
+    Raises ValueError where there is no such file, or it holds no JSON object or a key twice.
     """
     path = find(name)
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except OSError as error:
+        raise ValueError(f"deepspeed: {path}: expected a file that can be read, got {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"deepspeed: {path}:{error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"deepspeed: {path}: not JSON: it is no UTF-8 text") from None
+    except RecursionError:
+        raise ValueError(f"deepspeed: {path}: not a DeepSpeed file: it is nested too deeply") from None
+    except _TwiceError as error:
+        raise ValueError(f"deepspeed: {path}: expected each key once, got {error} twice; keep one of them") from None
     if not isinstance(settings, dict):
         raise ValueError(f"deepspeed: {path} must hold a JSON object, got {type(settings).__name__}")
     return settings
 
 
+class _TwiceError(Exception):
+    """The signal that a JSON object has a key twice, of which json would keep the last."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+    return dict(pairs)
+
+
+def problems(name: str) -> list[str]:
+    """A line for each fault of a configuration, "FILE: KEY: what was expected"; empty where DeepSpeed can be given it.
+
+    Raises nothing: a file that cannot be read is one of the faults.
+    """
+    try:
+        return [f"{find(name)}: {line}" for line in ds_keys.wrong(settings(name))]
+    except ValueError as error:
+        return [str(error).removeprefix("deepspeed: ")]
+
+
+def read(name: str) -> dict[str, Any]:
+    """The configuration with this name or path as DeepSpeed is given it: without "auto", which stands for the flag's
+    value or DeepSpeed's own, and without the section hybrid_engine, which is ours.
+
+    Raises ValueError with every fault that `problems` finds.
+    """
+    if found := problems(name):
+        raise ValueError("deepspeed: " + "\n".join(found))
+    return {key: value for key, value in ds_keys.without_auto(settings(name)).items() if key != "hybrid_engine"}
+
+
+def unused(name: str) -> list[str]:
+    """The keys of a configuration that every run sets itself, where the file asks for another value, and those of the
+    hybrid engine beside `enabled`, which are DeepSpeed's."""
+    whole = settings(name)
+    section = whole.get("hybrid_engine", {})
+    return [key for key, value in whole.items() if key in ds_keys.UNUSED and value != ds_keys.UNUSED[key]] + [
+        f"hybrid_engine.{key}" for key in section if key not in ("enabled", "inference_tp_size")
+    ]
+
+
 def hybrid(name: str) -> bool:
     """Whether a configuration asks for the hybrid engine: rollouts through DeepSpeed's interface, by our own sampling.
 
-    Raises ValueError where its section is no object with a true or false `enabled`, or asks for what this engine does
-    not do: tensor parallel sampling.
+    Raises ValueError as `settings` does.
     """
-    section = settings(name).get("hybrid_engine", {"enabled": False})
-    if not isinstance(section, dict) or not isinstance(section.get("enabled", False), bool):
-        raise ValueError(f'deepspeed: {name}: hybrid_engine: expected {{"enabled": true or false}}, got {section!r}')
-    if section.get("inference_tp_size", 1) != 1:
-        raise ValueError(f"deepspeed: {name}: hybrid_engine: inference_tp_size must be 1; each rank samples by itself")
-    return bool(section.get("enabled", False))
+    section = settings(name).get("hybrid_engine", {})
+    return isinstance(section, dict) and section.get("enabled", False) is True

@@ -4,6 +4,7 @@ parse.py."""
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,26 @@ def twice(layer: Sequence[Given]) -> list[str]:
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """The words '; did you mean X?' for the name most like `name`; empty where none is like it."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    """The words '; did you mean X?' for the name of which `name` is a misspelling; empty where there is none.
+
+    Word by word, as a name that shares one word of two means another thing: evaluation_strategy is no
+    truncation_strategy.
+    """
+    close = difflib.get_close_matches(name.lower(), {one.lower(): one for one in names}, n=8, cutoff=0.6)
+    found = next((one for near in close for one in names if one.lower() == near and _misspelt(name, one)), None)
+    return f"; did you mean {found}?" if found else ""
+
+
+def _misspelt(name: str, known: str) -> bool:
+    """Whether `name` is `known` but for a letter or two in each word, or for how its words are joined."""
+    mine, theirs = (re.findall(r"[a-z]+|[0-9]+", text.lower()) for text in (name, known))
+    if "".join(mine) == "".join(theirs):
+        return True
+    return len(mine) == len(theirs) and all(_alike(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _alike(word: str, known: str) -> bool:
+    if word.isdigit() or known.isdigit() or min(len(word), len(known)) == 1:
+        return word == known
+    swapped = sorted(word) == sorted(known)
+    return swapped or difflib.SequenceMatcher(None, word, known).ratio() >= 0.7

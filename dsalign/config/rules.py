@@ -183,13 +183,15 @@ def checkpoint_exists(draft: Draft) -> Iterator[str]:
 
 
 def deepspeed_is_known(draft: Draft) -> Iterator[str]:
-    """deepspeed is one of the files that come along, or a file of the user's."""
+    """deepspeed is one of the files that come along, or a file of the user's whose keys DeepSpeed knows."""
     name, known = draft["deepspeed"], ds_files.names()
-    if name not in known and not Path(name).is_file():
+    if name not in known and not Path(name).expanduser().is_file():
         yield (
             f"{draft.at('deepspeed')}: expected {', '.join(known)} or a JSON file that exists, got {name!r}"
             f"{nearest(name, known) or '; check the path'}"
         )
+    elif name not in known:
+        yield from (f"{draft.at('deepspeed')}: {line}" for line in ds_files.problems(name))
 
 
 def global_batch_is_large_enough(draft: Draft) -> Iterator[str]:

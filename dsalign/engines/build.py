@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dsalign.config import ds_files
 from dsalign.config.schema import RunConfig
 from dsalign.data.tokens.templates import Template
 from dsalign.engines import dist, engine
@@ -65,6 +66,8 @@ def roles_of(config: RunConfig, found: dict[str, Source], device: torch.device) 
             "lora_target_modules are not used",
             adapter,
         )
+    if dist.rank() == 0 and (unused := ds_files.unused(config.optim.deepspeed)):
+        logger.warning("deepspeed: %s: %s is not used: every run sets it", config.optim.deepspeed, ", ".join(unused))
     trained = partial(
         load.load_trained, options=options, device=device, dropout=config.algorithm.traits.dropout > 0, seed=config.seed
     )

@@ -1,4 +1,4 @@
-"""DeepSpeed engines from a file of ds_configs and the flags; a number that has a flag is refused in the file."""
+"""DeepSpeed engines from a file of ds_configs and the flags; config/ds_keys.py refuses in the file what has a flag."""
 
 from __future__ import annotations
 
@@ -20,37 +20,7 @@ from dsalign.config.schema import OptimOptions
 from dsalign.engines import dist
 
 logger = logging.getLogger(__name__)
-OURS = {
-    "train_batch_size": "--batch_size, --gradient_accumulation_steps and the number of ranks",
-    "train_micro_batch_size_per_gpu": "--batch_size",
-    "gradient_accumulation_steps": "--gradient_accumulation_steps",
-    "gradient_clipping": "--max_grad_norm",
-    "optimizer": "--optimizer, --learning_rate, --weight_decay and --adam_*",
-    "scheduler": "--lr_scheduler_type and --warmup_ratio",
-    "bf16": "--dtype",
-    "fp16": "--dtype",
-}
 NO_CLIPPING = 1e30  # a limit no norm reaches: with 0 the engine would not compute the norm that tells a NaN
-
-
-def read(name: str) -> dict[str, Any]:
-    """The DeepSpeed configuration with this name or path, without the keys that flags set, which it may have as "auto".
-
-    Raises ValueError naming every key that has a flag too: two homes for a number disagree sooner or later.
-    """
-    settings = ds_files.settings(name)
-    set_twice = [key for key in OURS if key in settings and settings[key] != "auto" and not _all_auto(settings[key])]
-    if set_twice:
-        lines = "; ".join(f"{key} is set by {OURS[key]}" for key in set_twice)
-        raise ValueError(f"deepspeed: {name} sets what has a flag: {lines}. Remove it from the file")
-    # The hybrid engine is ours, in rollout/: with DeepSpeed's own, Llama's second layer crashes (transformers 5).
-    return {key: value for key, value in settings.items() if key not in OURS and key != "hybrid_engine"}
-
-
-def _all_auto(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_all_auto(v) for v in value.values())
-    return bool(value == "auto")
 
 
 def complete(options: OptimOptions, dtype: torch.dtype, *, train: bool) -> dict[str, Any]:
@@ -62,7 +32,7 @@ def complete(options: OptimOptions, dtype: torch.dtype, *, train: bool) -> dict[
     trained engine of stage 0 is one of stage 1: at 0 DeepSpeed has no float32 accumulation, and sums would depend on
     the cut into micro-batches.
     """
-    settings = read(options.deepspeed)
+    settings = ds_files.read(options.deepspeed)
     zero = dict(settings.get("zero_optimization", {"stage": 0}))
     if not train:
         zero.pop("offload_optimizer", None)

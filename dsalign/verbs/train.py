@@ -9,7 +9,7 @@ import torch
 from dsalign.checkpoint import checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.data.dataset import data_of
-from dsalign.engines import build, dist, engine, reference_cache
+from dsalign.engines import build, dist, reference_cache
 from dsalign.engines.self_check import self_check
 from dsalign.launcher import Process
 from dsalign.loop.plan import batches_of, context_of, loader_of
@@ -38,7 +38,6 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
 
 def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, float]:
     torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
-    dist.together(lambda: engine.read(config.optim.deepspeed))  # refused before anything large is read
     sources = build.sources(config)
     template = dist.together(lambda: template_of(config, sources[config.algorithm.traits.main]))
     retemplate = dist.together(lambda: retemplate_of(config, sources, template))
