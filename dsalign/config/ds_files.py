@@ -10,8 +10,6 @@ from dsalign.config import ds_keys
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = next(p / "ds_configs" for p in (_PACKAGE, _PACKAGE.parent) if (p / "ds_configs").is_dir())  # wheel, checkout
-OTHERS = {f"default-{stage}": stage for stage in ("zero0", "zero1", "zero2", "zero3")}  # of ms-swift 2 -> ours
-OTHERS |= {"default-zero2-offload": "zero2_offload", "default-zero3-offload": "zero3_offload"}
 
 
 def names() -> tuple[str, ...]:

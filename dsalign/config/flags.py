@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,21 +105,24 @@ def split(argv: Sequence[str], aliases: Mapping[str, str]) -> Command:
     return Command(tuple(words), tuple(flags))
 
 
-def read_yaml(file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[str]]:
+def read_yaml(file: str, aliases: Mapping[str, str], sections: Collection[str] = ()) -> tuple[list[Given], list[str]]:
     """(the options in a YAML file, the file's problems, a line each).
 
     Raises nothing: a file that cannot be read is one of the problems.
     """
     try:
-        return parse_yaml(Path(file).expanduser().read_text(encoding="utf-8"), file, aliases)
+        return parse_yaml(Path(file).expanduser().read_text(encoding="utf-8-sig"), file, aliases, sections)
     except OSError as error:
         return [], [f"--config: expected a YAML file that can be read, got {file!r} ({error.strerror}); check the path"]
     except UnicodeDecodeError as error:
         return [], [f"{file}: expected UTF-8 text, got a byte that is none at {error.start}; save it as UTF-8"]
 
 
-def parse_yaml(text: str, file: str, aliases: Mapping[str, str]) -> tuple[list[Given], list[str]]:
+def parse_yaml(
+    text: str, file: str, aliases: Mapping[str, str], sections: Collection[str] = ()
+) -> tuple[list[Given], list[str]]:
     """(the options in YAML text, its problems, a line each). file: how the problems name it. aliases: as for `split`.
+    sections: keys whose mapping holds options, each of which is then called section.option.
 
     Scalars stay text, and null is None: so `1e-4`, which is a string in YAML 1.1, means what it means behind a flag.
     """
@@ -135,16 +138,26 @@ def parse_yaml(text: str, file: str, aliases: Mapping[str, str]) -> tuple[list[G
     if not isinstance(root, yaml.MappingNode):
         return [], [f"{file}:1: expected lines of `name: value`, got something else; see --print_config for the form"]
     given, problems = [], []
-    for key, value in root.value:
+    for key, value, prefix in _entries(root, sections):
         place = f"{file}:{key.start_mark.line + 1}"
         raw, problem = _raw(value)
         if not isinstance(key, yaml.ScalarNode):
             problems.append(f"{place}: expected the name of an option, got a {key.id}; write `name: value`")
         elif problem:
-            problems.append(f"{place}: {key.value}: {problem}")
+            problems.append(f"{place}: {prefix}{key.value}: {problem}")
         else:
-            given.append(Given(_name(key.value, aliases), key.value, raw, place))
+            spelled = prefix + key.value
+            given.append(Given(_name(spelled, aliases), spelled, raw, place))
     return given, problems
+
+
+def _entries(root: yaml.MappingNode, sections: Collection[str]) -> Iterator[tuple[yaml.Node, yaml.Node, str]]:
+    """(key, value, the section's name and a dot or nothing) of each entry, those of a section one by one."""
+    for key, value in root.value:
+        if isinstance(value, yaml.MappingNode) and isinstance(key, yaml.ScalarNode) and key.value in sections:
+            yield from ((inner, of, f"{key.value}.") for inner, of in value.value)
+        else:
+            yield key, value, ""
 
 
 def _raw(node: yaml.Node) -> tuple[Raw, str | None]:

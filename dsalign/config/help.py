@@ -15,7 +15,7 @@ def help_text(command: flags.Command) -> str:
     """The text of --help: all options of a run with their defaults, and those of the algorithm that `command` names."""
     given, _ = _merge(command)
     name, _ = _algorithm_name(command, given)
-    spellings = {one: [alias for alias, target in ALIASES.items() if target == one] for one in RUN_OPTIONS}
+    spellings = {one: [alias for alias, target in ALIASES.items() if target == one][:1] for one in RUN_OPTIONS}
 
     def lines(shown: Mapping[str, Option]) -> Iterator[str]:
         for option in shown.values():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsalign import algos, assets
-from dsalign.config import flags, rules
+from dsalign.config import flags, foreign, rules
 from dsalign.config.flags import Given
 from dsalign.config.options import REQUIRED, Option
 from dsalign.config.schema import (
@@ -25,16 +25,16 @@ from dsalign.config.schema import (
 )
 from dsalign.contract.rollouts import RolloutOptions
 
-ALIASES = {  # name of an option in the documented scripts and other trainers -> its name here
-    "rlhf_type": "algo",
-    "model_type": "model",
-    "model_id_or_path": "model",
-    "sft_type": "tuner",
-    "ref_model_id_or_path": "ref_model",
-    "reward_model_id_or_path": "reward_model",
-    "per_device_train_batch_size": "batch_size",
-    "resume_from_checkpoint": "resume",
+ALIASES = foreign.NAMES  # name of an option in the documented scripts and other trainers -> its name here
+
+
+_SECTION_OPTIONS: Mapping[str, Collection[str]] = {
+    **SECTIONS,
+    "rollout": ROLLOUT_OPTIONS,
+    "optimisation": SECTIONS["optim"],
+    "run": SECTIONS["output"],
 }
+SECTION_NAMES = (*_SECTION_OPTIONS, *algos.names())
 
 
 class ConfigError(ValueError):
@@ -145,12 +145,14 @@ def _merge(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
         problems.append("--config: expected a YAML file, got none; write --config FILE.yaml")
     layers = []
     for file in command.values("config"):
-        layer, wrong_lines = flags.read_yaml(file, ALIASES)
+        layer, wrong_lines = flags.read_yaml(file, ALIASES, SECTION_NAMES)
         problems += wrong_lines
         layers.append(layer)
     layers.append([one for one in command.flags if one.name not in flags.REQUESTS])
+    named = any(one.name == "model" and not _stands_in(one) for layer in layers for one in layer)
     given: dict[str, Given] = {}
-    for layer in layers:
+    for dotted in layers:
+        layer = [_undotted(one, problems) for one in dotted if not (named and _stands_in(one))]
         problems += flags.twice(layer)
         for one in layer:
             if one.raw is None and one.name in RESOLVED:
@@ -158,6 +160,28 @@ def _merge(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
             else:
                 given[one.name] = one
     return given, problems
+
+
+def _stands_in(one: Given) -> bool:
+    """Whether this is --model_type, which stands for the model where that is not given; beside a model it says nothing
+    that the model's folder does not say."""
+    return one.name == "model" and one.spelled.lstrip("-").replace("-", "_") == "model_type"
+
+
+def _undotted(one: Given, problems: list[str]) -> Given:
+    """`optim.learning_rate` as learning_rate, with a line in `problems` where the option is in another section.
+
+    Sections are those of the configuration, the heading of one in --help, and an algorithm's name for its own options.
+    """
+    section, dot, name = one.name.partition(".")
+    if not dot or section not in SECTION_NAMES:
+        return one
+    name = ALIASES.get(name, name)
+    own = own_options(algos.load(section)) if section in algos.names() else _SECTION_OPTIONS[section]
+    if name not in own and (name in RUN_OPTIONS or _algorithms_with(name)):
+        homes = [part for part, options in _SECTION_OPTIONS.items() if name in options] or _algorithms_with(name)
+        problems.append(f"{one.where}: expected an option of {section}, got one of {homes[0]}; write {name} alone")
+    return dataclasses.replace(one, name=name)
 
 
 def _of_demo_rows(algo: str, known: Mapping[str, Option]) -> dict[str, Given]:
@@ -216,6 +240,8 @@ def _unknown(one: Given, algo: str, known: Mapping[str, Option]) -> str:
             f"{one.where}: expected an option of {algo}, got one of {', '.join(having)}; {algo} has none of it, "
             f"remove it or change --algo"
         )
+    if todo := foreign.advice(one.name):
+        return f"{one.where}: expected an option of dsalign, got {one.name!r} of other trainers; {todo}"
     possible = [] if algo else [name for own in _all_own().values() for name in own]
     names = [*known, *possible, *ALIASES, *(() if one.file else flags.REQUESTS)]
     guess = flags.nearest(one.name, names) or "; see --help for all"
@@ -234,7 +260,7 @@ def _read(given: Mapping[str, Given], known: Mapping[str, Option]) -> tuple[dict
                 values[name] = option.default
             continue
         try:
-            values[name] = option.read(given[name].raw)
+            values[name] = option.read(foreign.translated(name, given[name].raw))
         except ValueError as error:
             problems.append(f"{given[name].where}: {error}")
     return values, problems

@@ -75,7 +75,7 @@ def test_yaml_is_text_with_lines() -> None:
         ("--num_train_epoch 2", "--num_train_epoch: expected a known option, got 'num_train_epoch'; did you mean num"),
         ("--qqq", "--qqq: expected a known option, got 'qqq'; see --help for all"),
         ("--seed 1 --seed 2", "--seed: expected seed once, got --seed twice; keep one of them"),
-        ("--model_type n", "--model: expected model once, got --model_type and --model; keep one of them"),
+        ("--model_path n", "--model: expected model once, got --model_path and --model; keep one of them"),
         (
             "--print_config run.yaml",
             "--print_config: expected true, false or no value, got 'run.yaml'; write a file as",
