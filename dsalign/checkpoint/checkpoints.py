@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dsalign.checkpoint.export import export
 from dsalign.checkpoint.progress import Progress
+from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions, RunConfig
 from dsalign.engines import dist
 
 logger = logging.getLogger(__name__)
-PROGRESS_FILE = "trainer.json"
 
 
 class Checkpoints:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import glob
+import importlib.util
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,9 @@ from dsalign.config import ds_files
 from dsalign.config.flags import nearest
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
+MODEL_FILES = ("config.json", "adapter_config.json")
+PROGRESS_FILE = "trainer.json"  # of a checkpoint's folder; without it the checkpoint is not whole
+TEMPLATES = ("chatml", "gemma", "llama3", "mistral", "plain", "qwen", "zephyr")  # data/tokens/chat_templates.py
 FROZEN = {  # option -> the frozen role that it fills
     "ref_model": "reference",
     "ref_model_type": "reference",
@@ -87,6 +93,57 @@ def reward_functions_are_known(draft: Draft) -> Iterator[str]:
             known = sorted(rewards.FUNCTIONS)
             advice = nearest(name, known) or "; choose one, or give path/to/file.py:function"
             yield f"{draft.at('reward_funcs')}: expected one of {', '.join(known)}, got {name!r}{advice}"
+
+
+def reward_files_have_the_functions(draft: Draft) -> Iterator[str]:
+    """A reward function of the user's is a function of a python file that can be read. The file is not run here."""
+    judged = draft.built().traits.roles.get("reward") == "frozen"
+    for name in draft["reward_funcs"] if judged else ():
+        if not name.startswith(assets.DEMO) and (problem := _of_reward_file(name)):
+            yield f"{draft.at('reward_funcs')}: {problem}"
+
+
+def _of_reward_file(name: str) -> str:
+    """What is wrong with path/to/file.py:function as its text shows it; empty where nothing is."""
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py") or not function.isidentifier():
+        return f"expected path/to/file.py:function, got {name!r}; name the file, a colon and the function"
+    try:
+        module = ast.parse(Path(path).expanduser().read_bytes(), path)
+    except OSError as error:
+        return f"expected a file that exists, got {path!r} ({error.strerror}); check the path"
+    except (SyntaxError, ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        return f"{path}{line}: expected Python, got an error: {getattr(error, 'msg', error)}; correct the file"
+    functions = [one.name for one in module.body if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    found = next((one for one in module.body if getattr(one, "name", None) == function), None)
+    if isinstance(found, ast.AsyncFunctionDef):
+        return f"{path}:{found.lineno}: expected a function, got {function}, which is async; write `def` in place of it"
+    if found is None and not _binds(module, function):
+        has = ", ".join(functions) or "no function"
+        return (
+            f"{path}: expected a function {function!r}, got {has}{nearest(function, functions) or '; correct the name'}"
+        )
+    return ""
+
+
+def _binds(module: ast.Module, name: str) -> bool:
+    """Whether a name is assigned or imported anywhere in a module, or may be, by `from x import *`."""
+    imports = (one for one in ast.walk(module) if isinstance(one, (ast.Import, ast.ImportFrom)))
+    imported = {alias.asname or alias.name for one in imports for alias in one.names}
+    assigned = {one.id for one in ast.walk(module) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+    return bool({name, "*"} & (imported | assigned))
+
+
+def reward_weights_are_one_a_source(draft: Draft) -> Iterator[str]:
+    """reward_weights, where given, has one number for the reward model and one for each function."""
+    weights = draft["reward_weights"]
+    sources = [*filter(None, [draft["reward_model"]]), *draft["reward_funcs"]]
+    if weights and sources and len(weights) != len(sources) and draft.built().traits.roles.get("reward") == "frozen":
+        yield (
+            f"{draft.at('reward_weights')}: expected one for each of {len(sources)} rewards "
+            f"({', '.join(sources)}), got {len(weights)}; write as many"
+        )
 
 
 def evaluation_has_rows(draft: Draft) -> Iterator[str]:
@@ -165,19 +222,72 @@ def data_files_exist(draft: Draft) -> Iterator[str]:
 
 
 def model_folders_exist(draft: Draft) -> Iterator[str]:
-    """A model that looks like a folder must be one; any other name may be registered or on the hub."""
+    """A model that looks like a folder must be one that holds a model; any other name may be registered or on the
+    hub."""
     for name in ("model", "ref_model", "reward_model"):
         path = draft[name]
-        if path and path[:1] in ("/", ".", "~") and not _exists(path):
-            yield f"{draft.at(name)}: expected a folder that exists, got {path!r}; check the path"
+        if not path:
+            continue
+        folder = Path(path).expanduser()
+        if not folder.exists() and (path[:1] in ("/", ".", "~") or path.count("/") > 1):
+            yield f"{draft.at(name)}: expected a folder that exists, got {path!r}{_nearest_folder(folder)}"
+        elif folder.exists() and not any((folder / file).is_file() for file in MODEL_FILES):
+            yield (
+                f"{draft.at(name)}: expected a model's folder, with {' or '.join(MODEL_FILES)}, got {path!r}, which "
+                "has neither; name the folder that from_pretrained opens"
+            )
+
+
+def _nearest_folder(folder: Path) -> str:
+    """The words '; did you mean X?' for a folder with nearly this name, else advice to check the path."""
+    there = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
+    return nearest(folder.name, there) or "; check the path"
+
+
+def template_is_known(draft: Draft) -> Iterator[str]:
+    """template is a built-in one or a file that exists."""
+    name = draft["template"]
+    if name and name not in TEMPLATES and not Path(name).expanduser().is_file():
+        yield (
+            f"{draft.at('template')}: expected {', '.join(TEMPLATES)} or a .jinja file that exists, got {name!r}"
+            f"{nearest(name, TEMPLATES) or '; check the path, or leave it out for the template of the tokenizer'}"
+        )
+
+
+def trackers_are_installed(draft: Draft) -> Iterator[str]:
+    """report_to names trackers whose package is there."""
+    for name in draft["report_to"]:
+        if importlib.util.find_spec(name) is None:
+            yield (
+                f"{draft.at('report_to')}: expected a tracker that is installed, got {name!r}; run "
+                f"pip install 'dsalign[{name}]', or leave it out: metrics.jsonl is always written"
+            )
+
+
+def output_dir_can_be_written(draft: Draft) -> Iterator[str]:
+    """output_dir is a folder that can be written, or can be made."""
+    folder = Path(draft["output_dir"]).expanduser().absolute()
+    there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        yield f"{draft.at('output_dir')}: expected a folder, got {there}, which is a file; name another --output_dir"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"{draft.at('output_dir')}: expected a folder that can be written, got {there}, which cannot"
 
 
 def checkpoint_exists(draft: Draft) -> Iterator[str]:
-    """resume names a checkpoint's folder, or the latest one."""
+    """resume names a checkpoint's folder, or the latest one of output_dir."""
     path = draft["resume"]
-    if path and path != "latest" and not Path(path).expanduser().is_dir():
+    if path == "latest":
+        folder = Path(draft["output_dir"])
+        if not any((one / PROGRESS_FILE).is_file() for one in folder.glob("checkpoint-*")):
+            yield (
+                f"{draft.at('resume')}: expected a checkpoint-N in {folder}, got none; leave --resume out to start a "
+                "new run, or name the run's --output_dir"
+            )
+    elif path and not (Path(path).expanduser() / PROGRESS_FILE).is_file():
+        why = "which is no whole checkpoint" if Path(path).expanduser().is_dir() else "which is no folder"
         yield (
-            f"{draft.at('resume')}: expected `latest` or the folder of a checkpoint, got {path!r}; "
+            f"{draft.at('resume')}: expected `latest` or the folder of a checkpoint, got {path!r}, {why}; "
             f"checkpoints are output_dir/checkpoint-N"
         )
 
@@ -209,6 +319,8 @@ RULES: tuple[Rule, ...] = (
     model_has_a_role,
     rewards_have_a_source,
     reward_functions_are_known,
+    reward_files_have_the_functions,
+    reward_weights_are_one_a_source,
     evaluation_has_rows,
     one_source_of_validation,
     lora_options_need_lora,
@@ -218,6 +330,9 @@ RULES: tuple[Rule, ...] = (
     weights_are_one_a_data_set,
     data_files_exist,
     model_folders_exist,
+    template_is_known,
+    trackers_are_installed,
+    output_dir_can_be_written,
     checkpoint_exists,
     deepspeed_is_known,
     global_batch_is_large_enough,

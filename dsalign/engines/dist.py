@@ -122,7 +122,7 @@ def agree(error: Exception | None) -> None:
     """Raise on every rank where any rank has an error: the error itself on the first such rank, ElsewhereError on the
     others, so that the cause is logged once. Without this the other ranks would wait in the next collective until it
     times out."""
-    if world_size() > 1:
+    if td.is_initialized() and world_size() > 1:
         texts: list[str | None] = [None] * world_size()
         td.all_gather_object(texts, None if error is None else str(error))
         first = next((other for other, text in enumerate(texts) if text is not None), None)

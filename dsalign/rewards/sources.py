@@ -11,8 +11,9 @@ from torch import Tensor
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group, Scores
 from dsalign.data.tokens.templates import Template
+from dsalign.engines import dist
 from dsalign.models.tokenizer import decoder
-from dsalign.rewards.functions import call, load_function
+from dsalign.rewards.functions import call, check_columns, load_function
 
 if TYPE_CHECKING:
     from dsalign.engines.roles import Roles
@@ -44,14 +45,19 @@ class Rewards:
             raise ValueError(f"reward_weights: expected one for each of {count} rewards, got {len(self._weights)}")
 
     def __call__(self, groups: Sequence[Group], batch_size: int) -> Scores:
-        """What the groups' completions are worth; batch_size: groups in a forward of the reward model. Collective."""
+        """What the groups' completions are worth; batch_size: groups in a forward of the reward model. Collective.
+
+        Raises ValueError on every rank where a function fails on any.
+        """
         sources: dict[str, list[Tensor]] = {}
         if self._has_model:
             read = self._reading(groups) if self._reading else groups
             sources["reward_model"] = self._roles.each_group("reward", read, batch_size)
-        for name, function in self._functions:
-            short = name.rpartition(":")[2]
-            sources[name if short in sources else short] = self._call(name, function, groups)
+        if self._functions:  # a function that fails on one rank ends all
+            found = dist.together(lambda: [self._call(name, function, groups) for name, function in self._functions])
+            for (name, _), rewards in zip(self._functions, found, strict=True):
+                short = name.rpartition(":")[2]
+                sources[name if short in sources else short] = rewards
         parts = zip(*sources.values(), strict=True)
         total = [sum((w * x for w, x in zip(self._weights, p, strict=True)), torch.zeros(())) for p in parts]
         return Scores(total, sources)
@@ -65,6 +71,13 @@ class Rewards:
         rewards = call(name, function, [g.prompt_text for g, _ in each], texts, columns)
         sizes = [len(g.completions) for g in groups]
         return list(torch.split(torch.tensor(rewards, dtype=torch.float32), sizes))
+
+
+def check_functions(config: RunConfig, groups: Sequence[Group]) -> None:
+    """Raise ValueError where a reward function of a run cannot be loaded, or asks for a column that no group has."""
+    if config.algorithm.traits.roles.get("reward") == "frozen":
+        for name in config.models.reward_funcs:
+            check_columns(name, load_function(name), (group.columns for group in groups))
 
 
 def rewards_of(

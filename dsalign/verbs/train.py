@@ -19,7 +19,7 @@ from dsalign.models.compare import compare_models
 from dsalign.models.tokenizer import template_of
 from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
-from dsalign.rewards.sources import rewards_of
+from dsalign.rewards.sources import check_functions, rewards_of
 
 
 def train(config: RunConfig, process: Process, command: str) -> dict[str, float]:
@@ -50,6 +50,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
             own_ids=["reward"] if retemplate is not None else [],
         )
     )  # fmt: skip
+    dist.together(lambda: check_functions(config, data.train))
     loader = loader_of(config, data.train, shuffle=True)
     held_out = loader_of(config, data.held_out, shuffle=False) if data.held_out else None
     total_batches = batches_of(config, loader)

@@ -25,3 +25,17 @@ def problems(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
 def yaml_file(folder: Path, text: str, name: str = "run.yaml") -> str:
     (folder / name).write_text(text, encoding="utf-8")
     return str(folder / name)
+
+
+def trackers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tensorboard and wandb be installed."""
+    for name in ("tensorboard", "wandb"):
+        (folder / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def with_checkpoint(folder: Path) -> str:
+    """The output folder of a run that has a whole checkpoint."""
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "trainer.json").touch()
+    return str(folder)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import BASE, made, problems, yaml_file
+from commands import BASE, made, problems, trackers, yaml_file
 
 from dsalign import algos
 from dsalign.config import flags, foreign
@@ -49,7 +49,10 @@ def test_the_table_speaks_of_options_that_exist() -> None:
         ("--optimisation.lr 1e-4", "optim", "learning_rate", 1e-4),
     ],
 )
-def test_what_means_the_same_is_read(words: str, section: str, name: str, value: object) -> None:
+def test_what_means_the_same_is_read(
+    words: str, section: str, name: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackers(tmp_path, monkeypatch)
     config = parse(["--algo", "sft", "--dataset", "rows", *words.split()], world_size=1).config
     assert getattr(getattr(config, section), name) == value
 

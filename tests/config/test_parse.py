@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from commands import BASE, made, problems, yaml_file
+from commands import BASE, made, problems, trackers, with_checkpoint, yaml_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,7 +100,9 @@ def test_ppo_without_a_reward_has_one(tmp_path: Path) -> None:
     assert parse(["--config", yaml_file(tmp_path, parsed.config.dump())], world_size=1).config == parsed.config
     null = yaml_file(tmp_path, "algo: ppo\nreward_funcs: null\n", "null.yaml")
     assert parse(["--config", null], world_size=1).config.models.reward_funcs == ("demo:friendly",)
-    assert made("--algo", "ppo", "--reward_funcs", "x.py:f").models.reward_funcs == ("x.py:f",)
+    (tmp_path / "x.py").write_text("f = sum\n")
+    own = f"{tmp_path}/x.py:f"
+    assert made("--algo", "ppo", "--reward_funcs", own).models.reward_funcs == (own,)
     for flag in ("--reward_model", "--reward_model_id_or_path", "--reward_model_type"):
         assert made("--algo", "ppo", flag, "r").models.reward_funcs == ()
     assert made("--algo", "dpo").models.reward_funcs == ()
@@ -171,7 +173,8 @@ def test_describe_shows_every_value_with_its_origin_and_is_yaml(tmp_path: Path) 
     assert parse(["--config", yaml_file(tmp_path, parsed.describe())], world_size=3).config == parsed.config
 
 
-def test_yaml_written_is_read_again_as_the_same_configuration(tmp_path: Path) -> None:
+def test_yaml_written_is_read_again_as_the_same_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers(tmp_path, monkeypatch)
     (tmp_path / "rows.jsonl").touch()
     first = parse(
         [
@@ -189,6 +192,7 @@ def test_yaml_written_is_read_again_as_the_same_configuration(tmp_path: Path) ->
             ),
             *("--columns", "q=prompt", "good=chosen", "--adam_epsilon", "1e-7", "--report_to", "wandb", "--resume"),
             *("--dataset", "a,b", f"{tmp_path}/rows.jsonl#5", "--ref_model_type=two words"),
+            *("--output_dir", with_checkpoint(tmp_path)),
         ],
         world_size=2,
     ).config
@@ -250,7 +254,8 @@ def test_text_becomes_the_type_of_its_option(tmp_path: Path) -> None:
     file = yaml_file(
         tmp_path,
         "learning_rate: 1e-4\ngradient_checkpointing: yes\nlora_target_modules: [q, v]\nval_dataset: a, b\n"
-        "columns:\n  question: prompt\nmax_steps: ~\nbatch-size: '2'\nresume: true\n",
+        "columns:\n  question: prompt\nmax_steps: ~\nbatch-size: '2'\nresume: true\n"
+        f"output_dir: {with_checkpoint(tmp_path)}\n",
     )
     config = made("--algo", "sft", "--config", file)
     assert (config.optim.learning_rate, config.models.gradient_checkpointing, config.optim.batch_size) == (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from commands import trackers, with_checkpoint
 
 from dsalign import algos
 from dsalign.config import ds_files, rules
 from dsalign.config.parse import ConfigError, parse
 from dsalign.contract.algorithm import Algorithm, Traits
+from dsalign.data.tokens.chat_templates import BUILT_IN
 
 BASE = ("--model", "m", "--dataset", "rows")
 
@@ -60,12 +63,65 @@ def test_ppo_needs_a_reward_of_some_kind(tmp_path: Path) -> None:
         "--reward_model FOLDER (of --algo rm) or --reward_funcs FILE.py:FUNCTION"
     ]
     assert told("--algo", "ppo", "--reward_model", "x") == []
-    assert told("--algo", "ppo", "--reward_funcs", "x.py:f", "y.py:g", "--reward_weights", "1", "2") == []
-    assert told("--algo", "ppo", "--reward_model", "x", "--reward_funcs", "x.py:f") == []
+    own = reward_file(tmp_path, "def f(): ...\nfrom y import g")
+    assert told("--algo", "ppo", "--reward_funcs", f"{own}:f", f"{own}:g", "--reward_weights", "1", "2") == []
+    assert told("--algo", "ppo", "--reward_model", "x", "--reward_funcs", f"{own}:f") == []
 
 
-def test_a_reward_function_that_comes_along_is_named_rightly() -> None:
-    assert told("--algo", "ppo", "--reward_funcs", "demo:friendly", "x.py:f") == []
+def reward_file(folder: Path, text: str) -> str:
+    (folder / "x.py").write_text(text)
+    return f"{folder}/x.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        (
+            "def scored(): ...\ndef other(): ...",
+            "score",
+            ": expected a function 'score', got scored, other; did",
+        ),
+        ("", "score", ": expected a function 'score', got no function; correct the name"),
+        (
+            "\nasync def f(completions): ...",
+            "f",
+            ":2: expected a function, got f, which is async; write",
+        ),
+        ("def f(:\n", "f", ":1: expected Python, got an error: "),
+        ("x = 1\n  y = 2\n", "f", ":2: expected Python, got an error: unexpected indent; correct the file"),
+    ],
+)
+def test_a_reward_file_is_read_before_it_is_run(text: str, name: str, said: str, tmp_path: Path) -> None:
+    path = reward_file(tmp_path, text)
+    (line,) = told("--algo", "ppo", "--reward_funcs", f"{path}:{name}")
+    assert line.startswith(f"--reward_funcs: {path}{said}")
+
+
+@pytest.mark.parametrize("name", ["x.py", "x.txt:f", ":f", "x.py:", "x.py:a b"])
+def test_a_reward_function_has_a_file_and_a_name(name: str) -> None:
+    assert told("--algo", "ppo", "--reward_funcs", name) == [
+        f"--reward_funcs: expected path/to/file.py:function, got {name!r}; name the file, a colon and the function"
+    ]
+
+
+def test_a_reward_file_must_be_there() -> None:
+    assert told("--algo", "ppo", "--reward_funcs", "gone.py:f") == [
+        "--reward_funcs: expected a file that exists, got 'gone.py' (No such file or directory); check the path"
+    ]
+
+
+def test_reward_weights_are_as_many_as_rewards(tmp_path: Path) -> None:
+    own = reward_file(tmp_path, "f = g = sum")
+    words = ("--algo", "ppo", "--reward_model", "x", "--reward_funcs", f"{own}:f", f"{own}:g", "--reward_weights")
+    assert told(*words, "1", "2", "3") == []
+    assert told(*words, "1", "2") == [
+        f"--reward_weights: expected one for each of 3 rewards (x, {own}:f, {own}:g), got 2; write as many"
+    ]
+
+
+def test_a_reward_function_that_comes_along_is_named_rightly(tmp_path: Path) -> None:
+    own = reward_file(tmp_path, "from y import *")
+    assert told("--algo", "ppo", "--reward_funcs", "demo:friendly", f"{own}:f") == []
     assert told("--algo", "ppo", "--reward_funcs", "demo:frendly") == [
         "--reward_funcs: expected one of demo:friendly, got 'demo:frendly'; did you mean demo:friendly?"
     ]
@@ -204,24 +260,86 @@ def test_demo_rows_are_named_by_their_kind(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_model_that_looks_local_must_be_there(tmp_path: Path) -> None:
     base = ("--model", "/no/such/model", "--dataset", "rows")
+    (tmp_path / "config.json").touch()
     assert told("--algo", "dpo", "--ref_model", str(tmp_path), base=base) == [
         "--model: expected a folder that exists, got '/no/such/model'; check the path"
+    ]
+    (tmp_path / "inner").mkdir()
+    assert told("--algo", "dpo", "--ref_model", "path/to/model")[0].endswith("got 'path/to/model'; check the path")
+    assert told("--algo", "dpo", "--ref_model", f"{tmp_path}/iner") == [
+        f"--ref_model: expected a folder that exists, got '{tmp_path}/iner'; did you mean inner?"
+    ]
+    assert told("--algo", "dpo", "--ref_model", f"{tmp_path}/inner") == [
+        "--ref_model: expected a model's folder, with config.json or adapter_config.json, got "
+        f"'{tmp_path}/inner', which has neither; name the folder that from_pretrained opens"
+    ]
+
+
+def test_a_template_is_built_in_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").touch()
+    assert told("--algo", "sft", "--template", f"{tmp_path}/mine.jinja") == []
+    assert all(told("--algo", "sft", "--template", name) == [] for name in rules.TEMPLATES)
+    assert sorted(BUILT_IN) == list(rules.TEMPLATES)
+    known = ", ".join(rules.TEMPLATES)
+    assert told("--algo", "sft", "--template", "lama3") == [
+        f"--template: expected {known} or a .jinja file that exists, got 'lama3'; did you mean llama3?"
+    ]
+    (line,) = told("--algo", "sft", "--template", "no.jinja")
+    assert line.endswith("got 'no.jinja'; check the path, or leave it out for the template of the tokenizer")
+
+
+def test_a_tracker_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    assert told("--algo", "sft", "--report_to", "wandb", "tensorboard") == []
+    found = rules.importlib.util.find_spec
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None if name == "trackio" else found(name))
+    assert told("--algo", "sft", "--report_to", "trackio") == [
+        "--report_to: expected a tracker that is installed, got 'trackio'; run pip install 'dsalign[trackio]', or "
+        "leave it out: metrics.jsonl is always written"
+    ]
+
+
+def test_an_output_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    assert told("--algo", "sft", "--output_dir", f"{tmp_path}/a/b/c") == []
+    for name in ("file", "file/inner"):
+        assert told("--algo", "sft", "--output_dir", f"{tmp_path}/{name}") == [
+            f"--output_dir: expected a folder, got {tmp_path}/file, which is a file; name another --output_dir"
+        ]
+    monkeypatch.setattr(rules.os, "access", lambda path, mode: False)
+    assert told("--algo", "sft", "--output_dir", f"{tmp_path}/a") == [
+        f"--output_dir: expected a folder that can be written, got {tmp_path}, which cannot"
     ]
 
 
 def test_a_checkpoint_to_resume_must_be_there(tmp_path: Path) -> None:
     assert told("--algo", "sft", "--resume", "checkpoint-5") == [
-        "--resume: expected `latest` or the folder of a checkpoint, got 'checkpoint-5'; "
+        "--resume: expected `latest` or the folder of a checkpoint, got 'checkpoint-5', which is no folder; "
         "checkpoints are output_dir/checkpoint-N"
     ]
-    assert told("--algo", "sft", "--resume_from_checkpoint", str(tmp_path)) == []
-    assert told("--algo", "sft", "--resume") == []
+    (line,) = told("--algo", "sft", "--resume_from_checkpoint", str(tmp_path))
+    assert f"got '{tmp_path}', which is no whole checkpoint; " in line
+    assert told("--algo", "sft", "--resume", "--output_dir", str(tmp_path)) == [
+        f"--resume: expected a checkpoint-N in {tmp_path}, got none; leave --resume out to start a new run, or name "
+        "the run's --output_dir"
+    ]
+    folder = with_checkpoint(tmp_path)
+    assert told("--algo", "sft", "--resume", "--output_dir", folder) == []
+    assert told("--algo", "sft", "--resume_from_checkpoint", f"{folder}/checkpoint-3") == []
 
 
 def test_deepspeed_is_a_name_or_a_file(tmp_path: Path) -> None:
     for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"):
         assert told("--algo", "sft", "--deepspeed", name) == []
     (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "bad.json").write_text('{"zero_optimizaton": {"stage": 2}, "zero_optimization": {"overlap_com": true}}')
+    assert told("--algo", "sft", "--deepspeed", f"{tmp_path}/bad.json") == [
+        f"--deepspeed: {tmp_path}/bad.json: zero_optimizaton: expected a DeepSpeed key, got 'zero_optimizaton'; did "
+        "you mean zero_optimization?",
+        f"--deepspeed: {tmp_path}/bad.json: zero_optimization.overlap_com: expected a DeepSpeed key of "
+        "zero_optimization, got 'overlap_com'; did you mean overlap_comm?",
+    ]
     assert told("--algo", "sft", "--deepspeed", f"{tmp_path}/mine.json") == []
     known = ", ".join(ds_files.names())
     assert told("--algo", "sft", "--deepspeed", "zero-3") == [
@@ -243,6 +361,8 @@ def test_every_rule_has_a_test_here() -> None:
         "model_has_a_role",
         "rewards_have_a_source",
         "reward_functions_are_known",
+        "reward_files_have_the_functions",
+        "reward_weights_are_one_a_source",
         "evaluation_has_rows",
         "one_source_of_validation",
         "lora_options_need_lora",
@@ -252,6 +372,9 @@ def test_every_rule_has_a_test_here() -> None:
         "weights_are_one_a_data_set",
         "data_files_exist",
         "model_folders_exist",
+        "template_is_known",
+        "trackers_are_installed",
+        "output_dir_can_be_written",
         "checkpoint_exists",
         "deepspeed_is_known",
         "global_batch_is_large_enough",
