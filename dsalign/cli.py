@@ -5,32 +5,42 @@ The only reader of argv, RANK, LOCAL_RANK and WORLD_SIZE. Exit codes: 0 done, 2 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import os
 import shlex
+import socket
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from dsalign import __version__
 from dsalign.config import lazy
 
 with lazy.put_off("torch"):  # algorithm files name torch at their top, but only their methods use it
-    from dsalign import launcher
+    from dsalign import launcher, ranks
     from dsalign.config import flags, help, parse
 
 PACKAGE = Path(__file__).parent
+SET = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # for the libraries
+WAIT_S = 2.0  # a launcher ends the other ranks sooner where rank 0 failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. argv: the words behind the program's name, by default sys.argv's."""
+    """Runs one command and returns its exit code. argv: the words behind the program's name, by default sys.argv's.
+
+    The environment is as before when it returns, so that a second run in one Python process starts as the first did.
+    """
+    before = {name: os.environ.get(name) for name in SET}
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     except parse.ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same; one says it
-            _say(f"error: {len(error.problems)} problem(s)", *error.problems)
+        _say_once(f"error: {len(error.problems)} problem(s)", *error.problems)
         return 2
     except ValueError as error:
         if type(error).__name__ != "ElsewhereError":  # another rank says it; its class is behind the import of torch
@@ -41,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -50,7 +66,6 @@ def _main(argv: Sequence[str]) -> int:
             request = verb.read(argv[1:])
         return int(verb.run(request))
     env = dict(os.environ)
-    env["MASTER_PORT"] = env.get("MASTER_PORT") or str(launcher.free_port())
     with lazy.put_off("torch"):
         command = flags.split(argv, parse.ALIASES)
         if command.asks("version"):
@@ -59,22 +74,33 @@ def _main(argv: Sequence[str]) -> int:
         if command.asks("help"):
             print(help.help_text(command))
             return 0
+        env |= ranks.variables(env)
+        if "RANK" not in env:
+            port, line = launcher.port_of_our_own(env)
+            env["MASTER_PORT"] = str(port)
         parsed, launch = _configure(argv, env)
     if parsed.print_config:
         if env.get("RANK", "0") == "0":
             print(parsed.describe())
         return 0
-    if launch:
-        sys.stderr.flush()
-        os.execv(launch.command[0], launch.command)
     if "RANK" not in env:
-        os.environ.update(launcher.alone(env))
-    process = launcher.process(os.environ)
-    # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
-    logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
-    run = importlib.import_module("dsalign.verbs.train")
-    logging.disable(logging.NOTSET)
-    run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
+        if line:
+            _say(line)
+        os.environ["MASTER_PORT"] = env["MASTER_PORT"]
+        env |= {} if launch else launcher.alone(env)
+    os.environ.update({name: env[name] for name in SET if name in env})
+    preflight = importlib.import_module("dsalign.verbs.preflight")
+    if launch:
+        preflight.load_rewards(parsed.config)
+        sys.stderr.flush()
+        os.execve(launch.command[0], launch.command, launcher.environment(os.environ, sys.argv[0]))
+    process = ranks.process(env)
+    with preflight.ready(parsed.config) if process.world_size == 1 else nullcontext():  # ranks agree on it: train.py
+        # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
+        logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
+        run = importlib.import_module("dsalign.verbs.train")
+        logging.disable(logging.NOTSET)
+        run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
     return 0
 
 
@@ -95,6 +121,25 @@ def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[parse.Parse
 
 def _say(first: str, *more: str) -> None:
     print("\n".join([f"dsalign: {first}", *(f"  {line}" for line in more)]), file=sys.stderr)
+
+
+def _say_once(first: str, *more: str) -> None:
+    """Say what every rank finds alike once a machine: rank 0 at once, another rank only where no rank there has said it
+    within WAIT_S, as where this machine alone lacks a file."""
+    rank = os.environ.get("RANK", "0")
+    text = "\n".join((str(os.getppid()), first, *more))
+    mark = Path(tempfile.gettempdir(), f"dsalign-said-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
+    if rank == "0":
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            mark.touch()
+        _say(first, *more)
+        return
+    until = time.monotonic() + WAIT_S
+    while not mark.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    if not mark.exists():
+        mark.touch()
+        _say(f"rank {rank} on {socket.gethostname()}: {first}", *more)
 
 
 def _rank() -> str:

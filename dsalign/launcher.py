@@ -1,7 +1,8 @@
-"""Which processes a command becomes: this one alone, or one for each GPU under torch's launcher."""
+"""Which processes a command becomes: this one alone, or one for each GPU under torch's launcher (elastic.py)."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -11,18 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsalign.config.parse import Parsed
+from dsalign.ranks import number, process
 
 CLI = Path(__file__).with_name("cli.py")
-
-
-@dataclass(frozen=True)
-class Process:
-    """This process's place among those of the run."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_size: int = 1  # ranks on this machine
+DEVICES = Path("/dev")
+LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -33,23 +27,6 @@ class Launch:
     arguments: tuple[str, ...]  # those of dsalign in it
     ranks: int
     note: str  # a line for the log, empty where all is as it was asked for
-
-
-def process(env: Mapping[str, str]) -> Process:
-    """This process's place, from the variables that every launcher sets (RANK, LOCAL_RANK, WORLD_SIZE).
-
-    Raises ValueError where one is missing, or they contradict each other.
-    """
-    numbers = {name: _number(env, name, least=0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    rank, local_rank, world_size = numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"]
-    if not local_rank <= rank < world_size:
-        shown = " ".join(f"{name}={number}" for name, number in numbers.items())
-        raise ValueError(
-            f"environment: expected LOCAL_RANK <= RANK < WORLD_SIZE, got {shown}; start with deepspeed or torchrun, "
-            f"or unset all three"
-        )
-    local_size = next((env[name] for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), "1")
-    return Process(rank, local_rank, world_size, int(local_size))
 
 
 def alone(env: Mapping[str, str]) -> dict[str, str]:
@@ -70,17 +47,60 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def port_of_our_own(env: Mapping[str, str]) -> tuple[int, str]:
+    """(the port on which the ranks that this process starts meet, a line where it is not MASTER_PORT): the next free
+    one where MASTER_PORT is taken, as by another run on this machine.
+
+    Raises ValueError where MASTER_PORT is no port.
+    """
+    if not env.get("MASTER_PORT"):
+        return free_port(), ""
+    wanted = number(env, "MASTER_PORT", least=1)
+    if wanted > LAST_PORT:
+        raise ValueError(f"MASTER_PORT: expected a port, 1 to {LAST_PORT}, got {wanted}; set another or none")
+    free = (
+        next((port for port in range(wanted, min(wanted + 100, LAST_PORT + 1)) if _is_free(port)), None) or free_port()
+    )
+    return free, "" if free == wanted else f"MASTER_PORT {wanted} is taken, as by another run: {free} is used"
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that just ended holds no port
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
 def visible_devices(env: Mapping[str, str]) -> int:
-    """The number of GPUs that this process may use, told without importing torch: 0 where there is no NVIDIA driver."""
-    if (listed := env.get("CUDA_VISIBLE_DEVICES")) is not None:
-        entries = [entry.strip() for entry in listed.split(",")]
-        ends = [index for index, entry in enumerate(entries) if entry in ("", "-1")]  # CUDA reads no further
-        return ends[0] if ends else len(entries)
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    """The number of GPUs that this process may use, told without importing torch: 0 where there is no driver, whatever
+    CUDA_VISIBLE_DEVICES lists."""
+    listed = env.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return _gpus()
+    entries = [entry.strip() for entry in listed.split(",")]
+    ends = [index for index, entry in enumerate(entries) if entry in ("", "-1")]  # CUDA reads no further
+    entries = entries[: ends[0]] if ends else entries
+    there = _gpus() if entries else 0
+    if there == 0:
         return 0
-    found = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60, check=False)
-    return sum(line.startswith("GPU ") for line in found.stdout.splitlines()) if found.returncode == 0 else 0
+    beyond = [index for index, entry in enumerate(entries) if entry.isdigit() and int(entry) >= there]
+    return beyond[0] if beyond else len(entries)
+
+
+def _gpus() -> int:
+    """The number of GPUs of this machine: as NVIDIA's driver lists them, or as their devices stand in /dev."""
+    if program := shutil.which("nvidia-smi"):
+        try:
+            found = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return 0
+        return sum(line.startswith("GPU ") for line in found.stdout.splitlines()) if found.returncode == 0 else 0
+    return len([one for one in DEVICES.glob("nvidia*") if one.name.removeprefix("nvidia").isdigit()]) or len(
+        list(DEVICES.glob("dri/renderD*") if (DEVICES / "kfd").exists() else ())  # of AMD
+    )
 
 
 def ranks(env: Mapping[str, str], devices: int) -> int:
@@ -90,8 +110,8 @@ def ranks(env: Mapping[str, str], devices: int) -> int:
     """
     if "RANK" in env:
         return process(env).world_size
-    asked = _number(env, "NPROC_PER_NODE", least=1, default="1")
-    if _number(env, "NNODES", least=1, default="1") > 1:
+    asked = number(env, "NPROC_PER_NODE", least=1, default="1")
+    if number(env, "NNODES", least=1, default="1") > 1:
         raise ValueError(
             f"NNODES: expected 1 without a launcher, got {env['NNODES']}; several nodes start with "
             f"`deepspeed --hostfile FILE launch/train.py ...` or torchrun on each"
@@ -115,13 +135,13 @@ def planned_launch(env: Mapping[str, str], devices: int, parsed: Parsed, program
     count = ranks(env, devices)
     if "RANK" in env or count == 1:
         return None
-    asked = _number(env, "NPROC_PER_NODE", least=1, default="1")
+    asked = number(env, "NPROC_PER_NODE", least=1, default="1")
     overrides: dict[str, str] = {}
     note = ""
     if count > asked:
         overrides, note = _spread(parsed, asked, count)
     arguments = [*parsed.command.without(overrides), *(f"--{name}={value}" for name, value in overrides.items())]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    launcher = [sys.executable, "-m", "dsalign.engines.elastic", "--nproc_per_node", str(count)]
     address = ["--master_addr", "127.0.0.1", "--master_port", env["MASTER_PORT"]]
     return Launch((*launcher, *address, *_program(program), *arguments), tuple(arguments), count, note)
 
@@ -150,19 +170,18 @@ def _spread(parsed: Parsed, asked: int, count: int) -> tuple[dict[str, str], str
     return overrides, f"{count} GPUs for {asked} process(es): one rank a GPU, {stage}, {steps}"
 
 
+def environment(env: Mapping[str, str], program: str) -> dict[str, str]:
+    """The environment of torch's launcher, with the checkout on its path where this runs from one: it may not be
+    installed."""
+    if len(_program(program)) > 1:
+        return dict(env)
+    paths = [str(CLI.parent.parent), *filter(None, [env.get("PYTHONPATH")])]
+    return {**env, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def _program(program: str) -> tuple[str, ...]:
     """The words with which torch's launcher starts this program again: the same script, or the module of the console
     command."""
     script = Path(program)
     own = script.suffix == ".py" and script.resolve() != CLI
     return (str(script.resolve()),) if own else ("-m", "dsalign.cli")
-
-
-def _number(env: Mapping[str, str], name: str, *, least: int, default: str = "") -> int:
-    text = env.get(name) or default
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise ValueError(
-            f"{name}: expected a whole number >= {least} in the environment, got {text or 'nothing'}; "
-            f"a launcher sets it (deepspeed, torchrun)"
-        )
-    return int(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import types
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 
 from dsalign import __version__, cli, launcher
+from dsalign.checkpoint import folder_lock
 from dsalign.config.schema import RunConfig
-from dsalign.launcher import Process
+from dsalign.ranks import Process
 
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
 BASE = ("--algo", "sft", "--model", "m", "--dataset", "rows")
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "NNODES")
+SEEN: dict[str, str] = {}
 # runs the script of argv as `python SCRIPT ...` would, then reports on stderr
 WATCH = """
 import json, runpy, sys, time
@@ -37,8 +40,9 @@ print(json.dumps({"code": code, "s": took, "torch": "torch._C" in sys.modules}),
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher and no GPU; what a run sets is undone."""
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No launcher and no GPU, a folder of its own; what a run sets is undone."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in LAUNCHED})
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     monkeypatch.setattr(sys, "argv", ["launch/train.py"])
@@ -46,8 +50,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, Process, str]]:
-    """What `run.train` was called with, in place of training."""
-    return replace_train(monkeypatch, lambda: None)
+    """What `run.train` was called with, in place of training; the environment then is in SEEN."""
+    return replace_train(monkeypatch, lambda: SEEN.update(os.environ))
 
 
 def replace_train(monkeypatch: pytest.MonkeyPatch, then: Callable[[], Any]) -> list[tuple[RunConfig, Process, str]]:
@@ -96,14 +100,21 @@ def test_print_config_and_help_do_without_torch(tmp_path: Path) -> None:
     assert "--rpo_alpha" in out and "usage: dsalign" in out
 
 
-def test_only_rank_0_speaks_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+def test_one_rank_a_machine_speaks_of_the_configuration(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
     assert cli.main(["--algo", "sftt"]) == 2
+    assert capsys.readouterr().err.startswith("dsalign: error: 1 problem(s)\n  --algo: ")
+    os.environ.update(RANK="1", LOCAL_RANK="1")
+    assert cli.main(["--algo", "sftt"]) == 2  # rank 0 has said it
     assert cli.main([*BASE, "--print_config"]) == 0
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(cli, "WAIT_S", 0.0)
+    assert cli.main(["--algo", "sftt", "--seed", "x"]) == 2  # and this only rank 1 has found
+    assert capsys.readouterr().err.startswith(f"dsalign: rank 1 on {socket.gethostname()}: error: 2 problem(s)\n  ")
     os.environ.update(RANK="0", LOCAL_RANK="0")
-    assert cli.main(["--algo", "sftt"]) == 2
-    assert "did you mean sft?" in capsys.readouterr().err
     assert cli.main([*BASE, "--print_config"]) == 0
     assert "gradient_accumulation_steps: 8  " in capsys.readouterr().out
 
@@ -118,10 +129,11 @@ def test_a_run_alone(trained: list[tuple[RunConfig, Process, str]]) -> None:
     ((config, process, command),) = trained
     assert (config.algo, config.data.system, process) == ("sft", "be kind", Process(rank=0, local_rank=0, world_size=1))
     assert shlex.split(command)[1:] == ["sft", "--model", "m", "--dataset", "rows", "--system", "be kind"]
-    assert {name: os.environ[name] for name in LAUNCHED[:4]} == {
+    assert {name: SEEN[name] for name in LAUNCHED[:4]} == {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
     }  # fmt: skip
-    assert int(os.environ["MASTER_PORT"]) > 0
+    assert int(SEEN["MASTER_PORT"]) > 0
+    assert not set(LAUNCHED) & set(os.environ)  # a second run in this process starts as the first
 
 
 def test_a_rank_of_a_launcher(trained: list[tuple[RunConfig, Process, str]]) -> None:
@@ -130,7 +142,55 @@ def test_a_rank_of_a_launcher(trained: list[tuple[RunConfig, Process, str]]) -> 
     ((config, process, command),) = trained
     assert (process, config.optim.gradient_accumulation_steps) == (Process(rank=3, local_rank=1, world_size=4), 4)
     assert command.startswith("launch/train.py --local_rank=1 --algo sft")
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "77")
+    assert (SEEN["MASTER_ADDR"], SEEN["MASTER_PORT"]) == ("10.0.0.1", "77")
+
+
+def test_a_task_of_slurm_is_a_rank(trained: list[tuple[RunConfig, Process, str]]) -> None:
+    """Two tasks of srun train together: 16 rows a step are 8 of each."""
+    os.environ.update(
+        SLURM_STEP_ID="0", SLURM_PROCID="1", SLURM_LOCALID="0", SLURM_STEP_NUM_TASKS="2", SLURM_NODEID="1"
+    )
+    os.environ.update(SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_STEP_NODELIST="gpu[3-4]", SLURM_JOB_ID="7")
+    assert cli.main(BASE) == 0
+    ((config, process, _),) = trained
+    assert (process, config.optim.gradient_accumulation_steps) == (Process(1, 0, 2, 1), 8)
+    assert (SEEN["RANK"], SEEN["MASTER_ADDR"]) == ("1", "gpu3")
+    assert not set(LAUNCHED) & set(os.environ)
+
+
+def test_a_second_run_in_one_folder_is_refused(
+    trained: list[tuple[RunConfig, Process, str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As two tasks of an unknown launcher would be; the folder is left as it was."""
+    with folder_lock.held(tmp_path / "out"):
+        assert cli.main([*BASE, "--output_dir", "out"]) == 2
+        assert f"another run, pid {os.getpid()} on {socket.gethostname()} since" in capsys.readouterr().err
+    assert cli.main([*BASE, "--output_dir", "out"]) == 0
+    assert len(trained) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_taken_port_is_replaced_where_we_choose_it(
+    trained: list[tuple[RunConfig, Process, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        os.environ["MASTER_PORT"] = str(port)
+        assert cli.main(BASE) == 0
+    assert (
+        capsys.readouterr().err
+        == f"dsalign: MASTER_PORT {port} is taken, as by another run: {SEEN['MASTER_PORT']} is used\n"
+    )
+    assert SEEN["MASTER_PORT"] != str(port) == os.environ["MASTER_PORT"]
+
+
+def test_a_reward_file_that_cannot_be_imported_is_told_before_torch(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text("import gone\ndef f(completions): ...\n")
+    words = ("--algo", "ppo", "--model", "m", "--dataset", "rows", "--reward_funcs", "r.py:f")
+    report, _, said = watched(tmp_path, *words)
+    assert (report["code"], report["torch"]) == (2, False)
+    assert said.startswith("dsalign: error: reward_funcs: r.py: importing it, it raised ModuleNotFoundError: No module")
 
 
 def test_several_processes_are_started_in_place_of_this_one(
@@ -141,22 +201,26 @@ def test_several_processes_are_started_in_place_of_this_one(
 
     started: list[tuple[str, ...]] = []
 
-    def execv(program: str, argv: tuple[str, ...]) -> None:
+    def execve(program: str, argv: tuple[str, ...], env: dict[str, str]) -> None:
         started.append((program, *argv))
         raise Gone
 
-    monkeypatch.setattr(os, "execv", execv)
-    os.environ.update(CUDA_VISIBLE_DEVICES="0,1", MASTER_PORT="77")
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(launcher, "_gpus", lambda: 2)
+    os.environ.update(CUDA_VISIBLE_DEVICES="0,1", MASTER_PORT="7777")
     with pytest.raises(Gone):
         cli.main([*BASE, "--gradient_accumulation_steps", "4"])
     ((program, *argv),) = started
-    assert (program, argv[:3]) == (sys.executable, [sys.executable, "-m", "torch.distributed.run"])
-    assert argv[3:9] == ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", "77"]
+    assert (program, argv[:3]) == (sys.executable, [sys.executable, "-m", "dsalign.engines.elastic"])
+    assert argv[3:9] == ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", "7777"]
     assert argv[-2:] == ["--gradient_accumulation_steps=2", "--deepspeed=zero3"]
     assert capsys.readouterr().err.startswith("dsalign: 2 GPUs for 1 process(es): one rank a GPU")
 
 
-def test_print_config_shows_what_the_ranks_will_see(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_shows_what_the_ranks_will_see(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_gpus", lambda: 2)
     os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
     assert cli.main([*BASE, "--gradient_accumulation_steps", "4", "--print_config"]) == 0
     out = capsys.readouterr().out

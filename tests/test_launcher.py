@@ -10,10 +10,11 @@ import pytest
 
 from dsalign import launcher
 from dsalign.config.parse import Parsed, parse
-from dsalign.launcher import Launch, Process
+from dsalign.launcher import Launch
+from dsalign.ranks import Process
 
 BASE = ("rlhf", "--rlhf_type", "dpo", "--model", "m", "--dataset", "two words", "rows")
-TORCH = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
+TORCH = (sys.executable, "-m", "dsalign.engines.elastic", "--nproc_per_node")
 ADDRESS = ("--master_addr", "127.0.0.1", "--master_port", "1234")
 
 
@@ -149,10 +150,41 @@ def test_ranks_of_this_machine_as_either_launcher_says_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("listed", "count"), [("", 0), ("-1", 0), ("3", 1), ("0,1", 2), ("0, 1,-1,2", 2), ("GPU-af,MIG-b", 2), ("0,", 1)]
-)
-def test_visible_devices_of_the_environment(listed: str, count: int) -> None:
+    ("listed", "there", "count"),
+    [
+        ("", 8, 0), ("-1", 8, 0), ("3", 8, 1), ("0,1", 8, 2), ("0, 1,-1,2", 8, 2), ("GPU-af,MIG-b", 8, 2), ("0,", 8, 1),
+        ("0,1", 0, 0), ("GPU-af", 0, 0), ("0,1,2", 2, 2), ("3", 2, 0),
+    ],
+)  # fmt: skip
+def test_visible_devices_of_the_environment(
+    listed: str, there: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list means nothing on a machine without a GPU, and ends where the GPUs do."""
+    monkeypatch.setattr(launcher, "_gpus", lambda: there)
     assert launcher.visible_devices({"CUDA_VISIBLE_DEVICES": listed}) == count
+
+
+def test_gpus_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher.shutil, "which", lambda program: None)
+    monkeypatch.setattr(launcher, "DEVICES", tmp_path)
+    assert launcher.visible_devices({}) == 0
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert launcher.visible_devices({}) == 2
+
+
+def test_a_port_is_a_port() -> None:
+    for wrong, said in (("70000", "expected a port, 1 to 65535, got 70000"), ("x", "expected a whole number >= 1")):
+        with pytest.raises(ValueError, match=rf"^MASTER_PORT: {said}"):
+            launcher.port_of_our_own({"MASTER_PORT": wrong})
+    port, line = launcher.port_of_our_own({})
+    assert 1024 <= port < 65536 and line == ""
+
+
+def test_a_checkout_is_on_the_path_of_the_launcher() -> None:
+    root = str(launcher.CLI.parent.parent)
+    assert launcher.environment({"PYTHONPATH": "a"}, "x/train.py") == {"PYTHONPATH": f"{root}:a"}
+    assert launcher.environment({"A": "b"}, "/usr/bin/dsalign") == {"A": "b"}
 
 
 def test_visible_devices_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from dsalign.checkpoint import folder_lock
 from dsalign.checkpoint.export import export
 from dsalign.checkpoint.progress import Progress
 from dsalign.config.rules import PROGRESS_FILE
@@ -125,6 +126,8 @@ def _new_folder(config: RunConfig, command: str) -> None:
     if moved := move_aside(output_dir, read):
         logger.warning("%s holds an earlier run: moved to %s", output_dir, moved)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if moved:
+        folder_lock.keep(moved, output_dir)
     config.to_yaml(output_dir / "config.yaml")
     (output_dir / "command.txt").write_text(command + "\n")
 

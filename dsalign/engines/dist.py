@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -40,18 +41,34 @@ def init(local_rank: int, local_size: int = 1, timeout_s: float = 1800.0) -> tor
         accelerator.set_device(local_rank)
     if not td.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        deepspeed.init_distributed(
-            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-            timeout=timedelta(seconds=timeout_s),
-            verbose=False,
-        )
+        backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+        try:
+            deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+        except td.DistNetworkError as error:
+            raise ValueError(_unreachable(str(error))) from error
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
 
 
+def _unreachable(reason: str) -> str:
+    """What to do where the ranks cannot meet."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if "EADDRINUSE" in reason or "address already in use" in reason.lower():
+        return (
+            f"MASTER_PORT: expected a free port, got {port}, which another process on {socket.gethostname()} has, as "
+            "another run; give the launcher another one (deepspeed --master_port N, torchrun --master-port N) or set "
+            "MASTER_PORT"
+        )
+    return (
+        f"MASTER_ADDR: expected rank 0 to answer at {address}:{port}, got {reason.splitlines()[0][:200]}; check the "
+        "address, the port and the network between the machines"
+    )
+
+
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group, so that another run of this Python process can join one of its own."""
     if td.is_initialized():
-        td.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # torch's, and what DeepSpeed keeps of it
+    deepspeed.comm.comm.cdb = None  # it would be taken for the backend of the next group
 
 
 def rank() -> int:
@@ -130,6 +147,30 @@ def agree(error: Exception | None) -> None:
             raise ElsewhereError(f"rank {first} stopped: {texts[first]}")
     if error is not None:
         raise error
+
+
+def same_everywhere(mine: Mapping[str, str]) -> None:
+    """Raise ValueError on every rank where ranks differ in a key of `mine`, naming each such key with both values.
+    Collective. Training would go on with a different number on each rank, or wait for a rank that is done."""
+    if not td.is_initialized() or world_size() == 1:
+        return
+    every: list[tuple[str, dict[str, str]]] = [("", {})] * world_size()
+    td.all_gather_object(every, (socket.gethostname(), dict(mine)))
+    (here, first), lines = every[0], []
+    for key in sorted({key for _, one in every for key in one}):
+        other = next((i for i, (_, one) in enumerate(every) if one.get(key) != first.get(key)), None)
+        if other is not None:
+            host, theirs = every[other]
+            lines.append(
+                f"{key} is {first.get(key, 'not there')} on rank 0 ({here}) and {theirs.get(key, 'not there')} on rank "
+                f"{other} ({host})"
+            )
+    if lines:
+        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+        text = "ranks: expected the same on every rank, got a difference: " + "; ".join(lines[:10] + more)
+        raise (ValueError if rank() == 0 else ElsewhereError)(
+            f"{text}. Start all ranks with one command, and with the same files and versions on every machine"
+        )
 
 
 def together(build: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import chain
 
 import torch
@@ -9,17 +10,18 @@ import torch
 from dsalign.checkpoint import checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.data.dataset import data_of
-from dsalign.engines import build, dist, reference_cache
+from dsalign.engines import build, dist, identity, reference_cache
 from dsalign.engines.self_check import self_check
-from dsalign.launcher import Process
 from dsalign.loop.plan import batches_of, context_of, loader_of
 from dsalign.loop.session import Session
 from dsalign.loop.trainer import Trainer
 from dsalign.models.compare import compare_models
 from dsalign.models.tokenizer import template_of
+from dsalign.ranks import Process
 from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
 from dsalign.rewards.sources import check_functions, rewards_of
+from dsalign.verbs import preflight
 
 
 def train(config: RunConfig, process: Process, command: str) -> dict[str, float]:
@@ -31,7 +33,12 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
     quiet(process.rank)
     device = dist.init(process.local_rank, process.local_size)
     try:
-        return _train(config, device, command)
+        with ExitStack() as held:
+            if process.world_size > 1:  # a process alone did it before it imported torch
+                lead = process.rank == 0
+                dist.together(lambda: held.enter_context(preflight.ready(config)) if lead else None)
+            dist.same_everywhere(identity.of_run(config))
+            return _train(config, device, command)
     finally:
         dist.shutdown()
 
@@ -51,6 +58,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
         )
     )  # fmt: skip
     dist.together(lambda: check_functions(config, data.train))
+    dist.same_everywhere(identity.of_inputs({"dataset": data.train, "val_dataset": data.held_out}, sources, template))
     loader = loader_of(config, data.train, shuffle=True)
     held_out = loader_of(config, data.held_out, shuffle=False) if data.held_out else None
     total_batches = batches_of(config, loader)

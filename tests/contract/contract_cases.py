@@ -16,7 +16,7 @@ from support import tiny_folder
 from dsalign import algos
 from dsalign.config.parse import Parsed, parse
 from dsalign.engines import dist
-from dsalign.launcher import Process
+from dsalign.ranks import Process
 from dsalign.verbs import train as run
 
 IPO = '''"""IPO: the squared distance of a pair's log-ratio from a fixed margin."""

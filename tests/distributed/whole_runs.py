@@ -8,7 +8,7 @@ import torch
 
 from dsalign.config.parse import parse
 from dsalign.engines import dist
-from dsalign.launcher import Process
+from dsalign.ranks import Process
 from dsalign.verbs import train as run
 
 
