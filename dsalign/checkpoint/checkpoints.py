@@ -21,9 +21,16 @@ from dsalign.checkpoint.export import export
 from dsalign.checkpoint.progress import Progress
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions, RunConfig
+from dsalign.config.secrets import redacted
 from dsalign.engines import dist
 
 logger = logging.getLogger(__name__)
+WORDS = {  # setting of a fingerprint -> how its user calls it
+    "algo": "--algo", "algorithm": "the algorithm's options", "rollout": "the options of sampling", "tuner": "--tuner",
+    "seed": "--seed", "rows": "the number of rows", "global_batch": "rows a step (--batch_size x "
+    "--gradient_accumulation_steps x ranks)", "ranks": "the number of ranks", "deepspeed": "--deepspeed",
+    "epochs": "--num_train_epochs", "batches": "the number of batches", "max_steps": "--max_steps",
+}  # fmt: skip
 
 
 class Checkpoints:
@@ -94,10 +101,16 @@ class Checkpoints:
         """
         content = json.loads((folder / PROGRESS_FILE).read_text())
         theirs = content["fingerprint"]
-        other = {k: (theirs.get(k), v) for k, v in self.fingerprint.items() if theirs.get(k) != v}
+        older = {"epochs"} - theirs.keys()  # not yet written by an earlier version; batches tell the same
+        other = {k: (theirs.get(k), v) for k, v in self.fingerprint.items() if theirs.get(k) != v and k not in older}
+        if "epochs" in other:
+            other.pop("batches", None)  # follows from them
         if other:
-            lines = "; ".join(f"{k} was {a}, is {b}" for k, (a, b) in other.items())
-            raise ValueError(f"resume: {folder} comes from a run with other settings: {lines}")
+            lines = "; ".join(f"{WORDS.get(k, k)} was {a}, is {b}" for k, (a, b) in other.items())
+            raise ValueError(
+                f"resume: {folder} comes from a run with other settings: {lines}; resume with what it was, or start a "
+                f"new run from its model with --model {folder} and another --output_dir"
+            )
         for role, engine in self.engines.items():
             if not (folder / "engines" / role).is_dir():
                 raise ValueError(f"resume: {folder} has no DeepSpeed state for the {role}")
@@ -129,7 +142,7 @@ def _new_folder(config: RunConfig, command: str) -> None:
     if moved:
         folder_lock.keep(moved, output_dir)
     config.to_yaml(output_dir / "config.yaml")
-    (output_dir / "command.txt").write_text(command + "\n")
+    (output_dir / "command.txt").write_text(redacted(command) + "\n")
 
 
 def fingerprint(config: RunConfig, num_rows: int, total_batches: int) -> dict[str, Any]:
@@ -147,6 +160,7 @@ def fingerprint(config: RunConfig, num_rows: int, total_batches: int) -> dict[st
         "global_batch": config.global_batch(dist.world_size()),
         "ranks": dist.world_size(),
         "deepspeed": config.optim.deepspeed,
+        "epochs": config.optim.num_train_epochs,
         "batches": total_batches,
         "max_steps": config.optim.max_steps,
     }

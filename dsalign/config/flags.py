@@ -142,7 +142,9 @@ def parse_yaml(
         place = f"{file}:{key.start_mark.line + 1}"
         raw, problem = _raw(value)
         if not isinstance(key, yaml.ScalarNode):
-            problems.append(f"{place}: expected the name of an option, got a {key.id}; write `name: value`")
+            problems.append(
+                f"{place}: expected the name of an option, got a {getattr(key, 'id', 'value')}; write `name: value`"
+            )
         elif problem:
             problems.append(f"{place}: {prefix}{key.value}: {problem}")
         else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Hashable
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from dsalign import assets
 from dsalign.config import ds_files, options
 from dsalign.config.options import Option
+from dsalign.config.secrets import redacted
 from dsalign.contract.algorithm import Algorithm
 from dsalign.contract.rollouts import RolloutOptions
 
@@ -170,8 +173,8 @@ class RunConfig(_Frozen):
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write the options as YAML to the file `path`."""
-        Path(path).write_text(self.dump(), encoding="utf-8")
+        """Write the options as YAML to the file `path`, values that look like secrets left out."""
+        Path(path).write_text(redacted(self.dump()), encoding="utf-8")
 
 
 def _options_of(section: Any) -> dict[str, Option]:
@@ -204,6 +207,11 @@ ROLLOUT_OPTIONS = options.of_dataclass(RolloutOptions)
 def own_options(algorithm: type[Algorithm]) -> dict[str, Option]:
     """Name -> option that a run has because of its algorithm: the algorithm's fields, and of an online algorithm the
     options of sampling."""
+    return _own_options(cast(Hashable, algorithm))
+
+
+@cache  # a command with many mistakes asks for those of every algorithm again and again
+def _own_options(algorithm: Any) -> dict[str, Option]:
     return options.of_dataclass(algorithm) | (ROLLOUT_OPTIONS if algorithm().traits.online else {})
 
 

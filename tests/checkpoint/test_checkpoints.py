@@ -141,7 +141,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     store = Checkpoints(section(OutputOptions), {}, tiny_tokenizer(), {}, fingerprint, adapters_only=False)
     with pytest.raises(ValueError, match="comes from a run with other settings") as error:
         store.load(checkpoint(tmp_path, 3))
-    assert str(error.value).endswith(": seed was 1, is 2; tuner was full, is lora; ranks was None, is 4")
+    assert ": --seed was 1, is 2; --tuner was full, is lora; the number of ranks was None, is 4; re" in str(error.value)
 
 
 def test_a_checkpoint_without_an_engines_state_is_refused(tmp_path: Path) -> None:

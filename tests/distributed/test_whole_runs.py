@@ -148,7 +148,11 @@ def test_max_steps_ends_a_run_within_the_passes_over_a_rollout(tiny: Path, two_r
     again = load_file(out / "final" / "model.safetensors")
     assert metrics(out) == lines and all(torch.equal(last[name], again[name]) for name in last)
     longer = [*words.replace("--max_steps 6", "--max_steps 7").split(), "--resume", "--output_dir", str(out)]
-    assert two_ranks.run(whole_runs.refusal, longer).endswith("with other settings: max_steps was 6, is 7")
+    assert (
+        two_ranks.run(whole_runs.refusal, longer)
+        .partition("with other settings: ")[2]
+        .startswith("--max_steps was 6, is 7; resume with what it was, or start a new run from its model with --model ")
+    )
 
 
 def test_errors_of_a_run_are_said_in_one_sentence(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
