@@ -101,7 +101,7 @@ SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
     "truncation_side": "write --truncation_strategy left or right",
     "dataloader_num_workers": "leave it out; --dataset_num_proc N has N processes tokenise",
     "dataloader_pin_memory": _OUT, "dataloader_drop_last": "leave it out: the last rows of an epoch are used",
-    "use_vllm": "leave it out; see --rollout", "num_sample": "write --num_generations",
+    "use_vllm": "write --rollout vllm", "num_sample": "write --num_generations",
     "init_kl_coef": "write --kl_coef, which stays as it is", "adap_kl_ctrl": "leave it out: --kl_coef stays as it is",
     "kl_target": "leave it out: --kl_coef stays as it is", "pref_loss": "write --loss_type, or --algo orpo or simpo",
     "pref_ftx": "write --rpo_alpha, of the mean over the chosen completions' tokens",

@@ -147,10 +147,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answer(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines of an answer that ends with 2, comes within a second, and trains nothing."""
-    began = time.perf_counter()
+    """The lines of an answer that ends with 2 and costs less than a second of this process, whatever else runs here."""
+    began = time.process_time()
     assert cli.main(argv) == 2
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err and err.startswith("dsalign: error: ")
     return [line.removeprefix("dsalign: error: ").strip() for line in err.splitlines()]

@@ -165,6 +165,8 @@ def test_errors_of_a_run_are_said_in_one_sentence(tiny: Path, two_ranks: RankPoo
     settings = tmp_path / "ds.json"
     settings.write_text('{"gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}')
     said = two_ranks.run(whole_runs.refusal, [*base, "--dataset", "demo:pairs", "--deepspeed", str(settings)])
-    assert said.endswith("gradient_clipping is set by --max_grad_norm. Remove it from the file")
+    assert said.endswith(
+        "gradient_clipping: expected it from --max_grad_norm, got it in the file too; remove it from the file"
+    )
     said = two_ranks.run(whole_runs.refusal, [*base, "--dataset", "demo:pairs", "--resume"])
-    assert "no checkpoint-N in" in said
+    assert "expected a checkpoint-N in" in said
