@@ -82,6 +82,9 @@ class DataOptions(_Frozen):
         None, description="a chat template, by name or .jinja file; by default the tokenizer's"
     )
     system: str | None = Field(None, description="the system prompt of rows that have none")
+    special_tokens_in_text: bool | None = Field(
+        None, description="whether text that spells a special token is that token [only with --template plain]"
+    )
     assistant_turns: Literal["last", "all"] = Field(
         "last", description="which answers of a demonstration are learnt from"
     )

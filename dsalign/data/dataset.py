@@ -25,7 +25,7 @@ from dsalign.contract.groups import Group
 from dsalign.data.batches.loader import epoch_order
 from dsalign.data.rows.iterate import Skipped, iter_rows
 from dsalign.data.rows.readers import version
-from dsalign.data.rows.records import Row
+from dsalign.data.rows.records import Row, shorten
 from dsalign.data.tokens.encoder import Encoder, Tally, Tokenized, tokenize_rows
 from dsalign.data.tokens.group_store import GroupStore, Part, Stored, write_store
 from dsalign.data.tokens.processes import num_processes, tokenised_chunks
@@ -34,6 +34,7 @@ from dsalign.data.tokens.templates import Template
 logger = logging.getLogger(__name__)
 STORE_FROM = 10_000  # rows: fewer are tokenised again in less time than it takes to say so
 SAID_EVERY_S = 10.0
+MOST_NAMED = 20  # columns in one line
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def data_of(config: RunConfig, template: Template) -> Data:
 
     def groups(sources: Sequence[str], weights: Sequence[float] = ()) -> Sequence[Group]:
         found, skipped = tokenized(config, template, sources, weights)
-        for line in what_was_lost(found, skipped):
+        for line in [*what_was_lost(found, skipped), *what_was_noticed(template, found)]:
             logger.warning("%s: %s", " ".join(sources), line)
         return found.groups
 
@@ -119,9 +120,10 @@ def _made_or_found(
         "max_length": config.data.max_length,
         "truncation": config.data.truncation_strategy,
         "assistant_turns": config.data.assistant_turns,
+        "lenient": config.data.on_bad_row == "skip",
     }
     if len(first) < STORE_FROM:
-        return tokenize_rows(first, template, **options), skipped
+        return tokenize_rows(first, template, skipped=skipped, **options), skipped
     versions = [version(source) for source in sources]
     made_of = ([digest for digest, _ in versions], weights, _token_recipe(config, template))
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
@@ -136,9 +138,10 @@ def _made_or_found(
             encoder, tally = Encoder(template, **options), Tally()
             processes = num_processes(config.data.dataset_num_proc, total, template.tokenizer)
             parts = tokenised_chunks(chain(_drained(first), rows), encoder, processes)
-            store = write_store(_counted(parts, encoder, tally, total), tally, skipped, folder)
+            store = write_store(_counted(parts, encoder, tally, total, skipped), tally, skipped, folder)
     counts = store.counts
-    return Tokenized(store, counts.num_rows, counts.dropped, counts.truncated), counts.skipped
+    known = (counts.num_rows, counts.dropped, counts.truncated, counts.unread, counts.spelled)
+    return Tokenized(store, *known), counts.skipped
 
 
 def _rows(config: RunConfig, sources: Sequence[str], weights: Sequence[float], skipped: Skipped) -> Iterator[Row]:
@@ -175,7 +178,7 @@ def _token_recipe(config: RunConfig, template: Template) -> tuple[Any, ...]:
         config.seed,
         options.on_bad_row,
     )
-    lengths = (options.max_length, options.truncation_strategy, options.assistant_turns)
+    lengths = (options.max_length, options.truncation_strategy, options.assistant_turns, template.special_in_text)
     code = [path.read_text(encoding="utf-8") for path in sorted(Path(data.__file__).parent.rglob("*.py"))]
     ends = (sorted(template.end_ids), tokenizer.bos_token_id, tokenizer.eos_token_id)
     return rows, lengths, vocabulary, written, ends, code, transformers.__version__, tokenizers.__version__
@@ -192,14 +195,16 @@ def _found(folder: Path) -> GroupStore | None:
 
 
 def _counted(
-    parts: Iterable[tuple[Stored, Tally]], encoder: Encoder, tally: Tally, total: float | None
+    parts: Iterable[tuple[Stored, Tally]], encoder: Encoder, tally: Tally, total: float | None, skipped: Skipped
 ) -> Iterator[Stored]:
-    """The parts as they come, their rows added to `tally`, with a line on the log every SAID_EVERY_S seconds. total:
-    about how many rows there are, None = unknown. Raises ValueError where no part has a group."""
+    """The parts as they come, their rows added to `tally` and those refused to `skipped`, with a line on the log every
+    SAID_EVERY_S seconds. total: about how many rows there are, None = unknown. Raises ValueError where no part has a
+    group."""
     start = said = time.monotonic()
     some = False
     for part, counted in parts:
         tally.add(counted)
+        skipped.merge(counted.refused)
         some = some or bool(part.sizes)
         yield part
         now = time.monotonic()
@@ -210,7 +215,7 @@ def _counted(
             if total is not None:
                 of, left = f" of about {total:.0f}", f", {max(total - tally.num_rows, 0) / rate:.0f} s left"
             logger.info("tokenised %d%s rows, %.0f rows/s%s", tally.num_rows, of, rate, left)
-    encoder.check(some, tally)
+    encoder.check(some, tally, skipped)
 
 
 def what_was_lost(found: Tokenized, skipped: Skipped) -> list[str]:
@@ -223,4 +228,23 @@ def what_was_lost(found: Tokenized, skipped: Skipped) -> list[str]:
         lines.append(f"of {found.num_rows} rows {', '.join(parts)}")
     if skipped:
         lines.append(f"{skipped.count} bad rows left out, the first: {skipped.first}")
+    return lines
+
+
+def what_was_noticed(template: Template, found: Tokenized) -> list[str]:
+    """Lines that name the columns and keys that nothing reads, and how text that spells special tokens is read."""
+    lines, unread = [], dict(found.unread)
+    if unread:
+        named = ", ".join(
+            f"{shorten(name)[1:-1]} ({count} rows)" for name, count in sorted(unread.items())[:MOST_NAMED]
+        )
+        more = ", ..." if len(unread) > MOST_NAMED else ""
+        lines.append(f"not read: {named}{more}; rename what is meant with --columns theirs=ours, or remove it")
+    if found.spelled:
+        how = "as these tokens" if template.special_in_text else "as text"
+        other = "false" if template.special_in_text else "true"
+        lines.append(
+            f"{found.spelled} rows spell special tokens in their texts, which are read {how}; "
+            f"--special_tokens_in_text {other} reads them the other way"
+        )
     return lines

@@ -25,6 +25,8 @@ def template_of(config: RunConfig, source: Source) -> Template:
     """
     tokenizer = load_tokenizer(source, config.models)
     template, warning = ended_template(source, tokenizer, config.data.template)
+    if config.data.special_tokens_in_text is not None:
+        template = replace(template, special_in_text=config.data.special_tokens_in_text)
     if warning:
         logger.warning(warning)
     rows = vocab_size(source, config.models)

@@ -18,6 +18,7 @@ from dsalign.contract.groups import Group
 from dsalign.data import checks, dataset
 from dsalign.data.checks import Finding, Lengths, Survey
 from dsalign.data.rows.iterate import Skipped
+from dsalign.data.rows.records import printable
 from dsalign.data.tokens.encoder import Tokenized
 from dsalign.data.tokens.templates import Template
 from dsalign.models.compare import compare_models
@@ -25,6 +26,7 @@ from dsalign.models.names import resolve
 from dsalign.models.tokenizer import template_of
 from dsalign.report.run_log import quiet
 
+LENGTHEN = "raise --max_length, or use --truncation_strategy left or right"
 WIDTH = 40  # characters of the longest bar of a histogram
 
 
@@ -66,7 +68,8 @@ class DataReport:
             lines.append(f"{name} tokens: p50 {of.p50}, p95 {of.p95}, largest {of.largest}{limit}")
         lines += _histogram(self.lengths["whole"])
         lines += self.notes
-        return "\n".join([*lines, *(f.line() for f in self.findings)] if self.findings else [*lines, "nothing found"])
+        found = [f.line() for f in self.findings] or ["nothing found"]
+        return printable("\n".join([*lines, *found]))
 
 
 def _histogram(of: Lengths) -> Iterator[str]:
@@ -94,14 +97,15 @@ def examine(config: RunConfig) -> DataReport:
     total, lost = dataset.counted(tokenized, skipped)
     if lost * 2 > total:
         severity = "warning" if config.data.on_bad_row == "skip" else "error"
-        advice = f"more than half of {total}: raise --max_length, or use --truncation_strategy left or right"
+        cause = f"the first: {skipped.first}" if skipped.count * 2 > lost else LENGTHEN
+        advice = f"more than half of {total}: {cause}"
         findings.insert(0, Finding(severity, "rows not used", lost, (), advice))
     try:
         main = config.algorithm.traits.main
         compare_models(config, {main: resolve(config.models.model)}, template.tokenizer, groups)
     except ValueError as error:
         findings.insert(0, Finding("error", "rows that the model cannot read", 1, (), str(error)))
-    notes = config.algorithm.notes(groups)
+    notes = [*config.algorithm.notes(groups), *dataset.what_was_noticed(template, tokenized)]
     return DataReport(
         config.data.dataset, tokenized, skipped, findings, survey.lengths(), notes, config.data.max_length
     )
@@ -126,8 +130,10 @@ def show(config: RunConfig, *, count: int, as_json: bool, ids: bool, out: IO[str
     console = Console(file=out, highlight=False, markup=False)
     for group in chosen:
         sizes = " / ".join(map(str, group.lengths))
-        console.print(Text(f"-- {group.where}: {len(group.prompt)} + {sizes} tokens", style="bold"), overflow="fold")
-        console.print(Text(tokenizer.decode(group.prompt), style="dim"))
+        console.print(
+            Text(f"-- {printable(group.where)}: {len(group.prompt)} + {sizes} tokens", style="bold"), overflow="fold"
+        )
+        console.print(Text(printable(tokenizer.decode(group.prompt)), style="dim"))
         table = Table.grid(padding=(0, 3), expand=True)
         names = ("chosen", "rejected") if len(group.completions) == 2 else ("completion",)[: len(group.completions)]
         for _ in names:
@@ -159,7 +165,7 @@ def _coloured(
 ) -> Text:
     text = Text()
     for counts, run in _runs(completion, mask):
-        decoded = tokenizer.decode(run)
+        decoded = printable(tokenizer.decode(run))
         text.append(decoded if terminal or not counts else f"[{decoded}]", style=colour if counts else "")
     return text
 

@@ -89,7 +89,7 @@ def shown(words: list[str], **more: Any) -> str:
 def test_show_marks_what_is_learnt_from(words: list[str]) -> None:
     """Without colours in brackets, the end token too; both answers beside each other; ids where asked for."""
     text = shown(words, count=1)
-    assert "pairs.jsonl:1: " in text.replace("\n", "") and "What is one and one?" in text
+    assert "pairs.jsonl:1:" in text.replace("\n", "") and "What is one and one?" in text
     assert "[two<|im_end|>]" in text and "[three<|im_end|>]" in text
     assert "chosen" in text and "rejected" in text and "Say yes." not in text
     (first,) = json.loads(shown(words, count=1, as_json=True))

@@ -196,9 +196,11 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_a_row_has_it(
     """The vocabulary of the model is the tokenizer's before: the new token's id is the first that it lacks."""
     folder, beyond = variant(model, tmp_path / "added", added=["<new>"]), 4 + len(CHARACTERS)
     assert check("dpo", line() * 2, of=folder)[0] == 0
-    code, said = check("dpo", line() + line(chosen="a<new>"), of=folder)
+    code, said = check("dpo", line() + line(chosen="a<new>"), "--special_tokens_in_text", "true", of=folder)
     assert (
         code == 2 and f"rows.jsonl:2: expected token ids below {beyond}, the model's vocabulary, got {beyond}" in said
     )
     wide = variant(tiny_folder(tmp_path / "wide", vocab_size=128), tmp_path / "padded", added=["<new>"])
-    assert check("dpo", line() + line(chosen="a<new>"), of=wide)[0] == 0, "an embedding padded to 64 has room"
+    assert check("dpo", line() + line(chosen="a<new>"), "--special_tokens_in_text", "true", of=wide)[0] == 0, (
+        "an embedding padded to 64 has room"
+    )

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsalign.contract.groups import Message, Tool
-from dsalign.data.rows.records import RowError, Turns, shorten
+from dsalign.contract.groups import Tool
+from dsalign.data.rows.records import RowError, Turns, shorten, too_deep
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",  # its content is the call, as JSON
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-CALL = '{"name": ..., "arguments": {...}}'
 SCHEMA = '{"name": ..., "parameters": {...}}'
 FOLLOWS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+LEARNT = ("weight", "loss", "train")  # names of one thing: whether a turn, or a row, is learnt from
+EMPTY = ("", [], {})
+NO_MEDIA = "dsalign trains on text: remove it and its placeholder, or leave such rows out with --on_bad_row skip"
 
 
 class Fields:
@@ -40,6 +31,7 @@ class Fields:
         self.null = [name for name, value in values.items() if value is None]
         self.text_only = text_only
         self.taken: set[str] = set()
+        self.unread: dict[str, None] = {}  # keys of messages that nothing reads, as "messages[].key"
 
     def bad(self, column: str, expected: str, got: object, fix: str) -> RowError:
         """The error of a column: what was expected in it, what came, and how to mend it."""
@@ -60,7 +52,7 @@ class Fields:
         """`value`, where it is text that a tokenizer can read. Raises RowError where it is none, or holds a NUL or half
         of a surrogate pair."""
         if not isinstance(value, str):
-            raise self.bad(column, "text", value, "write a string, or name another column with columns={theirs: ours}")
+            raise self.bad(column, "text", value, "write a string, or name another column with --columns theirs=ours")
         if "\0" in value:
             fix = f"the character at {value.index(chr(0))} is NUL: leave the row out, or write it again"
             raise self.bad(column, "text", value, fix)
@@ -73,105 +65,35 @@ class Fields:
                 ) from error
         return value
 
-    def turns(self, column: str) -> Turns:
-        """A message list as messages, in any order of roles: {"role", "content"} or ShareGPT's {"from", "value"}.
-        Raises RowError for another value or role."""
-        value = self.take(column)
-        if not isinstance(value, list) or not value:
-            fix = "CSV holds single turns: use .jsonl" if self.text_only else 'write [{"role": ..., "content": ...}]'
-            raise self.bad(column, "a list of messages", value, fix)
-        return [self._turn(f"{column}[{i}]", message) for i, message in enumerate(value)]
-
-    def _turn(self, column: str, message: object) -> Message:
-        if isinstance(message, Mapping):
-            for role, content in (("role", "content"), ("from", "value")):
-                if message.get(role) is not None:
-                    if str(message[role]) not in ROLES:
-                        fix = "rename the role, or leave the row out"
-                        raise self.bad(f"{column}.{role}", f"one of {', '.join(ROLES)}", message[role], fix)
-                    if message[role] == "function_call":
-                        call = self._call(f"{column}.{content}", message.get(content))
-                        return {"role": "assistant", "content": "", "tool_calls": [call]}
-                    return self._message(column, ROLES[message[role]], content, message)
-        raise self.bad(column, "a message", message, 'write {"role": ..., "content": ...}')
-
-    def _message(self, column: str, role: str, content: str, message: Mapping[str, Any]) -> Message:
-        found: dict[str, Any] = {"role": role}
-        calls, text = message.get("tool_calls"), message.get(content)
-        if text is not None or not calls:  # who calls a tool need not say anything
-            text = self.check_text(f"{column}.{content}", text)
-        found["content"] = text or ""
-        if role == "tool" and message.get("name") is not None:
-            found["name"] = self.check_text(f"{column}.name", message["name"])
-        if role == "assistant":
-            thought = next((name for name in REASONING if message.get(name) is not None), None)
-            if thought:
-                found[REASONING[0]] = self.check_text(f"{column}.{thought}", message[thought])
-            if calls:
-                if not isinstance(calls, list):
-                    raise self.bad(f"{column}.tool_calls", "a list of calls", calls, f"write [{CALL}]")
-                found["tool_calls"] = [self._call(f"{column}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
-        return found
-
-    def _call(self, column: str, value: object) -> Mapping[str, Any]:
-        """The call of a function, from {"name", "arguments"}, the same under "function", or either as JSON text; its
-        arguments may be JSON text too."""
-        call = self._function(column, value, CALL)
-        arguments = call.get("arguments")
-        if isinstance(arguments, str):
-            arguments = self._json(f"{column}.arguments", arguments, "an object")
-        if arguments is not None and not isinstance(arguments, Mapping):
-            raise self.bad(f"{column}.arguments", "an object", arguments, f"write {CALL}")
-        return {"type": "function", "function": {"name": call["name"], "arguments": arguments or {}}}
-
     def tools(self) -> tuple[Tool, ...]:
         """The functions that a conversation may call, from the column `tools`: a list of schemas, each by itself or
         under "function", or that list as JSON text. Empty where the column is absent."""
         value = self.take("tools")
         if isinstance(value, str):
-            value = self._json("tools", value, "a list of functions") if value.strip() else []
+            value = self.json("tools", value, "a list of functions") if value.strip() else []
         if not isinstance(value, list | None):
             raise self.bad("tools", "a list of functions", value, f"write [{SCHEMA}], or name another column")
-        found = [self._function(f"tools[{i}]", tool, SCHEMA) for i, tool in enumerate(value or [])]
+        found = [self.function(f"tools[{i}]", tool, SCHEMA) for i, tool in enumerate(value or [])]
         return tuple({"type": "function", "function": tool} for tool in found)
 
-    def _function(self, column: str, value: object, example: str) -> Mapping[str, Any]:
+    def function(self, column: str, value: object, example: str) -> Mapping[str, Any]:
         """The mapping that names a function: `value`, what it holds under "function", or either as JSON text."""
         if isinstance(value, str):
-            value = self._json(column, value, "an object")
+            value = self.json(column, value, "an object")
         inner = value.get("function", value) if isinstance(value, Mapping) else value
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             raise self.bad(column, "a function with a name", value, f"write {example}")
         return inner
 
-    def _json(self, column: str, text: str, expected: str) -> Any:
+    def json(self, column: str, text: str, expected: str) -> Any:
+        """The value of JSON text. expected: what it should be, for the RowError of text that is no JSON."""
         try:
-            return json.loads(text)
-        except ValueError as error:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise self.bad(column, f"{expected} as JSON text", text, f"it cannot be read: {error}") from error
-
-    def order(self, column: str, turns: Turns, last: tuple[str, ...] = ("user", "assistant", "tool")) -> Turns:
-        """`turns`, where their roles follow each other as a template expects: system?, user, assistant, user, ...;
-        turns of a tool stand between two of the assistant.
-
-        last: roles with which the conversation may end. Raises RowError that names the first turn out of order.
-        """
-        before = "system"
-        for i, turn in enumerate(turns):
-            expected = ("system", "user") if i == 0 else FOLLOWS[before]
-            if turn["role"] not in expected:
-                raise self.bad(
-                    f"{column}[{i}].role",
-                    " or ".join(map(repr, expected)),
-                    turn["role"],
-                    "order turns: system?, user, assistant, user; tools between two of the assistant",
-                )
-            before = turn["role"]
-        if before not in last:
-            raise self.bad(
-                column, f"a conversation that ends with a turn of the {last[0]}", turns[-1], "add or remove a turn"
-            )
-        return turns
+        if too_deep(value):
+            raise self.bad(column, f"{expected} as JSON text", text, "its brackets are nested too deep")
+        return value
 
     def history(self) -> Turns:
         """Earlier turns, from the column `history`: [[question, answer], ...]. Empty where it is absent."""
@@ -187,15 +109,20 @@ class Fields:
         return turns
 
     def label(self) -> bool:
-        """Whether the completion is desirable, from the column `label`. Raises RowError unless it is true or false (in
-        CSV also 1 or 0)."""
+        """Whether the completion is desirable, from the column `label`. Raises RowError unless it is true, false, 1 or
+        0."""
         value = self.take("label")
-        if self.text_only and str(value).lower() in ("true", "1", "false", "0"):
-            return str(value).lower() in ("true", "1")
-        if not isinstance(value, bool):
+        found = self.yes_or_no(value)
+        if found is None:
             fix = "true or false" if self.text_only else "true or false, without quotes"
             raise self.bad("label", "true or false", value, f"write {fix}")
-        return value
+        return found
+
+    def yes_or_no(self, value: object) -> bool | None:
+        """True for true and 1, false for false and 0, in CSV as words too; None for anything else."""
+        if self.text_only and isinstance(value, str):
+            return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+        return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
     def margin(self) -> float | None:
         """By how much the chosen answer is better, in units of reward, from the column `margin`; None where it is
@@ -210,6 +137,18 @@ class Fields:
         if not math.isfinite(number):
             raise self.bad("margin", "a finite number", value, "write a number, or leave the column out")
         return number
+
+    def filled(self, names: Sequence[str]) -> str | None:
+        """The first of these columns that has something in it; an empty text, list or object is nothing."""
+        return next((n for n in names if (value := self.values.get(n)) is not None and value not in EMPTY), None)
+
+    def weight(self, column: str, value: object) -> bool:
+        """Whether a turn, or a row, with this weight is learnt from. Raises RowError for a weight between 0 and 1, or
+        anything else that is no yes or no."""
+        found = self.yes_or_no(value)
+        if found is None:
+            raise self.bad(column, "1 or true (learnt from), 0 or false (not)", value, "write one of them")
+        return found
 
 
 def user(text: str) -> Turns:

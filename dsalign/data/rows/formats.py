@@ -1,24 +1,42 @@
 """Column layouts: which columns a row may have for each kind of algorithm, and how a prompt and its answers are read
-out of them."""
+out of them.
+
+A column of known meaning (KNOWN) is used, or the row is refused naming it. The names of columns that nothing reads are
+kept in `Row.unread`.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from dsalign.contract.groups import Message
-from dsalign.data.rows.fields import Fields, user
-from dsalign.data.rows.records import Answer, Row, RowError, Turns, shorten
+from dsalign.data.rows.fields import LEARNT, MEDIA, NO_MEDIA, Fields, user
+from dsalign.data.rows.messages import REASONING, order, turns
+from dsalign.data.rows.records import Answer, Row, RowError, Turns, as_flags, shorten
+from dsalign.data.rows.registry import is_transcript, transcript
 
 KINDS = ("pairs", "labels", "prompts", "demonstrations")
+ALGORITHMS = {"pairs": "dpo, rm, cpo, orpo or simpo", "labels": "kto", "prompts": "ppo", "demonstrations": "sft"}
 ASKS = ("user", "tool")  # whose turns are followed by the assistant's
 Parts = tuple[Turns, list[Answer]]
 
 
-def _prompt(fields: Fields) -> Turns:
-    if isinstance(fields.values["prompt"], list):
-        return fields.order("prompt", fields.turns("prompt"), last=ASKS)
-    return user(fields.text("prompt"))
+def _question(fields: Fields, column: str) -> Turns:
+    """The conversation that a text asks: history, and the text with the column input behind it."""
+    text, more = fields.text(column), "" if column == "input" else fields.text("input", "")
+    return fields.history() + user(f"{text}\n{more}" if more else text)
+
+
+def _prompt(fields: Fields, column: str = "prompt") -> Turns:
+    if isinstance(fields.values[column], list | Mapping):
+        given = fields.values[column]
+        if column == "input" and isinstance(given, Mapping) and "messages" in given:  # OpenAI's, with tools beside
+            fields.take("input")
+            fields.values = {**given, **fields.values}
+            column = "messages"
+        return order(fields, column, turns(fields, column), last=ASKS)
+    return _question(fields, column)
 
 
 def _said(turn: Message) -> Answer:
@@ -28,56 +46,36 @@ def _said(turn: Message) -> Answer:
 
 def _answer(fields: Fields, column: str, prompt: Turns) -> Answer:
     """Text, one assistant turn, or the whole conversation: the prompt and one assistant turn."""
-    if not isinstance(fields.values[column], list):
+    if not isinstance(fields.values[column], list | Mapping):
         return fields.text(column)
-    turns = fields.turns(column)
-    if turns[-1]["role"] != "assistant" or turns[:-1] not in ([], prompt):
+    given = turns(fields, column)
+    if given[-1]["role"] != "assistant" or given[:-1] not in ([], prompt):
         raise fields.bad(
             column,
             "text, one assistant turn, or the turns of the prompt and one assistant turn",
             fields.values[column],
             "let it begin with the prompt, or hold the answer alone",
         )
-    return _said(turns[-1])
+    return _said(given[-1])
 
 
-def _prompted(*answers: str) -> Callable[[Fields], Parts]:
-    """A reader of rows with a column prompt and a column for each answer."""
-
-    def read(fields: Fields) -> Parts:
-        prompt = _prompt(fields)
-        return prompt, [_answer(fields, column, prompt) for column in answers]
-
-    return read
-
-
-def _query(*answers: str) -> Callable[[Fields], Parts]:
-    """A reader of rows with columns query and history, and one for each answer."""
+def _asked(column: str, *answers: str) -> Callable[[Fields], Parts]:
+    """A reader of rows with a question or a conversation in a column, history and input beside it, and a column for
+    each answer."""
 
     def read(fields: Fields) -> Parts:
-        return fields.history() + user(fields.text("query")), [fields.text(column) for column in answers]
-
-    return read
-
-
-def _instruction(*answers: str) -> Callable[[Fields], Parts]:
-    """A reader of Alpaca's columns: instruction, input where there is one, and one for each answer."""
-
-    def read(fields: Fields) -> Parts:
-        text, more = fields.text("instruction"), fields.text("input", "")
-        prompt = user(f"{text}\n{more}" if more else text)
-        return fields.history() + prompt, [fields.text(column) for column in answers]
+        prompt = _prompt(fields, column)
+        return prompt, [_answer(fields, name, prompt) for name in answers]
 
     return read
 
 
 def _conversation(column: str, *answers: str) -> Callable[[Fields], Parts]:
-    """A reader of conversations whose last turn is the first answer; further answers are text in columns of their
-    own."""
+    """A reader of conversations whose last turn is the first answer; further answers have columns of their own."""
 
     def read(fields: Fields) -> Parts:
-        turns = fields.order(column, fields.turns(column), last=("assistant",))
-        return turns[:-1], [_said(turns[-1]), *(fields.text(answer) for answer in answers)]
+        given = order(fields, column, turns(fields, column), last=("assistant",))
+        return given[:-1], [_said(given[-1]), *(_answer(fields, answer, given[:-1]) for answer in answers)]
 
     return read
 
@@ -86,8 +84,18 @@ def _opening(column: str) -> Callable[[Fields], Parts]:
     """A reader of conversations as prompts: all turns up to the last of the user."""
 
     def read(fields: Fields) -> Parts:
-        turns = fields.order(column, fields.turns(column))
-        return turns[:-1] if turns[-1]["role"] == "assistant" else turns, []
+        given = order(fields, column, turns(fields, column))
+        return given[:-1] if given[-1]["role"] == "assistant" else given, []
+
+    return read
+
+
+def _open_conversation(column: str) -> Callable[[Fields], Parts]:
+    """A reader of conversations that end with a question, and its two answers in columns chosen and rejected."""
+
+    def read(fields: Fields) -> Parts:
+        given = order(fields, column, turns(fields, column), last=ASKS)
+        return given, [_answer(fields, name, given) for name in ("chosen", "rejected")]
 
     return read
 
@@ -97,68 +105,103 @@ def _two_conversations(first: str, second: str, keep: int = 2) -> Callable[[Fiel
     answer, of which `keep` are kept."""
 
     def read(fields: Fields) -> Parts:
-        for column in (first, second):
-            if isinstance(fields.values[column], str):
-                fix = "write message lists, or put the question into a column prompt"
-                raise fields.bad(column, "a whole conversation", fields.values[column], fix)
-        turns = [fields.order(column, fields.turns(column), last=("assistant",)) for column in (first, second)]
+        given = [_whole(fields, column) for column in (first, second)]
         shared = 0
-        while shared < min(map(len, turns)) - 1 and turns[0][shared] == turns[1][shared]:
+        while shared < min(map(len, given)) - 1 and given[0][shared] == given[1][shared]:
             shared += 1
-        if {len(part) - shared for part in turns} != {1}:
+        if {len(part) - shared for part in given} != {1}:
             raise fields.bad(
                 second,
                 f"the turns of {first!r} with another last answer",
                 fields.values[second],
                 f"the two part at turn {shared}: let both hold the same turns before one last assistant turn",
             )
-        return turns[0][:shared], [_said(part[shared]) for part in turns][:keep]
+        return given[0][:shared], [_said(part[shared]) for part in given][:keep]
 
     return read
 
 
-# Required columns -> reader; the first line whose columns a row has is its format. `system` and `tools` may be beside.
+def _whole(fields: Fields, column: str) -> Turns:
+    """A whole conversation: a list of messages, or one text with turns of Human and Assistant."""
+    value = fields.values[column]
+    if isinstance(value, str):
+        if not is_transcript(value):
+            fix = "write message lists, or put the question into a column prompt"
+            raise fields.bad(column, "a whole conversation", value, fix)
+        text = fields.text(column)
+        return order(fields, column, transcript(text), last=("assistant",))
+    given = turns(fields, column)
+    if len(given) == 1:
+        fix = "an answer alone needs its question: name its column with --columns theirs=prompt"
+        raise fields.bad(column, "a whole conversation", value, fix)
+    return order(fields, column, given, last=("assistant",))
+
+
+# Required columns -> reader; the first line whose columns a row has is its format. `system` and `tools` may be beside,
+# `history` and `input` beside a question that is text.
+PAIRS: Mapping[str, Callable[[Fields], Parts]] = {
+    "prompt, chosen, rejected": _asked("prompt", "chosen", "rejected"),
+    "query, chosen, rejected": _asked("query", "chosen", "rejected"),
+    "instruction, chosen, rejected": _asked("instruction", "chosen", "rejected"),
+    "conversations, chosen, rejected": _open_conversation("conversations"),
+    "messages, chosen, rejected": _open_conversation("messages"),
+    "chosen, rejected": _two_conversations("chosen", "rejected"),
+    "query, response, rejected_response": _asked("query", "response", "rejected_response"),
+    "messages, rejected_response": _conversation("messages", "rejected_response"),
+    "messages, rejected_messages": _two_conversations("messages", "rejected_messages"),
+    "input, preferred_output, non_preferred_output": _asked("input", "preferred_output", "non_preferred_output"),
+}
 FORMATS: Mapping[str, Mapping[str, Callable[[Fields], Parts]]] = {
-    "pairs": {
-        "prompt, chosen, rejected": _prompted("chosen", "rejected"),
-        "chosen, rejected": _two_conversations("chosen", "rejected"),
-        "query, response, rejected_response": _query("response", "rejected_response"),
-        "messages, rejected_response": _conversation("messages", "rejected_response"),
-        "messages, rejected_messages": _two_conversations("messages", "rejected_messages"),
-    },
+    "pairs": PAIRS,
     "labels": {
-        "prompt, completion, label": _prompted("completion"),
-        "query, response, label": _query("response"),
+        "prompt, completion, label": _asked("prompt", "completion"),
+        "query, response, label": _asked("query", "response"),
+        "instruction, output, label": _asked("instruction", "output"),
         "messages, label": _conversation("messages"),
+        "conversations, label": _conversation("conversations"),
     },
     "prompts": {
-        "prompt": _prompted(),
-        "query": _query(),
+        "prompt": _asked("prompt"),
+        "query": _asked("query"),
         "messages": _opening("messages"),
-        "instruction": _instruction(),
+        "instruction": _asked("instruction"),
         "conversations": _opening("conversations"),
         "chosen, rejected": _two_conversations("chosen", "rejected", keep=0),
+        "input, preferred_output": _asked("input"),
     },
     "demonstrations": {
         "messages": _conversation("messages"),
-        "prompt, completion": _prompted("completion"),
-        "instruction, output": _instruction("output"),
+        "prompt, completion": _asked("prompt", "completion"),
+        "instruction, output": _asked("instruction", "output"),
         "conversations": _conversation("conversations"),
-        "query, response": _query("response"),
+        "query, response": _asked("query", "response"),
     },
 }
-OPTIONAL = ("system", "history", "input", "margin", "tools")
+# Columns of known meaning that only some rows can use -> where the meaning would be read.
+KNOWN = {
+    "history": "earlier turns are read beside a question that is text: put them into the messages",
+    "input": "it is read behind a question that is text: put it into the messages",
+    "label": f"rows with a label are for --algo {ALGORITHMS['labels']}",
+    "margin": f"it is read for pairs, --algo {ALGORITHMS['pairs']}",
+    **dict.fromkeys(REASONING, "put it into the assistant's message, as reasoning_content"),
+    **dict.fromkeys(("tool_calls", "tool_call_id"), "put it into the message that it belongs to"),
+}
+REWARDED = ("label", "margin", *REASONING)  # of a prompt, these reach the reward functions
 
 
 def convert(fields: Fields, kind: str, system: str | None) -> Row:
     """The row of a record. kind: one of KINDS, what the algorithm reads. system: a system prompt for rows without one.
 
-    Raises RowError where no layout of this kind has the record's columns, or a column cannot be used.
+    Raises RowError where no layout of this kind has the record's columns, a column cannot be used, or a column of known
+    meaning would not be.
     """
     has = fields.values.keys()
     read = next((read for needs, read in FORMATS[kind].items() if has >= set(needs.split(", "))), None)
     if read is None:
         raise _no_format(fields, kind)
+    media = fields.filled(MEDIA)
+    if media is not None:
+        raise fields.bad(media, "text alone", fields.values[media], NO_MEDIA)
     prompt, completions = read(fields)
     own = fields.text("system", "")
     if own and prompt[0]["role"] == "system" and prompt[0]["content"] != own:
@@ -171,22 +214,100 @@ def convert(fields: Fields, kind: str, system: str | None) -> Row:
     label = fields.label() if kind == "labels" else None
     margin = fields.margin() if kind == "pairs" else None
     tools = fields.tools()
+    weights = () if kind == "prompts" else tuple(_weights(fields, kind, prompt, completions))
+    if weights:
+        prompt, completions = [_unweighted(turn) for turn in prompt], [_said(_unweighted(a)) for a in completions]
+    if not fields.taken.issuperset(fields.values):
+        _refuse_unused(fields, kind)
     kept = {"tools"} if kind == "prompts" else set()  # reward functions may want them as well
     others = {name: value for name, value in fields.values.items() if name not in fields.taken - kept}
-    return Row(fields.where, tuple(prompt), tuple(completions), label, margin, others, tools)
+    unread = (*(name for name in others if kind != "prompts"), *fields.unread)
+    return Row(fields.where, tuple(prompt), tuple(completions), label, margin, others, tools, weights, unread)
+
+
+def _weights(fields: Fields, kind: str, prompt: Turns, completions: list[Answer]) -> Iterable[int]:
+    """The turns of prompt and completion that have weight 0. Raises RowError for an answer of a pair or a labelled row
+    that has it."""
+    for i, turn in enumerate([*prompt, *completions]):
+        if isinstance(turn, Mapping) and "weight" in turn:
+            if kind != "demonstrations" and i >= len(prompt):
+                fix = "it cannot be compared without being learnt: remove the weight, or leave the row out"
+                raise RowError(f"{fields.where}: weight: expected 1 for an answer of {kind}, got 0; {fix}")
+            yield i
+
+
+def _unweighted(turn: Answer) -> Message:
+    given = {"role": "assistant", "content": turn} if isinstance(turn, str) else turn
+    return {name: value for name, value in given.items() if name != "weight"}
+
+
+def _refuse_unused(fields: Fields, kind: str) -> None:
+    """Raises RowError for a column of known meaning that was not read and has something in it."""
+    usable = REWARDED if kind == "prompts" else ()
+    column = fields.filled([name for name in KNOWN if name not in fields.taken and name not in usable])
+    if column is not None:
+        fix = f"{KNOWN[column]}; or rename it (--columns {column}=unused_{column}), or remove it"
+        raise fields.bad(column, f"none in this layout of {kind}", fields.values[column], fix)
+    for name in LEARNT if kind != "prompts" else ():
+        value = fields.values.get(name)
+        if value is not None and not (fields.text_only and value == ""):
+            if not fields.weight(name, value):
+                fix = "a row with weight 0 teaches nothing: leave it out (--on_bad_row skip), or remove the column"
+                raise fields.bad(name, "1 or true", value, fix)
+            fields.taken.add(name)
 
 
 def _no_format(fields: Fields, kind: str) -> RowError:
-    names = {name for formats in FORMATS[kind] for name in formats.split(", ")} | set(OPTIONAL)
-    absent = sorted(names - fields.values.keys())
-    near = {
-        theirs: ours[0]
-        for theirs in fields.values
-        if theirs not in names and (ours := difflib.get_close_matches(theirs, absent, 1, 0.7))
-    }
-    fix = f"rename with columns={near}" if near else "rename with columns={theirs: ours}"
     null = f" (null: {', '.join(fields.null)})" if fields.null else ""
     return RowError(
         f"{fields.where}: expected the columns of a format for {kind} ({' | '.join(FORMATS[kind])}), "
-        f"got {', '.join(fields.values) or 'none'}{null} in {shorten(fields.values)}; {fix}"
+        f"got {', '.join(map(shorten_name, fields.values)) or 'none'}{null} in {shorten(fields.values)}; "
+        f"{_advice(fields.values.keys(), kind)}"
     )
+
+
+def shorten_name(name: str) -> str:
+    """A column's name for a message."""
+    return shorten(name)[1:-1]
+
+
+# Names that others give a column -> ours, in the order in which they are tried.
+ALIASES = {
+    "prompt": ("question", "instruction", "query", "input", "user"),
+    "completion": ("answer", "response", "output", "assistant"),
+    "chosen": ("chosen_response", "preferred", "accepted", "response_chosen"),
+    "rejected": ("rejected_response", "dispreferred", "non_preferred", "response_rejected"),
+    "label": ("kto_tag", "desirable", "is_desirable"),
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+}
+
+
+def _advice(has: Iterable[str], kind: str) -> str:
+    """What to do about a row without a format: names to change where that gives it one, or the algorithm for rows like
+    this."""
+    columns = set(has)
+    renamed = _renaming(columns, kind)
+    if renamed:
+        return f"rename with --columns {as_flags(renamed)}"
+    for other in ("pairs", "labels", "demonstrations", "prompts"):
+        if other != kind and any(columns >= set(needs.split(", ")) for needs in FORMATS[other]):
+            return f"these are rows for --algo {ALGORITHMS[other]}"
+    return "rename with --columns theirs=ours"
+
+
+def _renaming(columns: set[str], kind: str) -> dict[str, str]:
+    """Their name -> ours, for the layout of this kind that needs the fewest new names; empty where none can be had."""
+    best: dict[str, str] = {}
+    for needs in FORMATS[kind]:
+        absent = [name for name in needs.split(", ") if name not in columns]
+        spare = columns - set(needs.split(", ")) - set(KNOWN) - {"system", "tools"} | (columns & {"input"})
+        found: dict[str, str] = {}
+        for ours in absent:
+            left = {theirs.lower(): theirs for theirs in spare - found.keys()}
+            near = [alias for alias in ALIASES.get(ours, ()) if alias in left]
+            near = difflib.get_close_matches(ours, left, 2, 0.8) or near
+            if len(near) == 1 or (near and near[0] in ALIASES.get(ours, ())):
+                found[left[near[0]]] = ours
+        if len(found) == len(absent) and len(absent) < len(needs.split(", ")) and not 0 < len(best) <= len(found):
+            best = found
+    return best

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NoReturn
 
 from dsalign import assets
-from dsalign.data.rows.records import Record, RowError, rename, shorten
+from dsalign.data.rows.records import Record, RowError, rename, shorten, without_nulls
 from dsalign.data.rows.registry import REGISTERED, Registered
 
 
@@ -38,7 +38,7 @@ def read_hub(name: str, streaming: bool = False) -> Iterator[Record | RowError]:
         number += 1
         where = f"{name}:row {number}"
         try:
-            converted = known.convert(values)
+            converted = known.convert(without_nulls(dict(values)) | _empty(values))
         except (KeyError, TypeError, ValueError) as error:
             yield RowError(
                 f"{where}: expected the columns of {name!r}, got {shorten(dict(values))} ({error!r}); "
@@ -71,6 +71,11 @@ def _datasets() -> Any:
     library = importlib.import_module("datasets")
     library.disable_progress_bars()
     return library
+
+
+def _empty(values: Mapping[str, Any]) -> dict[str, None]:
+    """The columns that are null, which stay so that a message can name them."""
+    return {name: None for name, value in values.items() if value is None}
 
 
 def _known(name: str) -> Registered:

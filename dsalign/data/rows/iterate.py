@@ -23,10 +23,15 @@ class Skipped:
     def __bool__(self) -> bool:
         return self.count > 0
 
-    def add(self, error: RowError) -> None:
+    def add(self, error: ValueError) -> None:
         """Count a bad row."""
         self.first = self.first or str(error)
         self.count += 1
+
+    def merge(self, other: Skipped) -> None:
+        """Count the bad rows of another count as well."""
+        self.first = self.first or other.first
+        self.count += other.count
 
 
 def iter_rows(
@@ -56,18 +61,23 @@ def iter_rows(
     if not sources:
         raise ValueError("data set: expected at least one file, folder or hub name, got none; name one with --dataset")
     renamed = columns or {}
-    missing = set(renamed)
+    missing, present = set(renamed), set[str]()
 
     def read(item: Record | RowError) -> Row | None:
         try:
             if isinstance(item, RowError):
                 raise item
-            missing.difference_update(item.values)
+            if missing:
+                missing.difference_update(item.values)
+                present.update(item.values)
             values = rename(item.where, item.values, renamed)
             return convert(Fields(item.where, values, item.text_only), kind, system)
         except RowError as error:
+            if missing and not isinstance(item, RowError):
+                names = ", ".join(sorted(missing))
+                error = RowError(f"{error}; no row up to here has {names}, which --columns names")
             if skipped is None:
-                raise
+                raise error
             skipped.add(error)
             return None
 
@@ -80,6 +90,6 @@ def iter_rows(
                     yield row
     if missing:
         raise ValueError(
-            f"columns: expected names that some row of {', '.join(sources)} has, got {sorted(missing)}; "
-            "write columns={theirs: ours}"
+            f"columns: expected names that some row of {', '.join(sources)} has, got {', '.join(sorted(missing))}; "
+            f"the rows have {', '.join(sorted(present)) or 'none'}: write --columns theirs=ours"
         )

@@ -5,23 +5,24 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from dsalign import assets
-from dsalign.data.rows import hub, text_files
-from dsalign.data.rows.records import Record, RowError, shorten
+from dsalign.data.rows import folders, hub, text_files
+from dsalign.data.rows.dataset_info import notes_of
+from dsalign.data.rows.folders import SUFFIXES, Files, is_data, suffix_of
+from dsalign.data.rows.records import Record, RowError, shorten, without_nulls
 from dsalign.data.rows.text_files import Item
 
 READERS: Mapping[str, Callable[[Path, str], Iterator[Item]]] = {
     ".jsonl": text_files.json_lines,
     ".json": text_files.json_array,
     ".csv": text_files.csv_rows,
+    ".tsv": text_files.tsv_rows,
 }
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def read_source(source: str, seed: int, streaming: bool = False) -> Iterator[Item]:
@@ -66,7 +67,8 @@ def version(source: str) -> tuple[str, int | None]:
         hashed, counts = hashlib.blake2b(digest_size=16), []
         for path, shown in files:
             with path.open("rb") as file:
-                hashed.update(f"{shown} {hashlib.file_digest(file, 'blake2b').hexdigest()}".encode())
+                digest = hashlib.file_digest(file, "blake2b").hexdigest()
+            hashed.update(f"{shown} {digest} {notes_of(path)}".encode())
             counts.append(_num_rows(path))
         digest, rows = hashed.hexdigest(), None if None in counts else sum(filter(None, counts))
     return f"{source} {digest}", rows if count is None else count
@@ -90,49 +92,34 @@ def _records(name: str, streaming: bool = False) -> Iterator[Item]:
         yield from _file(path, shown)
 
 
-def _local(name: str) -> list[tuple[Path, str]] | None:
+def _local(name: str) -> Files | None:
     """(path, name for messages) of each file of a source; None = the source is a hub data set.
 
     Raises ValueError where a path, folder or glob has no data files.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(entry.name for entry in path.iterdir() if _is_data(entry))
-        if not files:
-            raise ValueError(
-                f"data folder {name!r}: expected files that end in {', '.join(SUFFIXES)}, "
-                f"got {shorten(sorted(entry.name for entry in path.iterdir()))}; point at the folder that holds them"
-            )
-        return [(path / file, os.path.join(name, file)) for file in files]
+        return folders.files_of(path, name)
     if path.is_file():
+        if path.name in folders.NOTES:
+            raise ValueError(f"data file {name!r}: expected rows, got notes about them; point at the folder it lies in")
         return [(path, name)]
     if name.startswith(assets.DEMO):
         return [(assets.find(name), name)]
     if any(mark in name for mark in "*?["):
-        files = sorted(file for file in glob.glob(str(path), recursive=True) if _is_data(Path(file)))
+        files = sorted(file for file in glob.glob(str(path), recursive=True) if is_data(Path(file)))
         if not files:
             raise ValueError(
                 f"data set {name!r}: expected a pattern that matches files that end in {', '.join(SUFFIXES)}, "
                 "got none; check it, and put it into quotes"
             )
         return [(Path(file), file) for file in files]
-    if _suffix(path) in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if suffix_of(path) in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, 1)
         hint = f"did you mean {near[0]!r}?" if near else "check the path"
         raise ValueError(f"data set {name!r}: expected a file or a folder, got nothing at this path; {hint}")
     return None
-
-
-def _suffix(path: Path) -> str:
-    """The suffix that tells a file's format: .jsonl for rows.jsonl and rows.jsonl.gz. Parquet compresses itself, so
-    .parquet.gz is none."""
-    packed = path.suffix in text_files.COMPRESSED and Path(path.stem).suffix in READERS
-    return Path(path.stem).suffix if packed else path.suffix
-
-
-def _is_data(path: Path) -> bool:
-    return path.is_file() and _suffix(path) in SUFFIXES and not path.name.startswith((".", "_"))
 
 
 def _num_rows(path: Path) -> int | None:
@@ -143,35 +130,47 @@ def _num_rows(path: Path) -> int | None:
 
         with suppress(pyarrow.lib.ArrowException):  # whoever reads it will say so
             return int(pyarrow.parquet.read_metadata(path).num_rows)
-    if suffix not in (".jsonl", ".csv"):
+    if suffix not in (".jsonl", ".csv", ".tsv"):
         return None
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def _file(path: Path, name: str) -> Iterator[Item]:
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise ValueError(
             f"data file {name!r}: expected a name that ends in {', '.join(SUFFIXES)}, or of text with .gz or .zst "
             f"behind it, got {path.suffix!r}; convert or rename the file"
         )
-    empty = True
-    for record in READERS.get(suffix, _parquet)(path, name):
+    empty, notes = True, notes_of(path)
+    for record in READERS.get(suffix, _arrow)(path, name):
         empty = False
+        if notes is not None and isinstance(record, Record):
+            record = record._replace(values=notes.applied(record.values))
         yield record
     if empty:
         raise RowError(f"{name}: expected at least one row, got an empty file; remove it or write it again")
 
 
-def _parquet(path: Path, name: str) -> Iterator[Item]:
+def _arrow(path: Path, name: str) -> Iterator[Item]:
+    """Records of a Parquet file, or of an .arrow file of the library `datasets`. What is null within a column is left
+    out: Arrow writes it where another row has the key."""
     import pyarrow.parquet  # noqa: PLC0415  # 40 MiB, for few kinds of files
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            yield from (Record(f"{name}:row {number}", row) for number, row in enumerate(rows, 1))
+        with pyarrow.memory_map(str(path)) as file:
+            if path.suffix == ".parquet":
+                batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+            else:
+                batches = pyarrow.ipc.open_stream(file)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from (
+                Record(f"{name}:row {number}", {column: without_nulls(value) for column, value in row.items()})
+                for number, row in enumerate(rows, 1)
+            )
     except pyarrow.lib.ArrowException as error:
+        kind = "Parquet" if path.suffix == ".parquet" else "Arrow's stream format"
         raise ValueError(
-            f"data file {name!r}: expected Parquet, got an error: {shorten(str(error))}; write the file again"
+            f"data file {name!r}: expected {kind}, got an error: {shorten(str(error))}; write the file again"
         ) from error

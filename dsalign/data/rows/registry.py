@@ -40,12 +40,17 @@ def _hh_rlhf_cn(values: Mapping[str, Any]) -> Mapping[str, Any]:
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
+def is_transcript(text: str) -> bool:
+    """Whether a text begins like a transcript of a Human and an Assistant."""
+    return re.match(r"\s*(Human|Assistant):", text) is not None
+
+
 def transcript(text: str) -> list[dict[str, str]]:
     """Messages from a transcript, in which each turn is a blank line, "Human:" or "Assistant:", and text.
 
     Raises ValueError where the text does not begin like this.
     """
-    parts = re.split(r"(?:^|\n)\n(Human|Assistant):", text)
+    parts = re.split(r"(?:^|\n)\n(Human|Assistant):", text if text.startswith("\n") else f"\n\n{text}")
     if parts[0].strip() or len(parts) < 3:
         raise ValueError(f"a transcript begins with a blank line and 'Human:', not with {text[:40]!r}")
     return [

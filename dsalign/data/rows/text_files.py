@@ -1,5 +1,5 @@
-"""Readers of JSON lines, JSON and CSV, also compressed as .gz and .zst. They are our own so that every message names
-file and line.
+"""Readers of JSON lines, JSON, CSV and TSV, also compressed as .gz and .zst. They are our own so that every message
+names file and line.
 
 A bad row is passed on as its RowError where what follows it can still be read.
 """
@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from dsalign.data.rows.records import SHOWN_CHARS, Record, RowError, shorten
+from dsalign.data.rows.records import MAX_DEPTH, SHOWN_CHARS, Record, RowError, shorten, too_deep
 
 MAX_ROW_BYTES = 50_000_000  # of a line; longer ones are other files' contents by mistake
+MAX_UNPACKED_BYTES = 1 << 31  # of a compressed file that must be read as a whole
 COMPRESSED = (".gz", ".zst")
 Item = Record | RowError
 
@@ -38,8 +39,12 @@ def _lines(path: Path, name: str) -> Iterator[str | RowError]:
     """The lines with their line ends, without a byte order mark; in the place of one that cannot be read its error."""
     try:
         with _open(path) as file:
-            for number, raw in enumerate(file, 1):
+            number = 0
+            while raw := file.readline(MAX_ROW_BYTES + 1):  # never more, as 14 MB may unpack to a line of 3 GB
+                number += 1
                 yield _line(raw, f"{name}:{number}", "utf-8-sig" if number == 1 else "utf-8")
+                while len(raw) > MAX_ROW_BYTES and raw[-1:] != b"\n":
+                    raw = file.readline(MAX_ROW_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         if path.suffix not in COMPRESSED:
             raise
@@ -49,23 +54,30 @@ def _lines(path: Path, name: str) -> Iterator[str | RowError]:
 def _line(raw: bytes, where: str, encoding: str) -> str | RowError:
     if len(raw) > MAX_ROW_BYTES:
         return RowError(
-            f"{where}: expected a line of at most {MAX_ROW_BYTES} bytes, got {len(raw)}, beginning with "
+            f"{where}: expected a line of at most {MAX_ROW_BYTES} bytes, got a longer one that begins with "
             f"{shorten(raw[:SHOWN_CHARS])}; one row a line"
         )
     try:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
+        wide = " (it looks like UTF-16)" if b"\0" in raw[:SHOWN_CHARS] else ""
         return RowError(
             f"{where}: expected UTF-8, got byte 0x{raw[error.start]:02x} at position {error.start + 1} "
-            f"of {shorten(raw)}; save the file as UTF-8"
+            f"of {shorten(raw)}{wide}; save the file as UTF-8"
         )
 
 
 def _whole_lines(path: Path, name: str) -> Iterator[str]:
     """The lines of a format that must be read as a whole. Raises RowError for the first that cannot be read."""
+    left = MAX_UNPACKED_BYTES if path.suffix in COMPRESSED else None
     for line in _lines(path, name):
         if isinstance(line, RowError):
             raise line
+        if left is not None and (left := left - len(line)) < 0:
+            raise RowError(
+                f"{name}: expected at most {MAX_UNPACKED_BYTES} bytes once it is unpacked, got more; "
+                "write one row a line (.jsonl), or unpack it"
+            )
         yield line
 
 
@@ -97,9 +109,20 @@ def _decode(text: str, start: int, name: str, line: int, fix: str) -> tuple[Any,
             f"{name}:{line + text.count(chr(10), start, error.pos)}: expected JSON, got {shorten(near)} "
             f"({error.msg} at character {column}); {fix}"
         ) from error
+    except RecursionError as error:
+        raise _nested(name, line) from error
     except ValueError as error:
         raise RowError(f"{name}:{line}: {error}") from error
+    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and too_deep(value):
+        raise _nested(name, line)
     return value, _blank(text, end)
+
+
+def _nested(name: str, line: int) -> RowError:
+    return RowError(
+        f"{name}:{line}: expected lists and objects at most {MAX_DEPTH} deep in each other, got deeper ones; "
+        "leave the row out, or write the value as text"
+    )
 
 
 def _blank(text: str, start: int) -> int:
@@ -161,6 +184,8 @@ def json_array(path: Path, name: str) -> Iterator[Item]:
         yield _record(where, value)
         if text[position : position + 1] == ",":
             position = _blank(text, position + 1)
+            if text[position : position + 1] == "]":
+                raise RowError(f"{where}: expected a row behind the ',' after this row, got ']'; remove the ','")
         elif text[position : position + 1] != "]":
             got = shorten(text[position : position + 20]) if position < len(text) else "the end of the file"
             raise RowError(f"{where}: expected ',' or ']' after this row, got {got}; the array must be complete")
@@ -206,7 +231,17 @@ def _row(where: str, value: object) -> Mapping[str, Any]:
 
 def csv_rows(path: Path, name: str) -> Iterator[Item]:
     """Records of a CSV file with a header line; every value is text. name: how messages call the file."""
-    reader = csv.reader(_whole_lines(path, name), strict=True)
+    return _cells(path, name, ",")
+
+
+def tsv_rows(path: Path, name: str) -> Iterator[Item]:
+    """Records of a file like CSV with tabs between its cells."""
+    return _cells(path, name, "\t")
+
+
+def _cells(path: Path, name: str, delimiter: str) -> Iterator[Item]:
+    csv.field_size_limit(MAX_ROW_BYTES)  # one number for the process; a text of 131,072 characters is a long document
+    reader = csv.reader(_whole_lines(path, name), strict=True, delimiter=delimiter)
     header: list[str] | None = None
     while True:
         where = f"{name}:{reader.line_num + 1}"
@@ -222,8 +257,7 @@ def csv_rows(path: Path, name: str) -> Iterator[Item]:
             continue
         if header is None:
             header = cells
-            if len(set(header)) != len(header):
-                raise RowError(f"{where}: expected each column name once, got {shorten(header)}; rename one")
+            _check_header(header, where, delimiter)
         elif len(cells) != len(header):
             yield RowError(
                 f"{where}: expected {len(header)} cells ({', '.join(header)}), got {len(cells)}: {shorten(cells)}; "
@@ -231,3 +265,15 @@ def csv_rows(path: Path, name: str) -> Iterator[Item]:
             )
         else:
             yield Record(where, dict(zip(header, cells, strict=True)), text_only=True)
+
+
+def _check_header(header: list[str], where: str, delimiter: str) -> None:
+    if len(set(header)) != len(header):
+        raise RowError(f"{where}: expected each column name once, got {shorten(header)}; rename one")
+    other = next((mark for mark in ";\t,|" if mark != delimiter and mark in header[0]), None)
+    if len(header) == 1 and other is not None:
+        fix = {"\t": "call it .tsv", ",": "call it .csv"}.get(other, "write it again with commas")
+        raise RowError(
+            f"{where}: expected {delimiter!r} between the names of the columns, got {other!r} in {shorten(header[0])}; "
+            f"{fix}"
+        )

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from dsalign.contract.groups import Group
+from dsalign.data.rows.iterate import Skipped
 from dsalign.data.rows.records import Row
 from dsalign.data.tokens.templates import Encoded, Template, assistant
 from dsalign.data.tokens.words import Ids
@@ -31,6 +32,8 @@ class Tokenized:
     num_rows: int  # read
     dropped: Mapping[str, int]  # rule -> rows
     truncated: int  # groups that lost tokens
+    unread: Mapping[str, int] = field(default_factory=dict)  # column or key of messages that nothing reads -> rows
+    spelled: int = 0  # rows with a text that spells a special token
 
 
 @dataclass
@@ -40,12 +43,18 @@ class Tally:
     num_rows: int = 0  # read
     dropped: Counter[str] = field(default_factory=Counter)  # rule -> rows
     truncated: int = 0  # groups that lost tokens
+    unread: Counter[str] = field(default_factory=Counter)  # column or key of messages that nothing reads -> rows
+    spelled: int = 0  # rows with a text that spells a special token
+    refused: Skipped = field(default_factory=Skipped)  # rows that the template refused, not among num_rows
 
     def add(self, other: Tally) -> None:
         """Add another tally's counts to this one's."""
         self.num_rows += other.num_rows
         self.dropped.update(other.dropped)
         self.truncated += other.truncated
+        self.unread.update(other.unread)
+        self.spelled += other.spelled
+        self.refused.merge(other.refused)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Encoder:
     prompt's beginning, down to one token, then the completions' ends; "right" cuts the completions' ends and drops the
     row where no token is left; "raise" refuses it. A cut completion has no end token, so that the model does not learn
     to stop there. assistant_turns: "last", or "all" for demonstrations in which every answer is learnt from
-    (`Template.encode_turns`).
+    (`Template.encode_turns`). lenient: rows that the template refuses are left out and counted.
     Raises ValueError for a truncation that is not one of TRUNCATIONS, and for max_length below 2.
     """
 
@@ -64,6 +73,7 @@ class Encoder:
     max_length: int
     truncation: str
     assistant_turns: str = "last"
+    lenient: bool = False
 
     def __post_init__(self) -> None:
         if self.truncation not in TRUNCATIONS:
@@ -78,8 +88,15 @@ class Encoder:
 
         Raises ValueError for a row that the template refuses, and for one that is too long where truncation is "raise".
         """
-        tally, found = Tally(num_rows=len(rows)), list[Group]()
-        for row, encoded in zip(rows, _encoded(rows, self.template, self.assistant_turns), strict=True):
+        tally, found = Tally(), list[Group]()
+        for row, encoded in zip(rows, self._encoded(rows), strict=True):
+            if isinstance(encoded, ValueError):
+                tally.refused.add(encoded)
+                continue
+            tally.num_rows += 1
+            tally.spelled += encoded.spelled
+            if row.unread:
+                tally.unread.update(row.unread)
             cut = self._cut(row, encoded, tally)
             if cut is not None:
                 prompt, completions, masks = cut
@@ -90,9 +107,33 @@ class Encoder:
                 found.append(Group(len(found), row.where, tuple(prompt), ids, encoded.prompt_text, *known, kept, tools))
         return found, tally
 
+    def _encoded(self, rows: Sequence[Row]) -> Sequence[Encoded | ValueError]:
+        """The ids of each row; where lenient, in the place of one that the template refuses its error.
+
+        Raises ValueError that names the first such row.
+        """
+        tools = [row.tools for row in rows]
+        try:
+            if self.assistant_turns == "last":
+                _check_weights(rows)
+                return self.template.encode_many([(row.prompt, row.completions) for row in rows], tools)
+            whole = [[*row.prompt, assistant(row.completions[0])] for row in rows]
+            return self.template.encode_turns(whole, tools, [row.unlearnt for row in rows])
+        except ValueError as error:
+            if len(rows) == 1:
+                named = ValueError(f"{rows[0].where}: {error}")
+                if self.lenient:
+                    return [named]
+                raise named from error
+            half = len(rows) // 2  # to find it, and to read all others in few calls
+            found = [*self._encoded(rows[:half]), *self._encoded(rows[half:])]
+            if not any(isinstance(one, ValueError) for one in found):
+                raise  # no row shows it alone
+            return found
+
     def _cut(self, row: Row, encoded: Encoded, tally: Tally) -> tuple[Ids, list[Ids], list[list[bool]] | None] | None:
         """Prompt, completions and masks that fit; None where the row is dropped, which is counted."""
-        _, prompt, completions, masks = encoded
+        prompt, completions, masks = encoded.prompt, encoded.completions, encoded.masks
         length = len(prompt) + max(map(len, completions), default=0)
         if length <= self.max_length:
             return prompt, completions, masks
@@ -113,8 +154,13 @@ class Encoder:
         tally.truncated += 1
         return prompt, completions, masks
 
-    def check(self, some: bool, tally: Tally) -> None:
-        """Raises ValueError where `some` is false: of all rows in `tally` no group was made."""
+    def check(self, some: bool, tally: Tally, skipped: Skipped) -> None:
+        """Raises ValueError where `some` is false: of all rows in `tally` no group was made. skipped: the bad rows."""
+        if not some and skipped and not tally.num_rows:
+            raise ValueError(
+                f"data set: expected rows that can be used, got {skipped.count} bad of "
+                f"{tally.num_rows + skipped.count}, the first: {skipped.first}"
+            )
         if not some:
             counts = ", ".join(f"{n} {rule}" for rule, n in tally.dropped.items()) or "there was none"
             raise ValueError(
@@ -123,8 +169,11 @@ class Encoder:
             )
 
 
-def tokenize_rows(rows: Iterable[Row], template: Template, **how: Any) -> Tokenized:
-    """The groups of all rows, kept in memory and numbered from 0 without gaps. how: arguments of `Encoder`.
+def tokenize_rows(rows: Iterable[Row], template: Template, *, skipped: Skipped | None = None, **how: Any) -> Tokenized:
+    """The groups of all rows, kept in memory and numbered from 0 without gaps.
+
+    how: arguments of `Encoder`. skipped: the bad rows that were left out before; those that the template refuses are
+    added.
 
     Raises ValueError as `Encoder` does, and where no row is left.
     """
@@ -136,8 +185,22 @@ def tokenize_rows(rows: Iterable[Row], template: Template, **how: Any) -> Tokeni
             for group in found:
                 prompt, *completions = (tuple(map(share, x, x)) for x in (group.prompt, *group.completions))
                 groups.append(replace(group, index=len(groups), prompt=prompt, completions=tuple(completions)))
-    encoder.check(bool(groups), tally)
-    return Tokenized(tuple(groups), tally.num_rows, dict(tally.dropped), tally.truncated)
+    bad = skipped if skipped is not None else Skipped()
+    bad.merge(tally.refused)
+    encoder.check(bool(groups), tally, bad)
+    return Tokenized(
+        tuple(groups), tally.num_rows, dict(tally.dropped), tally.truncated, dict(tally.unread), tally.spelled
+    )
+
+
+def _check_weights(rows: Sequence[Row]) -> None:
+    """Raises ValueError for a row whose one answer to learn has weight 0."""
+    for row in rows:
+        if row.unlearnt and len(row.prompt) in row.unlearnt and row.completions:
+            raise ValueError(
+                "expected weight 1 for the last answer, which alone is learnt, got 0: nothing of this row would be; "
+                "use --assistant_turns all, or leave it out"
+            )
 
 
 @contextmanager
@@ -146,7 +209,7 @@ def thread_pool(encoder: Encoder) -> Iterator[ThreadPoolExecutor]:
 
     What the encoder computes once for its tokenizer is computed before the threads start, as they must not race for it.
     """
-    encoder.template.text_ids  # noqa: B018
+    encoder.template.prepare()
     with ThreadPoolExecutor(THREADS, "tokenize") as pool:
         yield pool
 
@@ -163,21 +226,6 @@ def in_order(pool: Executor, work: Callable[[list[Row]], T], rows: Iterable[Row]
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _encoded(rows: Sequence[Row], template: Template, assistant_turns: str) -> list[Encoded]:
-    """Raises ValueError that names the first row that the template refuses."""
-    tools = [row.tools for row in rows]
-    try:
-        if assistant_turns == "last":
-            return template.encode_many([(row.prompt, row.completions) for row in rows], tools)
-        return template.encode_turns([[*row.prompt, assistant(row.completions[0])] for row in rows], tools)
-    except ValueError as error:
-        if len(rows) == 1:
-            raise ValueError(f"{rows[0].where}: {error}") from error
-        for row in rows:
-            _encoded([row], template, assistant_turns)
-        raise
 
 
 def _cut_left(prompt: Ids, completions: list[Ids], max_length: int) -> tuple[Ids, list[Ids]]:

@@ -20,18 +20,21 @@ from dsalign.data.rows.iterate import Skipped
 from dsalign.data.tokens.encoder import Tally
 
 IDS, KNOWN, INDEX, MANIFEST = "ids.bin", "known.bin", "index.bin", "manifest.json"
-STORE_FORMAT = 2  # of the files
+STORE_FORMAT = 3  # of the files
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many rows of a store's data set were read, dropped (rule -> rows), truncated, and skipped as bad."""
+    """How many rows of a store's data set were read, dropped (rule -> rows), truncated, and skipped as bad; how often
+    nothing read a column or a key of messages; and how many rows spell a special token."""
 
     num_rows: int
     dropped: Mapping[str, int]
     truncated: int
     skipped: Skipped
+    unread: Mapping[str, int]
+    spelled: int
 
 
 class LazyGroups(Sequence[Group], ABC):
@@ -68,7 +71,8 @@ class GroupStore(LazyGroups):
         if manifest.get("format") != STORE_FORMAT or manifest["files"] != files:
             raise ValueError(f"{folder}: its files are not those that were written")
         skipped = Skipped(*manifest["skipped"])
-        self.counts = Counts(manifest["num_rows"], manifest["dropped"], manifest["truncated"], skipped)
+        numbers = (manifest[name] for name in ("num_rows", "dropped", "truncated"))
+        self.counts = Counts(*numbers, skipped, manifest["unread"], manifest["spelled"])
         self._index = np.memmap(folder / INDEX, dtype=np.int64, mode="r").reshape(-1, 2)
         self._ids, self._known = (_map(folder / name) for name in (IDS, KNOWN))
 
@@ -146,6 +150,8 @@ def write_store(parts: Iterable[Stored], tally: Tally, skipped: Skipped, folder:
         "num_rows": tally.num_rows,
         "dropped": dict(tally.dropped),
         "truncated": tally.truncated,
+        "unread": dict(tally.unread),
+        "spelled": tally.spelled,
         "skipped": [skipped.count, skipped.first],
         "files": {name: _digest(staging / name) for name in (IDS, KNOWN, INDEX)},
     }

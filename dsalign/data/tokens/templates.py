@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from dsalign.contract.groups import Message, Tool
-from dsalign.data.rows.fields import REASONING
-from dsalign.data.rows.records import Answer
+from dsalign.contract.groups import Message
+from dsalign.data.rows.records import Answer, shorten
 from dsalign.data.tokens.chat_templates import BUILT_IN
+from dsalign.data.tokens.render import Conversation, Renderer, Tools
+from dsalign.data.tokens.spelled import Spelled, texts_of
 from dsalign.data.tokens.text_ids import TextIds
+from dsalign.data.tokens.whole_answers import FIX, Missing, answer_end, check_prompt, compact
 
 NAMES = tuple(BUILT_IN)
-PLAIN = {"role", "content", "name"}  # what every template writes, and the name of who answers for a tool
-WRITTEN_AS = {"reasoning_content": REASONING}
-Conversation = Sequence[Message]
-Tools = Sequence[Tool]
 
 
 class Encoded(NamedTuple):
@@ -32,6 +29,7 @@ class Encoded(NamedTuple):
     prompt: list[int]  # shared by all completions
     completions: list[list[int]]  # each ends with its one end token
     masks: list[list[bool]] | None = None  # which completion tokens an assistant wrote; None = all
+    spelled: bool = False  # whether a text of the row spells a special token
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Template:
 
     name: for messages. chat_template: Jinja, None = the tokenizer's own. end_ids: the ids that end a turn, never empty.
     vocab_size: of the model, None = the tokenizer's; ValueError is raised for text with an id beyond it.
+    special_in_text: whether a text of a row that spells a special token is that token; else it is text.
     """
 
     name: str
@@ -47,6 +46,7 @@ class Template:
     chat_template: str | None
     end_ids: frozenset[int]
     vocab_size: int | None = None
+    special_in_text: bool = False
 
     def render(self, prompt: Conversation, tools: Tools = ()) -> str:
         """The prompt as text, up to where the answer starts. tools: functions that the answer may call. Raises
@@ -71,22 +71,90 @@ class Template:
         Raises ValueError where the template refuses a conversation, or leaves no prompt token.
         """
         given = list(zip(items, tools or [()] * len(items), strict=True))
-        openings = self._render_all([(prompt, own) for (prompt, _), own in given], add_generation_prompt=True)
+        spelled = [self._spelled.within(texts_of((*prompt, *answers), own)) for (prompt, answers), own in given]
+        masked = [] if self.special_in_text else [i for i, found in enumerate(spelled) if found]
+        for i in masked:
+            given[i] = self._spelled.masked(given[i])
+        openings = self._render_all([(prompt, own) for (prompt, _), own in given], True)
         rendered = iter(self._render_all([([*p, assistant(a)], own) for (p, answers), own in given for a in answers]))
-        wholes = [[next(rendered) for _ in answers] for _, answers in items]
+        wholes = [[next(rendered) for _ in answers] for (_, answers), _ in given]
+        ids = iter(self._ids(list(zip(openings, wholes, strict=True)), masked))
         found = []
-        ids = self.text_ids.branching(list(zip(openings, wholes, strict=True)))
-        for (_, answers), text, (opening, fulls) in zip(items, openings, ids, strict=True):
+        for ((prompt, answers), _), text, texts, spells in zip(given, openings, wholes, spelled, strict=True):
+            try:
+                check_prompt(prompt, text)
+                tails = [
+                    x[answer_end(assistant(a), x, text, self._opens) :] for a, x in zip(answers, texts, strict=True)
+                ]
+            except Missing as error:
+                raise self._left_out(error) from error
+            opening, fulls = next(ids)
             whole = [
                 full if answer else [*opening, self._first_end(full[length_shared(opening, full) :])]
                 for answer, full in zip(answers, fulls, strict=True)
             ]
-            found.append(self._split(text, opening, whole))
+            encoded = self._split(text, opening, whole)
+            for answer, full, tail in zip(answers, whole, tails, strict=True):
+                if answer:
+                    self._check_learnt(answer, full[len(encoded.prompt) :], tail)
+            shown = self._spelled.shown(text) if spells and not self.special_in_text else text
+            found.append(encoded._replace(prompt_text=shown, spelled=spells))
         return found
 
-    def encode_turns(self, conversations: Sequence[Conversation], tools: Sequence[Tools] = ()) -> list[Encoded]:
+    def _ids(
+        self, items: Sequence[tuple[str, Sequence[str]]], masked: Collection[int]
+    ) -> list[tuple[list[int], list[list[int]]]]:
+        """(ids of the opening, ids of each text) for every (opening, texts). masked: the items whose texts are read by
+        `Spelled.ids`."""
+        if not masked:
+            return self.text_ids.branching(items)
+        others = iter(self.text_ids.branching([item for i, item in enumerate(items) if i not in masked]))
+        return [
+            (lambda first, *rest: (first, list(rest)))(*self.text_ids.checked(self._spelled.ids([opening, *texts])))
+            if i in masked
+            else next(others)
+            for i, (opening, texts) in enumerate(items)
+        ]
+
+    def _left_out(self, error: Missing) -> ValueError:
+        lost = self._spelled.shown(error.text[error.kept :]).strip()
+        return ValueError(
+            f"template {self.name!r}: expected {error.what} whole in what is written, but it leaves out "
+            f"{shorten(lost)}, from character {error.kept + 1} on; {FIX}"
+        )
+
+    def _check_learnt(self, answer: Answer, ids: Sequence[int], tail: str) -> None:
+        """Raises ValueError where an end token within an answer ends what is learnt of it.
+
+        ids: from the answer's first on, with all that follows. tail: the text that the template writes behind it.
+        """
+        end = next((i for i, x in enumerate(ids) if x in self.end_ids), len(ids))
+        if end + 1 >= len(ids):
+            return
+        if tail not in self._behind:
+            self._behind[tail] = self.text_ids.count_behind(self._spelled.shown(tail), self.end_ids)
+        if len(ids) - 1 - end <= self._behind[tail]:
+            return
+        said = self._spelled.shown(assistant(answer)["content"])
+        learnt = compact(self.tokenizer.decode(list(ids[: end + 1])))
+        if compact(said) and compact(said) in learnt:
+            return
+        token = self.tokenizer.decode([ids[end]])
+        at = f" at character {said.index(token) + 1}" if token in said else ""
+        raise ValueError(
+            f"template {self.name!r}: expected the answer whole in the tokens that are learnt, but it holds the end "
+            f"token {token!r}{at} and what follows is lost; remove it, use --special_tokens_in_text false, or leave "
+            "such rows out with --on_bad_row skip"
+        )
+
+    def encode_turns(
+        self,
+        conversations: Sequence[Conversation],
+        tools: Sequence[Tools] = (),
+        unlearnt: Sequence[Collection[int]] = (),
+    ) -> list[Encoded]:
         """Whole conversations, in which every answer is learnt from, as ids, tokenised in one call. tools: as in
-        `encode_many`.
+        `encode_many`. unlearnt: for each the turns that nothing is learnt from, () = none anywhere.
 
         Of a conversation, which ends with a turn of the assistant, the prompt is what stands before the assistant's
         first turn and the one completion is all the rest. Its mask is true for the tokens of the assistant's turns,
@@ -94,23 +162,45 @@ class Template:
         Raises ValueError where the template refuses a conversation, leaves no prompt token, or writes earlier turns
         otherwise once the conversation goes on, as then no prefix of the whole is what the model sees in use.
         """
-        turns = [_assistants(messages) for messages in conversations]
         given = list(zip(conversations, tools or [()] * len(conversations), strict=True))
+        spelled = [self._spelled.within(texts_of(messages, own)) for messages, own in given]
+        masked = [] if self.special_in_text else [i for i, found in enumerate(spelled) if found]
+        for i in masked:
+            given[i] = self._spelled.masked(given[i])
+        turns = [_assistants(messages) for messages in conversations]
         pairs = list(zip(given, turns, strict=True))
         texts = self._render_all(given)
         openings = iter(self._render_all([(m[:i], own) for (m, own), at in pairs for i in at], True))
         closings = iter(self._render_all([(m[: i + 1], own) for (m, own), at in pairs for i in at]))
         parts = [[(next(openings), next(closings)) for _ in at] for at in turns]
-        ids = iter(self.text_ids.of([t for text, cut in zip(texts, parts, strict=True) for t in (text, *sum(cut, ()))]))
+        ids = self._ids([(text, sum(cut, ())) for text, cut in zip(texts, parts, strict=True)], masked)
+        skipped = unlearnt or [()] * len(conversations)
         found = []
-        for text, cut in zip(texts, parts, strict=True):
-            whole, spans = next(ids), []
-            for part in cut:
-                for rendered in part:
-                    self._check_prefix(rendered, text)
-                spans.append((length_shared(next(ids), whole), length_shared(next(ids), whole)))
-            found.append(self._masked(cut[0][0], whole, spans))
+        for (messages, at), (whole, ends), cut, text, skip, spells in zip(
+            ((m, at) for (m, _), at in pairs), ids, parts, texts, skipped, spelled, strict=True
+        ):
+            spans = []
+            for turn, (opening, closing), first, last in zip(at, cut, ends[::2], ends[1::2], strict=True):
+                self._check_prefix(opening, text)
+                self._check_prefix(closing, text)
+                span = (length_shared(first, whole), length_shared(last, whole))
+                if turn not in skip:
+                    self._check_turn(messages[: turn + 1], opening, closing, whole[slice(*span)])
+                spans.append(span)
+            encoded = self._masked(cut[0][0], whole, spans, [turn not in skip for turn in at])
+            shown = self._spelled.shown(encoded.prompt_text) if spells and not self.special_in_text else cut[0][0]
+            found.append(encoded._replace(prompt_text=shown, spelled=spells))
         return found
+
+    def _check_turn(self, messages: Conversation, opening: str, closing: str, ids: Sequence[int]) -> None:
+        """Raises ValueError where the last of these messages, an answer, is not whole in what is learnt, or the prompt
+        before it lacks a question. ids: of the answer, with what follows."""
+        try:
+            check_prompt(messages[:-1], opening)
+            tail = closing[answer_end(messages[-1], closing, opening, self._opens) :]
+        except Missing as error:
+            raise self._left_out(error) from error
+        self._check_learnt(messages[-1], ids, tail)
 
     def _check_prefix(self, part: str, whole: str) -> None:
         if not whole.startswith(part):
@@ -121,19 +211,21 @@ class Template:
                 "or name a template that keeps them"
             )
 
-    def _masked(self, prompt_text: str, whole: list[int], turns: Sequence[tuple[int, int]]) -> Encoded:
+    def _masked(
+        self, prompt_text: str, whole: list[int], turns: Sequence[tuple[int, int]], learnt: Sequence[bool]
+    ) -> Encoded:
         """prompt_text: the rendered prompt. whole: ids of the conversation. turns: where in it each of the assistant's
-        turns starts and stops, with what the template writes behind it."""
+        turns starts and stops, with what the template writes behind it. learnt: which of them are learnt from."""
         cut = turns[0][0]
         if cut == 0:
             raise ValueError(self._no_prompt(prompt_text))
         ends = [next((i + 1 for i in range(*turn) if whole[i] in self.end_ids), turn[1]) for turn in turns]
         mask = [False] * len(whole)
-        for (start, _), end in zip(turns, ends, strict=True):
-            mask[start:end] = [True] * (end - start)
+        for (start, _), end, kept in zip(turns, ends, learnt, strict=True):
+            mask[start:end] = [kept] * (end - start)
         last = self._ended(whole[turns[-1][0] :])
         completion, own = [*whole[cut : turns[-1][0]], *last], mask[cut : turns[-1][0]]
-        return Encoded(prompt_text, whole[:cut], [completion], [[*own, *[True] * len(last)]])
+        return Encoded(prompt_text, whole[:cut], [completion], [[*own, *[learnt[-1]] * len(last)]])
 
     def _no_prompt(self, prompt_text: str) -> str:
         return (
@@ -152,60 +244,32 @@ class Template:
             )
         return Encoded(prompt_text, opening[:cut], [self._ended(ids[cut:]) for ids in whole])
 
-    def _render_all(
-        self, conversations: Sequence[tuple[Conversation, Tools]], add_generation_prompt: bool = False
-    ) -> list[str]:
-        """Each conversation as text. Raises ValueError that says which turns the template refuses."""
-        if not any(tools or any(turn.keys() - PLAIN for turn in turns) for turns, tools in conversations):
-            return self._rendered([turns for turns, _ in conversations], add_generation_prompt)
-        return [self._with_tools(*conversation, add_generation_prompt) for conversation in conversations]
-
-    def _with_tools(self, turns: Conversation, tools: Tools, add_generation_prompt: bool) -> str:
-        for name in {name for turn in turns for name in turn} - PLAIN | ({"tools"} if tools else set()):
-            if not any(word in self._source for word in WRITTEN_AS.get(name, (name,))):
-                raise ValueError(
-                    f"template {self.name!r}: expected a template that writes {name}, got one that does not name them; "
-                    "use a model whose own template does, --template chatml or qwen, or leave them out of the row"
-                )
-        return self._rendered([turns], add_generation_prompt, list(tools) or None)[0]
+    @cached_property
+    def _render_all(self) -> Renderer:
+        return Renderer(self.name, self.tokenizer, self.chat_template)
 
     @cached_property
-    def _source(self) -> str:
-        return str(self.chat_template or self.tokenizer.chat_template)
+    def _spelled(self) -> Spelled:
+        return Spelled(self.tokenizer, self.end_ids)
 
-    def _rendered(
-        self,
-        conversations: Sequence[Conversation],
-        add_generation_prompt: bool = False,
-        tools: list[Tool] | None = None,
-    ) -> list[str]:
-        if not conversations:
-            return []
+    @cached_property
+    def _behind(self) -> dict[str, int]:
+        """What a template writes behind an answer -> tokens of it behind the end token."""
+        return {}
+
+    @cached_property
+    def _opens(self) -> str:
+        """What the template writes behind a question to open the answer; "" where that cannot be told."""
+        question: list[tuple[Conversation, Tools]] = [([{"role": "user", "content": "."}], ())]
         try:
-            return self._applied(conversations, add_generation_prompt, tools)
-        except (TemplateError, TypeError) as error:
-            if len(conversations) > 1:  # one by one, to find it
-                return [self._rendered([turns], add_generation_prompt, tools)[0] for turns in conversations]
-            roles = ", ".join(message["role"] for message in conversations[0])
-            raise ValueError(
-                f"template {self.name!r}: expected a conversation it accepts, got turns of {roles}, and it says: "
-                f"{str(error)[:200]}; change the row or name another template"
-            ) from error
+            (without,), (opening,) = self._render_all(question), self._render_all(question, True)
+        except ValueError:
+            return ""
+        return opening.removeprefix(without) if opening.startswith(without) else ""
 
-    def _applied(
-        self,
-        conversations: Sequence[Conversation],
-        add_generation_prompt: bool = False,
-        tools: list[Tool] | None = None,
-    ) -> list[str]:
-        texts: list[str] = self.tokenizer.apply_chat_template(
-            [list(turns) for turns in conversations],
-            tools=tools,
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
-        return texts
+    def prepare(self) -> None:
+        """Compute what is computed once for a tokenizer, before threads can race for it."""
+        self.text_ids, self._spelled, self._opens, self._behind  # noqa: B018
 
     @cached_property
     def text_ids(self) -> TextIds:
@@ -265,7 +329,9 @@ def _built_in(name: str, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> 
         return Template(name, tokenizer, text.replace("TURN_END", repr(turn_end)), frozenset(ends | {ids[0]}))
     # Without EOS either the template would write no turn end at all.
     known = ends if tokenizer.eos_token_id is not None or "TURN_END" not in text else set()
-    return Template(name, tokenizer, text.replace("TURN_END", "eos_token"), frozenset(known))
+    # Rows for the template plain were rendered before, so what spells a special token in them is that token.
+    written = text.replace("TURN_END", "eos_token")
+    return Template(name, tokenizer, written, frozenset(known), special_in_text=name == "plain")
 
 
 def _jinja(name: str) -> str:
@@ -288,15 +354,7 @@ def _checked(template: Template) -> Template:
             "tokenizer: expected an end token, got none: no eos_token, and no eos_token_id that the template writes; "
             "set tokenizer.eos_token, or eos_token_id in the generation config"
         )
-    try:
-        template._applied([[{"role": "user", "content": "."}]])
-    except TemplateSyntaxError as error:
-        raise ValueError(
-            f"template {template.name!r}: expected a Jinja template, got an error on line {error.lineno}: "
-            f"{error.message}; correct it, or name another with --template"
-        ) from error
-    except (TemplateError, TypeError):
-        pass  # it parses; whether it accepts a conversation is asked of the rows, which can be named
+    template._render_all.check_syntax()
     return template
 
 

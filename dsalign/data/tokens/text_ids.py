@@ -29,9 +29,22 @@ class TextIds:
 
     def of(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, BOS included."""
+        return self._with_bos(self._plain(texts))
+
+    def checked(self, found: list[Ids]) -> list[Ids]:
+        """Ids of texts that were read in another way, BOS included."""
+        if self._vocab_size is not None:
+            self._check(found, self._vocab_size)
+        return self._with_bos(found)
+
+    def _with_bos(self, found: list[Ids]) -> list[Ids]:
         bos = self.tokenizer.bos_token_id
-        found = self._plain(texts)
         return [ids if ids[:1] == [bos] else [bos, *ids] for ids in found] if self._adds_bos else found
+
+    def count_behind(self, text: str, ids_of_end: frozenset[int]) -> int:
+        """How many tokens of a text stand behind its first end token; all where it has none."""
+        (ids,) = self._plain([text])
+        return len(ids) - 1 - next((i for i, x in enumerate(ids) if x in ids_of_end), -1)
 
     def branching(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[Ids, list[Ids]]]:
         """(ids of the opening, ids of each text) for every (opening, texts), exactly the ids that `of` gives.

@@ -63,6 +63,8 @@ def test_no_tools(one, tools):
 def test_a_call_is_itself_wrapped_or_text_and_may_be_the_answer(one, call):
     said = {"role": "assistant", "content": None, "tool_calls": [call]}
     row = one({"prompt": turns("q"), "chosen": [said], "rejected": "r"}, "pairs")
+    (made,) = row.completions[0]["tool_calls"]
+    assert made.pop("id", None) == (call["id"] if isinstance(call, dict) and "id" in call else None)
     assert row.completions == (ASKED[1], "r")
     row = one({"messages": [*turns("q"), said]}, "demonstrations")
     assert (row.prompt, row.completions) == (tuple(turns("q")), (ASKED[1],))
@@ -89,7 +91,7 @@ LABELLED = {"prompt": "q", "completion": "c"}
 GOOD = {"pairs": PAIR, "labels": {**LABELLED, "label": True}, "prompts": {"prompt": "q"}, "demonstrations": LABELLED}
 BAD_ROWS = {
     "text label": ("labels", {**LABELLED, "label": "false"}, r"'label': expected true or false, got 'false'; .*quotes"),
-    "number label": ("labels", {**LABELLED, "label": 1}, r"column 'label': expected true or false, got 1"),
+    "number label": ("labels", {**LABELLED, "label": 2}, r"column 'label': expected true or false, got 2"),
     "margin text": ("pairs", {**PAIR, "margin": "1"}, r"column 'margin': expected a finite number, got '1'"),
     "margin flag": ("pairs", {**PAIR, "margin": True}, r"column 'margin': expected a finite number, got True"),
     "not text": ("pairs", {**PAIR, "chosen": 3}, r"column 'chosen': expected text, got 3; write a string"),
@@ -104,7 +106,7 @@ BAD_ROWS = {
     "role": (
         "demonstrations",
         {"messages": [*turns("q"), {"role": "critic", "content": "4"}]},
-        r"'messages\[1\].role': expected one of system, user, .*got 'critic'; rename the role",
+        r"'messages\[1\].role': expected one of system, developer, .*got 'critic'; rename the role",
     ),
     "role type": (
         "prompts",

@@ -31,6 +31,40 @@ FORMS = [
     ),
     ("pairs", {"messages": turns("q", "c", system="s"), "rejected_response": "r"}, turns("q", system="s"), ("c", "r")),
     ("pairs", {"messages": turns("q", "c"), "rejected_messages": turns("q", "r")}, turns("q"), ("c", "r")),
+    ("pairs", {"query": "q", "chosen": "c", "rejected": "r", "input": "x"}, turns("q\nx"), ("c", "r")),
+    (
+        "pairs",
+        {"instruction": "i", "input": "x", "chosen": "c", "rejected": "r", **HISTORY},
+        turns("a", "b", "i\nx"),
+        ("c", "r"),
+    ),
+    ("pairs", {"prompt": "q", "chosen": "c", "rejected": "r", **HISTORY}, turns("a", "b", "q"), ("c", "r")),
+    (
+        "pairs",
+        {"conversations": said("q"), "chosen": said("", "c")[1], "rejected": said("", "r")[1]},
+        turns("q"),
+        ("c", "r"),
+    ),
+    ("pairs", {"messages": turns("q"), "chosen": answer("c")[0], "rejected": answer("r")[0]}, turns("q"), ("c", "r")),
+    (
+        "pairs",
+        {"chosen": "\n\nHuman: q\n\nAssistant: c", "rejected": "Human: q\n\nAssistant: r"},
+        turns("q"),
+        ("c", "r"),
+    ),
+    ("pairs", {"input": "q", "preferred_output": "c", "non_preferred_output": "r"}, turns("q"), ("c", "r")),
+    (
+        "pairs",
+        {
+            "input": {"messages": turns("q"), "tools": []},
+            "preferred_output": answer("c"),
+            "non_preferred_output": answer("r"),
+        },
+        turns("q"),
+        ("c", "r"),
+    ),
+    ("labels", {"instruction": "i", "input": "x", "output": "c", "label": 1}, turns("i\nx"), ("c",)),
+    ("labels", {"conversations": said("q", "c"), "label": 1.0}, turns("q"), ("c",)),
     ("labels", {"prompt": "q", "completion": "c", "label": True}, turns("q"), ("c",)),
     ("labels", {"query": "q", "response": "c", "label": True, **SYSTEM}, turns("q", system="s"), ("c",)),
     ("labels", {"query": "q", "response": "c", "label": True, **HISTORY}, turns("a", "b", "q"), ("c",)),
@@ -48,6 +82,7 @@ FORMS = [
     ("prompts", {"messages": turns("q", system="s")}, turns("q", system="s"), ()),
     ("prompts", {"messages": turns("q", "a")}, turns("q"), ()),
     ("prompts", {"query": "q", **HISTORY}, turns("a", "b", "q"), ()),
+    ("prompts", {"input": "q", "preferred_output": "c", "non_preferred_output": "r"}, turns("q"), ()),
     ("prompts", {"instruction": "i", "input": "x"}, turns("i\nx"), ()),
     ("prompts", {"conversations": said("q", "a", "p")}, turns("q", "a", "p"), ()),
     ("prompts", {"chosen": turns("q", "c"), "rejected": turns("q", "r")}, turns("q"), ()),
@@ -80,7 +115,8 @@ def test_further_columns_are_kept(one):
         "answer": 4,
         "label": "easy",
     }
-    assert one({"prompt": "q", "completion": "c", "label": False, "id": 7}, "labels").columns == {"id": 7}
+    found = one({"prompt": "q", "completion": "c", "label": False, "id": 7}, "labels")
+    assert (found.columns, found.unread) == ({"id": 7}, ("id",))
 
 
 def test_system_prompt_is_put_in_front_where_there_is_none(one):
@@ -102,8 +138,8 @@ BAD_LAYOUTS = {
         r"expected the columns of a format for pairs \(prompt, cho",
     ),
     "null": ("pairs", {**PAIR, "rejected": None}, r"got prompt, chosen \(null: rejected\) in"),
-    "no column": ("pairs", {}, r"got none in \{\}; rename with columns=\{theirs: ours\}"),
-    "near name": ("pairs", {"prompt": "q", "choosen": "c", "rejected": "r"}, r"columns=\{'choosen': 'chosen'\}"),
+    "no column": ("pairs", {}, r"got none in \{\}; rename with --columns theirs=ours"),
+    "near name": ("pairs", {"prompt": "q", "choosen": "c", "rejected": "r"}, r"--columns choosen=chosen"),
     "ends with user": ("labels", {"messages": turns("q"), "label": True}, r"ends with a turn of the assistant, got"),
     "prompt end": ("pairs", {**PAIR, "prompt": turns("q", "a")}, r"'prompt': .* ends with a turn of the user, got"),
     "other prompt": ("pairs", {**PAIR, "chosen": turns("p", "c")}, r"'chosen': expected text, one assistant turn, or"),

@@ -76,7 +76,7 @@ def test_a_line_of_many_megabytes_is_no_row(write, monkeypatch):
     monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 20)
     name = write("a.jsonl", '{"a": "' + "x" * 30 + '"}\n{"a": 1}\n')
     first, second = read_source(name, 0)
-    assert str(first).startswith('a.jsonl:1: expected a line of at most 20 bytes, got 40, beginning with b\'{"a": "xxx')
+    assert str(first).startswith("a.jsonl:1: expected a line of at most 20 bytes, got a longer one that begins with b")
     assert second.values == {"a": 1}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,7 +91,7 @@ def test_chatml_by_hand(make_tokenizer):
 def test_pad_does_not_matter(make_tokenizer, pad):
     """pad id 0, and pad == eos: bytes of the pad's text in a completion stay, the end token stays."""
     tokenizer = make_tokenizer(pad=pad, chat_template=HEADED)
-    template = load(tokenizer, None)
+    template = replace(load(tokenizer, None), special_in_text=True)
     assert tokenizer.pad_token_id == (PAD if pad == "<pad>" else EOS)
     assert template.encode(USER, ["a<pad>b", ""])[1] == [
         [*ids(template, "a"), PAD, *ids(template, "b"), EOS],
@@ -102,12 +104,16 @@ def test_no_completions(make_tokenizer):
     assert template.encode(USER, []) == (ids(template, template.render(USER)), [])
 
 
-def test_an_end_token_inside_the_text_ends_the_completion(make_tokenizer):
+def test_an_end_token_inside_a_text_is_text_or_refused(make_tokenizer):
+    """As text it is its 10 bytes; as the token it would end what is learnt before the "b"."""
     template = load(make_tokenizer())
-    assert template.encode(USER, ["a<|im_end|>b", "a</s>b"])[1] == [
-        [*ids(template, "a"), END],
-        [*ids(template, "a"), EOS],
-    ]
+    (inner,) = template.encode(USER, ["a<|im_end|>b"])[1]
+    assert inner[-1] == END and END not in inner[:-1] and len(inner) == 13
+    assert template.tokenizer.decode(inner) == "a<|im_end|>b<|im_end|>"
+    asked = replace(template, special_in_text=True)
+    with pytest.raises(ValueError, match=r"holds the end token '<\|im_end\|>' at character 2 and what follows is lost"):
+        asked.encode(USER, ["a<|im_end|>b"])
+    assert asked.encode(USER, ["a<|im_end|>"])[1] == [[*ids(template, "a"), END]]
 
 
 def test_a_template_without_end_token_gets_one_eos(make_tokenizer):
@@ -175,7 +181,7 @@ def test_prompt_and_completion_are_the_whole(make_tokenizer, name, prompt, compl
     messages = [{"role": "user", "content": prompt}]
     shared, encoded = template.encode(messages, completions)
     for text, completion in zip(completions, encoded, strict=True):
-        (whole,) = template._rendered([[*messages, {"role": "assistant", "content": text}]])
+        (whole,) = template._render_all([([*messages, {"role": "assistant", "content": text}], ())])
         whole = whole.removeprefix("<s>")
         decoded = template.tokenizer.decode([*shared, *completion[:-1]]).removeprefix("<s>")
         assert whole.startswith(decoded) and whole.removeprefix(decoded) in ("", "</s>", "<|im_end|>\n")

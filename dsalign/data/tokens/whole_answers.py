@@ -1,0 +1,114 @@
+"""The rule that what a row says reaches the model: every answer is found, whole, in the rendered conversation, every
+question and system prompt in the rendered prompt. A template that leaves some of it out is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from dsalign.contract.groups import Message
+from dsalign.data.rows.messages import REASONING
+
+FIX = "name a template that writes it (--template), or leave such rows out with --on_bad_row skip"
+
+
+class Missing(Exception):
+    """A text of a row that a template left out: `text`, of which `kept` characters are there. what: whose text."""
+
+    def __init__(self, what: str, text: str, kept: int) -> None:
+        super().__init__(what, text, kept)
+        self.what, self.text, self.kept = what, text, kept
+
+
+def answer_end(answer: Message, whole: str, opening: str, generation: str) -> int:
+    """The position in `whole` behind the last text of an answer.
+
+    whole: the rendered conversation up to and with the answer. opening: the rendered prompt. generation: what the
+    template writes to open an answer; an answer may begin with some of it, which is then part of the prompt.
+    Raises Missing that says what of the answer is not in `whole` behind the prompt.
+    """
+    content: str = answer["content"]
+    if len(answer) == 2 and whole.startswith(opening):  # as nearly all are
+        said = content.strip()
+        at = whole.find(said, len(opening))
+        if at >= 0:
+            return at + len(said)
+    start = _start(whole, opening, generation)
+    return max(_found_end(text, whole, start, opening, "the answer") for text in (*_texts(answer), ""))
+
+
+def check_prompt(turns: Sequence[Message], opening: str) -> None:
+    """Raises Missing for a turn of the system, the user or a tool whose text is not in the rendered prompt. What the
+    assistant said before may be shortened: it is not learnt."""
+    for turn in turns:
+        if turn["role"] != "assistant" and turn["content"].strip() not in opening:
+            _found_end(turn["content"], opening, 0, "", f"the turn of the {turn['role']}")
+
+
+def compact(text: str) -> str:
+    """The text without white space."""
+    return "".join(text.split())
+
+
+def _start(whole: str, opening: str, generation: str) -> int:
+    """From where an answer may be found in `whole`."""
+    if whole.startswith(opening):
+        return len(opening) - len(generation)
+    shared = next((i for i, (a, b) in enumerate(zip(opening, whole, strict=False)) if a != b), len(whole))
+    return max(min(shared, len(opening) - len(generation)), 0)
+
+
+def _texts(answer: Message) -> Iterator[str]:
+    yield answer["content"]
+    yield answer.get(REASONING[0], "")
+    for call in answer.get("tool_calls", ()):
+        yield call["function"]["name"]
+        yield from _arguments(call["function"]["arguments"])
+
+
+def _arguments(value: object) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield str(name)
+            yield from _arguments(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _arguments(item)
+    elif isinstance(value, str):
+        yield value
+    elif type(value) is int:
+        yield str(value)
+
+
+def _found_end(text: str, whole: str, start: int, opening: str, what: str) -> int:
+    """Behind which character of `whole` a text ends. Where white space was changed it is the end of `whole` less what
+    follows the text."""
+    for form in _forms(text.strip()):
+        at = whole.find(form, start)
+        if at >= 0:
+            return at + len(form)
+    behind = whole[start:]
+    for form in _forms(compact(text)):
+        at = compact(behind).find(form)
+        if at >= 0:
+            return start + _position(behind, at + len(form))
+    kept = next((n for n in range(len(text), 0, -1) if text[:n].strip() and compact(text[:n]) in compact(behind)), 0)
+    raise Missing(what, text, kept)
+
+
+def _forms(text: str) -> Iterator[str]:
+    """A text as it is, and as JSON writes it."""
+    yield text
+    for ascii_only in (False, True):
+        written = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+        if written != text:
+            yield written
+
+
+def _position(text: str, count: int) -> int:
+    """Behind which character of a text `count` of its characters that are not white space have passed."""
+    for i, character in enumerate(text):
+        count -= not character.isspace()
+        if count == 0:
+            return i + 1
+    return 0
