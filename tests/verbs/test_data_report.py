@@ -204,3 +204,19 @@ def test_an_added_token_beyond_the_embedding_is_refused_where_a_row_has_it(
     assert check("dpo", line() + line(chosen="a<new>"), "--special_tokens_in_text", "true", of=wide)[0] == 0, (
         "an embedding padded to 64 has room"
     )
+
+
+def test_the_true_cause_where_no_row_can_be_used(check: Check) -> None:
+    """It names the first row and what is wrong with it, not max_length; a misspelt --columns is named itself."""
+    pair = {"prompt": "q", "choosen": "a", "rejected": "b"}
+    code, said = check("dpo", line(pair))
+    assert code == 2 and "1 bad of 1, the first: rows.jsonl:1: expected the columns" in said
+    assert "--columns choosen=chosen" in said and "max_length" not in said
+    code, said = check("dpo", line(pair), "--columns", "chossen=chosen")
+    assert code == 2 and "columns: expected names that some row of" in said and "got chossen" in said
+
+
+def test_columns_that_nothing_reads_and_control_characters(check: Check) -> None:
+    row = json.loads(line()) | {"score": 1, "\x1b]0;": 2}
+    code, said = check("dpo", line(row))
+    assert code == 0 and "not read: " in said and "score (1 rows)" in said and "\x1b" not in said

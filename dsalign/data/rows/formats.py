@@ -17,7 +17,12 @@ from dsalign.data.rows.records import Answer, Row, RowError, Turns, as_flags, sh
 from dsalign.data.rows.registry import is_transcript, transcript
 
 KINDS = ("pairs", "labels", "prompts", "demonstrations")
-ALGORITHMS = {"pairs": "dpo, rm, cpo, orpo or simpo", "labels": "kto", "prompts": "ppo", "demonstrations": "sft"}
+ALGORITHMS = {
+    "pairs": "dpo, rm, cpo, orpo or simpo",
+    "labels": "kto",
+    "prompts": "ppo, grpo, rloo, reinforce or online_dpo",
+    "demonstrations": "sft",
+}
 ASKS = ("user", "tool")  # whose turns are followed by the assistant's
 Parts = tuple[Turns, list[Answer]]
 
@@ -50,9 +55,11 @@ def _answer(fields: Fields, column: str, prompt: Turns) -> Answer:
         return fields.text(column)
     given = turns(fields, column)
     if given[-1]["role"] != "assistant" or given[:-1] not in ([], prompt):
+        more = [f"'{name}'" for name in ("history", "input") if fields.filled([name])]
         raise fields.bad(
             column,
-            "text, one assistant turn, or the turns of the prompt and one assistant turn",
+            "text, one assistant turn, or the turns of the prompt"
+            f"{', that is with ' + ' and '.join(more) if more else ''} and one assistant turn",
             fields.values[column],
             "let it begin with the prompt, or hold the answer alone",
         )
@@ -167,7 +174,10 @@ FORMATS: Mapping[str, Mapping[str, Callable[[Fields], Parts]]] = {
         "instruction": _asked("instruction"),
         "conversations": _opening("conversations"),
         "chosen, rejected": _two_conversations("chosen", "rejected", keep=0),
-        "input, preferred_output": _asked("input"),
+        "input, preferred_output, non_preferred_output": lambda fields: (
+            PAIRS["input, preferred_output, non_preferred_output"](fields)[0],
+            [],
+        ),
     },
     "demonstrations": {
         "messages": _conversation("messages"),

@@ -117,6 +117,7 @@ class Encoder:
             if self.assistant_turns == "last":
                 _check_weights(rows)
                 return self.template.encode_many([(row.prompt, row.completions) for row in rows], tools)
+            _check_some(rows)
             whole = [[*row.prompt, assistant(row.completions[0])] for row in rows]
             return self.template.encode_turns(whole, tools, [row.unlearnt for row in rows])
         except ValueError as error:
@@ -201,6 +202,14 @@ def _check_weights(rows: Sequence[Row]) -> None:
                 "expected weight 1 for the last answer, which alone is learnt, got 0: nothing of this row would be; "
                 "use --assistant_turns all, or leave it out"
             )
+
+
+def _check_some(rows: Sequence[Row]) -> None:
+    """Raises ValueError for a row in which every answer has weight 0."""
+    for row in rows:
+        answers = [i for i, turn in enumerate(row.prompt) if turn["role"] == "assistant"] + [len(row.prompt)]
+        if row.unlearnt and set(answers) <= set(row.unlearnt):
+            raise ValueError("expected an answer to learn from, but every answer of the row has weight 0; leave it out")
 
 
 @contextmanager

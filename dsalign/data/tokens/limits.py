@@ -25,6 +25,9 @@ WIDTH = re.compile(r"\d{7,}|\*")  # a field's width in a format
 class TooMuch(Exception):
     """A template that took more time or memory than any needs."""
 
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else "it took too much time or memory"
+
 
 class Bounded(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, in which no single operation makes more than MAX_SIZE characters, elements or bits: such an
@@ -51,9 +54,10 @@ class Bounded(ImmutableSandboxedEnvironment):
         for number in (*args, *kwargs.values()):
             if isinstance(number, int):
                 _allow(abs(number))
-        owner = getattr(function, "__self__", None)
+        method = getattr(function, "__wrapped__", function)  # Jinja wraps str.format
+        owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
-            name = getattr(function, "__name__", "")
+            name = getattr(method, "__name__", "")
             if name == "replace" and len(args) > 1 and isinstance(args[0], str) and isinstance(args[1], str):
                 _allow(owner.count(args[0]) * len(args[1]))
             if name in ("format", "format_map"):
@@ -75,9 +79,9 @@ def _allow(size: int) -> None:
 def bounded_template(source: str) -> Any:
     """A chat template, compiled with what transformers gives to every template, within `Bounded`.
 
-    Raises TemplateSyntaxError where it is none.
+    Raises TemplateSyntaxError where it is none, TooMuch where compiling takes too much.
     """
-    theirs = chat_template_utils._compile_jinja_template(source).environment
+    theirs = chat_template_utils._compile_jinja_template("").environment  # it would compute constants without limit
     ours = Bounded(
         trim_blocks=theirs.trim_blocks,
         lstrip_blocks=theirs.lstrip_blocks,
@@ -88,7 +92,8 @@ def bounded_template(source: str) -> Any:
     ours.filters.update(theirs.filters)
     for name in ("center", "indent", "round", "replace", "join", "format", "wordwrap", "batch", "slice"):
         ours.filters[name] = _limited(name, ours.filters[name])
-    return ours.from_string(source)
+    with watch.over():
+        return ours.from_string(source)
 
 
 def _limited(name: str, filtered: Any) -> Any:

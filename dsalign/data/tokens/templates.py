@@ -117,10 +117,10 @@ class Template:
         ]
 
     def _left_out(self, error: Missing) -> ValueError:
-        lost = self._spelled.shown(error.text[error.kept :]).strip()
+        lost = self._spelled.shown(error.text).strip()
         return ValueError(
             f"template {self.name!r}: expected {error.what} whole in what is written, but it leaves out "
-            f"{shorten(lost)}, from character {error.kept + 1} on; {FIX}"
+            f"{shorten(lost)}, from character {error.start + 1} on; {FIX}"
         )
 
     def _check_learnt(self, answer: Answer, ids: Sequence[int], tail: str) -> None:

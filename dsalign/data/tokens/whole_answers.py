@@ -3,21 +3,23 @@ question and system prompt in the rendered prompt. A template that leaves some o
 
 from __future__ import annotations
 
+import bisect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dsalign.contract.groups import Message
 from dsalign.data.rows.messages import REASONING
 
 FIX = "name a template that writes it (--template), or leave such rows out with --on_bad_row skip"
+LEAST_KEPT = 8  # characters of a lost text that are found by more than chance
 
 
 class Missing(Exception):
-    """A text of a row that a template left out: `text`, of which `kept` characters are there. what: whose text."""
+    """A text of a row that a template left out. what: whose text. start: characters before `text` that it writes."""
 
-    def __init__(self, what: str, text: str, kept: int) -> None:
-        super().__init__(what, text, kept)
-        self.what, self.text, self.kept = what, text, kept
+    def __init__(self, what: str, text: str, start: int) -> None:
+        super().__init__(what, text, start)
+        self.what, self.text, self.start = what, text, start
 
 
 def answer_end(answer: Message, whole: str, opening: str, generation: str) -> int:
@@ -92,8 +94,16 @@ def _found_end(text: str, whole: str, start: int, opening: str, what: str) -> in
         at = compact(behind).find(form)
         if at >= 0:
             return start + _position(behind, at + len(form))
-    kept = next((n for n in range(len(text), 0, -1) if text[:n].strip() and compact(text[:n]) in compact(behind)), 0)
-    raise Missing(what, text, kept)
+    there = compact(behind)
+    start = _kept(text, lambda n: compact(text[:n]) in there)
+    stop = len(text) - _kept(text, lambda n: compact(text[-n:]) in there)
+    raise Missing(what, text[start:stop] if start < stop else text, start if start < stop else 0)
+
+
+def _kept(text: str, written: Callable[[int], bool]) -> int:
+    """The largest n for which `written`; it holds for every smaller one. 0 where that may be chance."""
+    n = bisect.bisect_left(range(1, len(text) + 1), True, key=lambda n: not written(n))
+    return n if n >= LEAST_KEPT else 0
 
 
 def _forms(text: str) -> Iterator[str]:

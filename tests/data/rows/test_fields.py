@@ -63,11 +63,11 @@ def test_no_tools(one, tools):
 def test_a_call_is_itself_wrapped_or_text_and_may_be_the_answer(one, call):
     said = {"role": "assistant", "content": None, "tool_calls": [call]}
     row = one({"prompt": turns("q"), "chosen": [said], "rejected": "r"}, "pairs")
-    (made,) = row.completions[0]["tool_calls"]
-    assert made.pop("id", None) == (call["id"] if isinstance(call, dict) and "id" in call else None)
-    assert row.completions == (ASKED[1], "r")
+    known = {"id": call["id"]} if isinstance(call, dict) and "id" in call else {}
+    want = {**ASKED[1], "tool_calls": [{**known, **CALL}]}
+    assert row.completions == (want, "r")
     row = one({"messages": [*turns("q"), said]}, "demonstrations")
-    assert (row.prompt, row.completions) == (tuple(turns("q")), (ASKED[1],))
+    assert (row.prompt, row.completions) == (tuple(turns("q")), (want,))
     sharegpt = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(CALL["function"])}]
     row = one({"conversations": [*sharegpt, {"from": "observation", "value": "2"}]}, "prompts")
     assert row.prompt == (*ASKED, {"role": "tool", "content": "2"})

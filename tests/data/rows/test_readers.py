@@ -142,3 +142,11 @@ def test_sample_larger_than_the_data_set(write, count):
     name = write("a.jsonl", [{"a": 1}])
     with pytest.raises(ValueError, match=f"cannot sample {count} rows of 1; write #n with n from 1 to 1"):
         read(f"{name}#{count}")
+
+
+def test_nulls_that_arrow_fills_in_are_left_out(write):
+    """The same rows as JSON lines and as Parquet, in which each tool has the other's parameters as null."""
+    rows = [{"tools": [{"properties": {name: {"type": "string"}}}], "more": None, "prompt": name} for name in "ab"]
+    write("a.jsonl", rows)
+    parquet("a.parquet", rows)
+    assert [values for _, values in read("a.parquet")] == [values for _, values in read("a.jsonl")]

@@ -109,3 +109,62 @@ def test_bad_file(write, case):
     name, content, message = BAD_FILES[case]
     with pytest.raises(RowError, match=message):
         read(write(name, content))
+
+
+def test_long_cells_and_tabs(write):
+    """A CSV cell may be a long document: the module csv stops at 131,072 characters by itself."""
+    cell = "x" * 200_000
+    write("long.csv", f"prompt,completion\n{cell},b\n")
+    write("rows.tsv", "prompt\tcompletion\nq, r\tc\n")
+    assert [item.values for item in read_source("long.csv", 0)] == [{"prompt": cell, "completion": "b"}]
+    assert [item.values for item in read_source("rows.tsv", 0)] == [{"prompt": "q, r", "completion": "c"}]
+    write("semicolons.csv", "prompt;completion\nq;c\n")
+    with pytest.raises(RowError, match=r"semicolons.csv:1: expected ',' between the names of the columns, got ';'"):
+        list(read_source("semicolons.csv", 0))
+
+
+def test_a_compressed_line_is_bounded_before_it_is_read(write, tmp_path, monkeypatch):
+    """1 MB of a line of zeros packs to 1 kB. At most MAX_ROW_BYTES + 1 are asked for at a time."""
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1000)
+    write("a.jsonl.gz", gzip.compress(b"0" * 1_000_000 + b'\n{"a": 1}\n'))
+    asked, opened = [], text_files._open
+
+    class Counted:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def readline(self, size):
+            asked.append(size)
+            return self.file.readline(size)
+
+    monkeypatch.setattr(text_files, "_open", lambda path: Counted(opened(path)))
+    first, second = read_source("a.jsonl.gz", 0)
+    assert "at most 1000 bytes, got a longer one" in str(first) and second.values == {"a": 1}
+    assert set(asked) == {1001}
+    monkeypatch.setattr(text_files, "MAX_UNPACKED_BYTES", 10)
+    write("b.json.gz", gzip.compress(b'[\n{"a": 1}\n]'))
+    with pytest.raises(RowError, match=r"b.json.gz: expected at most 10 bytes once it is unpacked"):
+        list(read_source("b.json.gz", 0))
+
+
+@pytest.mark.parametrize("depth", [101, 900, 200_000])
+def test_nested_brackets_do_not_overflow_the_stack(write, depth):
+    nested = f'{{"a": {"[" * depth}{"]" * depth}}}'
+    write("a.jsonl", f'{nested}\n{{"a": {"[" * 90}{"]" * 90}}}\n')
+    first, second = read_source("a.jsonl", 0)
+    assert "a.jsonl:1: expected lists and objects at most 100 deep" in str(first) and "a" in second.values
+    write("a.json", f"[{nested}]")
+    with pytest.raises(RowError, match=r"a.json:1: expected lists and objects at most 100 deep"):
+        list(read_source("a.json", 0))
+
+
+def test_a_comma_behind_the_last_row(write):
+    write("a.json", '[{"a": 1},]')
+    with pytest.raises(RowError, match=r"a.json:1: expected a row behind the ',' after this row, got '\]'"):
+        list(read_source("a.json", 0))
