@@ -140,8 +140,8 @@ def _made_or_found(
             parts = tokenised_chunks(chain(_drained(first), rows), encoder, processes)
             store = write_store(_counted(parts, encoder, tally, total, skipped), tally, skipped, folder)
     counts = store.counts
-    known = (counts.num_rows, counts.dropped, counts.truncated, counts.unread, counts.spelled)
-    return Tokenized(store, *known), counts.skipped
+    found = Tokenized(store, counts.num_rows, counts.dropped, counts.truncated, counts.unread, counts.spelled)
+    return found, counts.skipped
 
 
 def _rows(config: RunConfig, sources: Sequence[str], weights: Sequence[float], skipped: Skipped) -> Iterator[Row]:

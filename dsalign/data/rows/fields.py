@@ -14,7 +14,7 @@ SCHEMA = '{"name": ..., "parameters": {...}}'
 FOLLOWS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 LEARNT = ("weight", "loss", "train")  # names of one thing: whether a turn, or a row, is learnt from
-EMPTY = ("", [], {})
+EMPTY: tuple[object, ...] = ("", [], {})
 NO_MEDIA = "dsalign trains on text: remove it and its placeholder, or leave such rows out with --on_bad_row skip"
 
 

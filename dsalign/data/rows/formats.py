@@ -136,7 +136,7 @@ def _whole(fields: Fields, column: str) -> Turns:
             fix = "write message lists, or put the question into a column prompt"
             raise fields.bad(column, "a whole conversation", value, fix)
         text = fields.text(column)
-        return order(fields, column, transcript(text), last=("assistant",))
+        return order(fields, column, list(transcript(text)), last=("assistant",))
     given = turns(fields, column)
     if len(given) == 1:
         fix = "an answer alone needs its question: name its column with --columns theirs=prompt"

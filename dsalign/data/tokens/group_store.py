@@ -71,8 +71,14 @@ class GroupStore(LazyGroups):
         if manifest.get("format") != STORE_FORMAT or manifest["files"] != files:
             raise ValueError(f"{folder}: its files are not those that were written")
         skipped = Skipped(*manifest["skipped"])
-        numbers = (manifest[name] for name in ("num_rows", "dropped", "truncated"))
-        self.counts = Counts(*numbers, skipped, manifest["unread"], manifest["spelled"])
+        self.counts = Counts(
+            manifest["num_rows"],
+            manifest["dropped"],
+            manifest["truncated"],
+            skipped,
+            manifest["unread"],
+            manifest["spelled"],
+        )
         self._index = np.memmap(folder / INDEX, dtype=np.int64, mode="r").reshape(-1, 2)
         self._ids, self._known = (_map(folder / name) for name in (IDS, KNOWN))
 

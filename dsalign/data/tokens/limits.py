@@ -49,7 +49,7 @@ class Bounded(ImmutableSandboxedEnvironment):
             _allow(MAX_SIZE + 1 if WIDTH.search(left) else len(left))
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """The result of a call in a template. Raises TemplateError where it would be too large."""
         for number in (*args, *kwargs.values()):
             if isinstance(number, int):

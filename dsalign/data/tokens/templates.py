@@ -39,6 +39,7 @@ class Template:
     name: for messages. chat_template: Jinja, None = the tokenizer's own. end_ids: the ids that end a turn, never empty.
     vocab_size: of the model, None = the tokenizer's; ValueError is raised for text with an id beyond it.
     special_in_text: whether a text of a row that spells a special token is that token; else it is text.
+    whole: a template that leaves out some of an answer, a question or a system prompt is refused.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Template:
     end_ids: frozenset[int]
     vocab_size: int | None = None
     special_in_text: bool = False
+    whole: bool = True
 
     def render(self, prompt: Conversation, tools: Tools = ()) -> str:
         """The prompt as text, up to where the answer starts. tools: functions that the answer may call. Raises
@@ -82,10 +84,7 @@ class Template:
         found = []
         for ((prompt, answers), _), text, texts, spells in zip(given, openings, wholes, spelled, strict=True):
             try:
-                check_prompt(prompt, text)
-                tails = [
-                    x[answer_end(assistant(a), x, text, self._opens) :] for a, x in zip(answers, texts, strict=True)
-                ]
+                tails = self._tails(prompt, answers, text, texts) if self.whole else []
             except Missing as error:
                 raise self._left_out(error) from error
             opening, fulls = next(ids)
@@ -94,7 +93,7 @@ class Template:
                 for answer, full in zip(answers, fulls, strict=True)
             ]
             encoded = self._split(text, opening, whole)
-            for answer, full, tail in zip(answers, whole, tails, strict=True):
+            for answer, full, tail in zip(answers, whole, tails, strict=False):
                 if answer:
                     self._check_learnt(answer, full[len(encoded.prompt) :], tail)
             shown = self._spelled.shown(text) if spells and not self.special_in_text else text
@@ -109,12 +108,19 @@ class Template:
         if not masked:
             return self.text_ids.branching(items)
         others = iter(self.text_ids.branching([item for i, item in enumerate(items) if i not in masked]))
-        return [
-            (lambda first, *rest: (first, list(rest)))(*self.text_ids.checked(self._spelled.ids([opening, *texts])))
-            if i in masked
-            else next(others)
-            for i, (opening, texts) in enumerate(items)
-        ]
+        found = []
+        for i, (opening, texts) in enumerate(items):
+            if i in masked:
+                first, *rest = self.text_ids.checked(self._spelled.ids([opening, *texts]))
+                found.append((first, rest))
+            else:
+                found.append(next(others))
+        return found
+
+    def _tails(self, prompt: Conversation, answers: Sequence[Answer], opening: str, wholes: Sequence[str]) -> list[str]:
+        """What the template writes behind each answer. Raises Missing where it leaves out some of what the row says."""
+        check_prompt(prompt, opening)
+        return [x[answer_end(assistant(a), x, opening, self._opens) :] for a, x in zip(answers, wholes, strict=True)]
 
     def _left_out(self, error: Missing) -> ValueError:
         lost = self._spelled.shown(error.text).strip()
