@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsalign.config.schema import ModelOptions, RunConfig
 from dsalign.data.tokens.templates import Template, load_template
 from dsalign.models.adapter_files import num_embeddings
+from dsalign.models.heads import unwrap
 from dsalign.models.names import Source
 
 logger = logging.getLogger(__name__)
@@ -119,3 +121,11 @@ def vocab_size(source: Source, options: ModelOptions) -> int | None:
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     found: int | None = getattr(config.get_text_config(), "vocab_size", None)
     return found
+
+
+def stop_at(model: PreTrainedModel | PeftModel, end_ids: Collection[int]) -> None:
+    """Let generation with a model, and with what is exported of it, stop at every token that ends a turn in training:
+    they become eos_token_id of its generation_config. A model that cannot generate has none, and stays as it is."""
+    config = unwrap(model).generation_config
+    if config is not None:
+        config.eos_token_id = sorted(end_ids)

@@ -16,7 +16,7 @@ from dsalign.loop.plan import batches_of, context_of, loader_of
 from dsalign.loop.session import Session
 from dsalign.loop.trainer import Trainer
 from dsalign.models.compare import compare_models
-from dsalign.models.tokenizer import template_of
+from dsalign.models.tokenizer import stop_at, template_of
 from dsalign.ranks import Process
 from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
@@ -73,6 +73,8 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     rewards = dist.together(lambda: rewards_of(config, roles, template, retemplate))
 
     trained = {role: roles.engines[role] for role in config.algorithm.traits.trained}
+    for engine in trained.values():
+        stop_at(engine.module.model, template.end_ids)
     bases = {role: sources[role].weights for role in trained}
     fingerprint = checkpoints.fingerprint(config, len(data.train), total_batches)
     adapters_only = config.models.tuner == "lora"

@@ -45,6 +45,8 @@ def test_sft_then_rm_then_ppo_by_folders(tiny: Path, two_ranks: RankPool, tmp_pa
             "report.html",
         }
         assert (folder / "final" / "adapter_model.safetensors").exists()
+        ends = json.loads((folder / "final" / "generation_config.json").read_text())["eos_token_id"]
+        assert ends == [2], "every id that ended a turn in training"
         base_name = json.loads((folder / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert Path(base_name) == tiny.resolve(), "an adapter sits on the base, also where it went on from another"
     assert set(load_file(rm / "final" / "value_head.safetensors")) == {"v_head.summary.weight", "v_head.summary.bias"}

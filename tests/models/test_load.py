@@ -15,6 +15,7 @@ from support import VOCABULARY, section, tiny_config, tiny_folder, tiny_tokenize
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -28,7 +29,7 @@ from dsalign.data.batches.packing import Inputs
 from dsalign.models import load
 from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueModel
 from dsalign.models.names import Source, resolve
-from dsalign.models.tokenizer import end_token_ids, load_tokenizer
+from dsalign.models.tokenizer import end_token_ids, load_tokenizer, stop_at
 
 CPU = torch.device("cpu")
 
@@ -314,3 +315,15 @@ def test_a_policy_is_not_asked_for_a_score_layer(tiny: Path) -> None:
     heads = [load_trained("value", resolve(str(tiny))).v_head.summary.weight for _ in range(2)]
     assert torch.equal(*heads)
     assert isinstance(load_trained("policy", resolve(str(tiny))), CausalModel)
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_what_is_exported_stops_at_every_end_of_a_turn(tuner: str, tmp_path: Path) -> None:
+    """generation_config.json has the ids that training ends turns with, not those that the model came with."""
+    model = LlamaForCausalLM(tiny_config())
+    inner = model
+    if tuner == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    stop_at(model, {3, 2})
+    inner.generation_config.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 3]
