@@ -222,6 +222,7 @@ def check_table(said: str, parts: list[str]) -> None:
     assert all(line[1] == "done" and int(line[-1]) > 0 for line in states)
 
 
+@pytest.mark.slow
 def test_a_kernel_through_the_whole_command(tmp_path):
     """Sampling by the interpreter, a line a way; a GPU is asked for where there is none."""
     code, said = whole_command(tmp_path / "out", "--parts", "sampling")

@@ -15,15 +15,13 @@ from transformers import AutoModelForCausalLM
 from dsalign.checkpoint.checkpoints import PROGRESS_FILE, Checkpoints, checkpoints, find
 from dsalign.config.schema import OutputOptions
 
-RESUMED = ((0, "full", "sft"), (2, "full", "dpo"), (3, "lora", "dpo"))  # the rest slowly
+RESUMED = ((0, "full", "sft"), (3, "lora", "dpo"))  # the rest slowly
 
 
 @pytest.mark.parametrize(
     ("stage", "tuner", "algo"),
     [
-        quick_if(
-            (stage, tuner, algo) in ((0, "full", "sft"), (2, "full", "dpo"), (3, "lora", "dpo")), stage, tuner, algo
-        )
+        quick_if((stage, tuner, algo) in RESUMED, stage, tuner, algo)
         for stage in (0, 2, 3)
         for tuner in ("full", "lora")
         for algo in ("sft", "dpo")

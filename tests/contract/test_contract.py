@@ -246,6 +246,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "algorithms").mkdir()
     (tmp_path / "algorithms" / "ipo.py").write_text(contract_cases.IPO)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     return tmp_path
 
 

@@ -88,7 +88,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("target", [quick_if(target in (90, "gfx942"), target) for target in (80, 90, 100, "gfx942")])
+@pytest.mark.parametrize("target", [quick_if(target == 90, target) for target in (80, 90, 100, "gfx942")])
 def test_compiles_without_spills(target: int | str, tmp_path: Path) -> None:
     """For A100, H100 and H200, B200 and MI300; shared memory stays within 48 KiB."""
     more = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
