@@ -231,7 +231,7 @@ def test_a_trained_parameter_without_gradient_is_refused(stage: str, tiny: Path,
     assert "--deepspeed zero1" in message
 
 
-@pytest.mark.parametrize("name", [quick_if(name == "dpo", name) for name in from_rows()])
+@pytest.mark.parametrize("name", [quick_if(name == "sft", name) for name in from_rows()])
 def test_gradient_checkpointing_changes_nothing(name: str, tiny: Path, two_ranks: RankPool) -> None:
     """The gradient with recomputed activations at ZeRO-3, and of DPO with LoRA too."""
     more = {"dpo": [("3", "lora", 2)]}
