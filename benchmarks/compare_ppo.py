@@ -285,9 +285,7 @@ class Comparison:
         clock = "wall_s" if self.args.device == "cuda" else "cpu_s"
         for repeat in range(self.args.repeats):
             products, runs = self.products(setting), dict[str, Run]()
-            for side in peer.in_turn(
-                list(costs), repeat
-            ):  # said at once: what is measured stands where the other fails
+            for side in peer.in_turn(list(costs), repeat):  # said at once: it stands where the other side fails
                 runs[side] = run = self.run(side, setting)
                 check(setting, self.args.iterations, {side: run}, MORE_TOKENS[name])
                 costs[side].append(with_limit(costs_of(run), products, setting, clock))

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dsalign.launcher import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("dsalign", "trl")
@@ -91,10 +92,8 @@ def launched(launcher: str, device: str) -> list[str]:
     `environment` shows it."""
     if launcher == "python":
         return [sys.executable]
-    with socket.socket() as listener:  # the launcher's own port may be another run's
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--master_port", str(port)]
+    port = str(free_port())  # the launcher's own may be another run's
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--master_port", port]
     return [*runner, "--num_accelerators", "1"] if device == "cpu" else runner
 
 

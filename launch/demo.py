@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     logging,
 )
+
+from dsalign.launcher import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD = ROOT / "dsalign" / "assets" / "demo" / "world.jsonl"
@@ -168,9 +169,7 @@ def launch(ranks: int, words: Sequence[str]) -> None:
     """Trains without a GPU. Raises SystemExit where it fails."""
     shown = f"deepspeed --num_accelerators {ranks} launch/train.py {' '.join(words)}"
     print(f"\n$ {shown}", flush=True)
-    with socket.socket() as listener:  # the launcher's own port may be another run's
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()  # the launcher's own may be another run's
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     # One thread a rank: a second one gains little on so small a model, and waits in a loop where the cores are shared.
     environment = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -209,18 +208,24 @@ def verdict(rewards: Sequence[float], least: float) -> tuple[int, str]:
 
 
 @torch.no_grad()
+def sampled(model: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+    """One sampled answer to each question, all in one batch, by transformers alone; one that does not end is cut."""
+    tokenizer.padding_side = "left"
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    inputs = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    )
+    out = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
+    found: list[str] = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return found
+
+
 def answers(folder: Path, questions: Sequence[str], seed: int, max_new_tokens: int) -> list[str]:
-    """One sampled answer to each question, by transformers alone."""
+    """One sampled answer to each question, one after the other."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(seed)
-    found = []
-    for question in questions:
-        turn = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
-        found.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return found
+    return [text for question in questions for text in sampled(model, tokenizer, [question], max_new_tokens)]
 
 
 def run(recipe: Recipe, base: Path | str, seed: int) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo import EMBEDDED, ROOT, arguments, curve, launch, read_metric
+from demo import EMBEDDED, ROOT, arguments, curve, launch, read_metric, sampled
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -77,20 +77,6 @@ def prompts(seed: int) -> tuple[list[str], list[str]]:
     return made[cut:], made[:cut]
 
 
-@torch.no_grad()
-def answers(model: Any, tokenizer: Any, questions: Sequence[str], seed: int) -> list[str]:
-    """A sampled answer to each question, by transformers alone; one that has not ended is cut off."""
-    tokenizer.padding_side = "left"
-    turns = [[{"role": "user", "content": text}] for text in questions]
-    inputs = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-    )
-    torch.manual_seed(seed)
-    out = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=MOST_TOKENS)
-    found: list[str] = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return found
-
-
 def kept(texts: Sequence[str]) -> float:
     """The share of answers that keep every rule."""
     return sum(all(rules(text)) for text in texts) / len(texts)
@@ -108,11 +94,14 @@ def run(algo: str, seed: int, folder: Path) -> dict[str, Any]:
     launch(2, arguments(algo, folder, {**given, **BOTH, **OWN[algo]}))
     final = folder / algo / "final"
     tokenizer = AutoTokenizer.from_pretrained(final)
-    models = (
+    answers = []
+    for model in (
         AutoModelForCausalLM.from_pretrained(resolve(EMBEDDED).weights),
         AutoPeftModelForCausalLM.from_pretrained(final),
-    )
-    before, after = (answers(model.eval(), tokenizer, test, seed) for model in models)
+    ):
+        torch.manual_seed(seed)
+        answers.append(sampled(model.eval(), tokenizer, test, MOST_TOKENS))
+    before, after = answers
     return {
         "algo": algo, "seed": seed, "kept_before": kept(before), "kept_after": kept(after),
         "seconds": round(time.monotonic() - started), "scores": read_metric(folder / algo, "objective/scores"),

@@ -25,7 +25,7 @@ from dsalign.contract.groups import Group
 from dsalign.data.batches.loader import epoch_order
 from dsalign.data.rows.iterate import Skipped, iter_rows
 from dsalign.data.rows.readers import version
-from dsalign.data.rows.records import Row, shorten
+from dsalign.data.rows.records import Row, shorten_name
 from dsalign.data.tokens.encoder import Encoder, Tally, Tokenized, tokenize_rows
 from dsalign.data.tokens.group_store import GroupStore, Part, Stored, write_store
 from dsalign.data.tokens.processes import num_processes, tokenised_chunks
@@ -235,9 +235,7 @@ def what_was_noticed(template: Template, found: Tokenized) -> list[str]:
     """Lines that name the columns and keys that nothing reads, and how text that spells special tokens is read."""
     lines, unread = [], dict(found.unread)
     if unread:
-        named = ", ".join(
-            f"{shorten(name)[1:-1]} ({count} rows)" for name, count in sorted(unread.items())[:MOST_NAMED]
-        )
+        named = ", ".join(f"{shorten_name(name)} ({count} rows)" for name, count in sorted(unread.items())[:MOST_NAMED])
         more = ", ..." if len(unread) > MOST_NAMED else ""
         lines.append(f"not read: {named}{more}; rename what is meant with --columns theirs=ours, or remove it")
     if found.spelled:

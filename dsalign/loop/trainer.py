@@ -116,13 +116,12 @@ class Trainer:
         Raises NonFiniteError: before the step where a loss is not finite, after it where the gradient was not.
         """
         device = self.roles.device
-        units = self.algorithm.units(cut(prepared, positions, CPU))
+        units = dict(self.algorithm.units(cut(prepared, positions, CPU)))
+        if any(self.roles.balanced(role) for trained in self.stepped.values() for role in trained):
+            units[ROUTED] = num_tokens([prepared.groups[i] for i in positions])
         counts = dict(zip(units, dist.total([float(n) for n in units.values()], device), strict=True))
         sums, total_loss, result = Sums(), 0.0, dict[str, float]()
         sums.add(prepared.metrics)
-        if any(self.roles.balanced(role) for trained in self.stepped.values() for role in trained):
-            rows = num_tokens([prepared.groups[i] for i in positions])
-            counts[ROUTED] = dist.total([float(rows)], device)[0]
         for name, trained in self.stepped.items():
             losses = []
             parts = self.roles.micro_batches(name, prepared.groups, positions)

@@ -37,7 +37,7 @@ def stored(folder: Path) -> Stored:
 
     Raises ValueError where a file is missing or cut, or a tensor is empty or not finite.
     """
-    file = next((folder / name for name in FILES if (folder / name).exists()), None)
+    file = _file(folder)
     if file is None:
         raise ValueError(f"{folder}: expected the adapter's weights in {' or '.join(FILES)}, found neither")
     try:
@@ -72,10 +72,15 @@ def head_of(folder: Path | None) -> dict[str, Tensor]:
 
 def num_embeddings(folder: Path) -> int | None:
     """How many token ids an adapter's own embedding has, None where it has none."""
-    file = next((folder / name for name in FILES if (folder / name).exists()), None)
+    file = _file(folder)
     found = {} if file is None else read_tensors(file, EMBEDDINGS)
     sizes = {tensor.shape[1 if "lora_embedding_A" in key else 0] for key, tensor in found.items()}
     return max(sizes, default=None)
+
+
+def _file(folder: Path) -> Path | None:
+    """The file with an adapter's weights, None where there is none."""
+    return next((folder / name for name in FILES if (folder / name).exists()), None)
 
 
 def _plain(key: str) -> str:

@@ -87,22 +87,23 @@ class SharedPrefix:
             found, start = [], 0
             for span, length in zip(self.spans, self.lengths, strict=True):
                 none, stem = slice(start, start), slice(start, start + span.stem)
-                pieces = [(slice(start, start + length), none)]
+                pieces = [(slice(start, start + length), none, len(span.branches) < 2)]
                 unread = (length - span.stem) ** 2 - sum(n**2 for n in span.branches) + span.stem * (length - span.stem)
                 if len(span.branches) > 1 and unread >= WORTH_SPLITTING:
                     ends = list(accumulate(span.branches, initial=stem.stop))
-                    pieces = [(stem, none), *((slice(a, b), stem) for a, b in pairwise(ends) if b > a)]
-                found += [Part(queries, before, self._mask(queries, before, window)) for queries, before in pieces]
+                    pieces = [(stem, none, True), *((slice(a, b), stem, False) for a, b in pairwise(ends) if b > a)]
+                for queries, before, causal in pieces:
+                    plain = causal and (window is None or queries.stop - queries.start <= window)
+                    found.append(Part(queries, before, None if plain else self._mask(queries, before, window)))
                 start += length
             self._parts[window] = found
         return self._parts[window]
 
-    def _mask(self, queries: slice, stem: slice, window: int | None) -> Tensor | None:
-        """The mask of a `Part`, None where it is plain causal attention."""
+    def _mask(self, queries: slice, stem: slice, window: int | None) -> Tensor:
+        """The mask of a `Part`."""
         own = torch.arange(queries.start, queries.stop, device=self.branch.device)
         keys = torch.cat([torch.arange(stem.start, stem.stop, device=own.device), own])
-        mask = self.allowed(window)(None, None, own[:, None], keys[None, :])
-        return None if len(keys) == len(own) and torch.equal(mask, torch.ones_like(mask).tril()) else mask
+        return self.allowed(window)(None, None, own[:, None], keys[None, :])
 
     def blocks(self, window: int | None) -> BlockMask:
         """The mask of the whole row, in the form in which FlexAttention skips blocks that no token sees."""

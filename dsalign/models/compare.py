@@ -4,6 +4,7 @@ the same ids, and as many positions as the longest row needs."""
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,11 +40,13 @@ def compare_models(
         if role == "reference" and source.weights != main.weights:
             _same_ids(role, source, config.models, tokenizer)
     each_once = {source.weights: role for role, source in reversed(readers.items())}
-    limits = {role: learnt_positions(readers[role], config.models) for role in each_once.values()}
+    sampled = config.rollout.max_new_tokens if config.algorithm.traits.online else 0
+    enough = config.data.max_length + sampled
+    limits = {role: learnt_positions(readers[role], config.models, enough) for role in each_once.values()}
     known = {role: limit for role, limit in limits.items() if limit is not None}
     if known:
         role = min(known, key=lambda name: known[name])
-        _fits(config, rows, known[role], f"{role} model {readers[role].weights}")
+        _fits(rows, sampled, known[role], f"{role} model {readers[role].weights}")
 
 
 def _same_ids(role: str, source: Source, options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -78,8 +81,8 @@ def _same_ids(role: str, source: Source, options: ModelOptions, tokenizer: PreTr
         )  # fmt: skip
 
 
-def learnt_positions(source: Source, options: ModelOptions) -> int | None:
-    """How many positions a model has in a table, None where it computes them for any length.
+def learnt_positions(source: Source, options: ModelOptions, enough: float = math.inf) -> int | None:
+    """How many positions a model has in a table, None where it computes them for any length, or has `enough` of them.
 
     The model is built without memory for its weights, so that the answer is the architecture's own.
     Raises ValueError where its configuration cannot be opened.
@@ -87,7 +90,7 @@ def learnt_positions(source: Source, options: ModelOptions) -> int | None:
     with named(source):
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
+    if limit is None or limit >= enough:
         return None
     try:
         with torch.device("meta"):
@@ -100,11 +103,8 @@ def learnt_positions(source: Source, options: ModelOptions) -> int | None:
     return limit if any(limit <= size <= limit + BEYOND for size in tables) else None
 
 
-def _fits(config: RunConfig, rows: Iterable[Group], limit: int, where: str) -> None:
-    """Raise ValueError for the first row that, with what is sampled after it, has more tokens than `limit`."""
-    sampled = config.rollout.max_new_tokens if config.algorithm.traits.online else 0
-    if config.data.max_length + sampled <= limit:
-        return
+def _fits(rows: Iterable[Group], sampled: int, limit: int, where: str) -> None:
+    """Raise ValueError for the first row that, with `sampled` tokens after its prompt, has more tokens than `limit`."""
     for row in rows:
         tokens = len(row.prompt) + (sampled or max(map(len, row.completions), default=0))
         if tokens > limit:

@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
+from dsalign.data.tokens.text_ids import length_shared
+
 logger = logging.getLogger(__name__)
 SHOWN = 4  # keys of a fault that its message shows
 PLAIN = ("F64", "F32", "BF16", "F16")  # dtypes of weights that are not quantised, as safetensors writes them
@@ -231,8 +233,7 @@ def stored_head(where: str) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for file in weight_files(where):
-        for key, tensor in read_tensors(file, HEAD_KEYS).items():
-            found[key] = tensor
+        found |= read_tensors(file, HEAD_KEYS)
     return found
 
 
@@ -282,6 +283,5 @@ def _common_prefix(keys: Collection[str]) -> str:
     """The longest beginning of all keys that ends in a dot, "" where there is none."""
     if not keys:
         return ""
-    first, last = min(keys), max(keys)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[: first.rfind(".", 0, same) + 1]
+    first = min(keys)
+    return first[: first.rfind(".", 0, length_shared(first, max(keys))) + 1]

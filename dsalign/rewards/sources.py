@@ -13,7 +13,7 @@ from dsalign.contract.groups import Group, Scores
 from dsalign.data.tokens.templates import Template
 from dsalign.engines import dist
 from dsalign.models.tokenizer import decoder
-from dsalign.rewards.functions import call, check_columns, load_function
+from dsalign.rewards.functions import RewardFunction, call, check_columns, load_function
 
 if TYPE_CHECKING:
     from dsalign.engines.roles import Roles
@@ -25,18 +25,19 @@ class Rewards:
     def __init__(
         self,
         roles: Roles,
-        functions: Sequence[str],
+        functions: Sequence[tuple[str, RewardFunction]],
         weights: Sequence[float],
         decode: Callable[[Sequence[int]], str],
         reading: Callable[[Sequence[Group]], Sequence[Group]] | None = None,
     ) -> None:
-        """reading: the groups as the reward model reads them; None = the sampled ids.
+        """functions: (name, function), as `functions_of` has them. reading: the groups as the reward model reads them;
+        None = the sampled ids.
 
-        Raises ValueError where a function is missing, there is no source, or the weights are not one a source.
+        Raises ValueError where there is no source, or the weights are not one a source.
         """
         self._roles, self._decode, self._reading = roles, decode, reading
         self._has_model = "reward" in roles.engines
-        self._functions = [(name, load_function(name)) for name in functions]
+        self._functions = list(functions)
         count = self._has_model + len(self._functions)
         if count == 0:
             raise ValueError("reward: expected a reward, got none; give --reward_model or --reward_funcs")
@@ -73,11 +74,17 @@ class Rewards:
         return list(torch.split(torch.tensor(rewards, dtype=torch.float32), sizes))
 
 
-def check_functions(config: RunConfig, groups: Sequence[Group]) -> None:
-    """Raise ValueError where a reward function of a run cannot be loaded, or asks for a column that no group has."""
-    if config.algorithm.traits.roles.get("reward") == "frozen":
-        for name in config.models.reward_funcs:
-            check_columns(name, load_function(name), (group.columns for group in groups))
+def functions_of(config: RunConfig, groups: Sequence[Group]) -> list[tuple[str, RewardFunction]]:
+    """(name, function) of each reward function of a run, loaded for all of it; none where its algorithm asks for no
+    reward.
+
+    Raises ValueError where one cannot be loaded, or asks for a column that no group has.
+    """
+    judged = config.algorithm.traits.roles.get("reward") == "frozen"
+    found = [(name, load_function(name)) for name in (config.models.reward_funcs if judged else ())]
+    for name, function in found:
+        check_columns(name, function, (group.columns for group in groups))
+    return found
 
 
 def rewards_of(
@@ -85,10 +92,10 @@ def rewards_of(
     roles: Roles,
     policy: Template,
     retemplate: Callable[[Sequence[Group]], Sequence[Group]] | None,
+    functions: Sequence[tuple[str, RewardFunction]],
 ) -> Rewards | None:
     """The rewards of a run, None where its algorithm asks for none. policy: the template of the policy, whose tokenizer
-    gives reward functions their text."""
+    gives reward functions their text. functions: of `functions_of`."""
     if config.algorithm.traits.roles.get("reward") != "frozen":
         return None
-    options = config.models
-    return Rewards(roles, options.reward_funcs, options.reward_weights, decoder(policy.tokenizer), retemplate)
+    return Rewards(roles, functions, config.models.reward_weights, decoder(policy.tokenizer), retemplate)

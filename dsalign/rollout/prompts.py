@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsalign.data.batches.packing import Span
-from dsalign.data.tokens.templates import length_shared
+from dsalign.data.tokens.text_ids import length_shared
 
 WORTH_SHARING = 8  # tokens with which prompts must begin alike
 

@@ -20,7 +20,7 @@ from dsalign.models.tokenizer import stop_at, template_of
 from dsalign.ranks import Process
 from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
-from dsalign.rewards.sources import check_functions, rewards_of
+from dsalign.rewards.sources import functions_of, rewards_of
 from dsalign.verbs import preflight
 
 
@@ -57,7 +57,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
             own_ids=["reward"] if retemplate is not None else [],
         )
     )  # fmt: skip
-    dist.together(lambda: check_functions(config, data.train))
+    functions = dist.together(lambda: functions_of(config, data.train))
     dist.same_everywhere(identity.of_inputs({"dataset": data.train, "val_dataset": data.held_out}, sources, template))
     loader = loader_of(config, data.train, shuffle=True)
     held_out = loader_of(config, data.held_out, shuffle=False) if data.held_out else None
@@ -70,7 +70,7 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     self_check(roles, data.train)
     if cache is not None:
         reference_cache.fill(cache, roles)
-    rewards = dist.together(lambda: rewards_of(config, roles, template, retemplate))
+    rewards = dist.together(lambda: rewards_of(config, roles, template, retemplate, functions))
 
     trained = {role: roles.engines[role] for role in config.algorithm.traits.trained}
     for engine in trained.values():

@@ -12,6 +12,7 @@ import torch
 from support import groups_of
 
 from dsalign.contract.groups import Scores
+from dsalign.rewards.functions import load_function
 from dsalign.rewards.sources import Rewards
 
 RAGGED = groups_of(((5, 6), (7,)), ((0, 0, 0), (2,)))
@@ -36,7 +37,7 @@ def decode(ids: Any) -> str:
 
 
 def of(*functions: str, weights: tuple[float, ...] = (), scores: Any = None, reading: Any = None) -> Rewards:
-    return Rewards(models(scores), functions, weights, decode, reading)
+    return Rewards(models(scores), [(name, load_function(name)) for name in functions], weights, decode, reading)
 
 
 def numbers(found: Scores) -> list[list[float]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsalign.contract.groups import Group, MicroBatch, Prepared
-from dsalign.data.tokens.templates import length_shared
+from dsalign.data.tokens.text_ids import length_shared
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dsalign.contract.groups import Message
 from dsalign.data.rows.fields import LEARNT, MEDIA, NO_MEDIA, Fields, user
 from dsalign.data.rows.messages import REASONING, order, turns
-from dsalign.data.rows.records import Answer, Row, RowError, Turns, as_flags, shorten
+from dsalign.data.rows.records import Answer, Row, RowError, Turns, as_flags, shorten, shorten_name
 from dsalign.data.rows.registry import is_transcript, transcript
 
 KINDS = ("pairs", "labels", "prompts", "demonstrations")
@@ -274,11 +274,6 @@ def _no_format(fields: Fields, kind: str) -> RowError:
         f"got {', '.join(map(shorten_name, fields.values)) or 'none'}{null} in {shorten(fields.values)}; "
         f"{_advice(fields.values.keys(), kind)}"
     )
-
-
-def shorten_name(name: str) -> str:
-    """A column's name for a message."""
-    return shorten(name)[1:-1]
 
 
 # Names that others give a column -> ours, in the order in which they are tried.

@@ -52,6 +52,11 @@ def shorten(value: object) -> str:
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
 
 
+def shorten_name(name: str) -> str:
+    """The name of a column or key for a message, without quotes."""
+    return shorten(name)[1:-1]
+
+
 def printable(text: str) -> str:
     """`text` as a terminal may show it: control characters but tab and line end as escapes, such as \\x1b."""
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

@@ -114,9 +114,8 @@ def _limited(name: str, filtered: Any) -> Any:
             _allow(sum(_size(x) + between for value in given if isinstance(value, list | tuple) for x in value))
         return filtered(*args, **kwargs)
 
-    for mark in ("jinja_pass_arg",):  # some filters are given the environment first
-        if hasattr(filtered, mark):
-            setattr(limited, mark, getattr(filtered, mark))
+    if hasattr(filtered, "jinja_pass_arg"):  # some filters are given the environment first
+        limited.jinja_pass_arg = filtered.jinja_pass_arg  # type: ignore[attr-defined]
     return limited
 
 

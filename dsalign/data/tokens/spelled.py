@@ -113,19 +113,23 @@ def texts_of(turns: Iterable[Message | str], tools: Sequence[Tool] = ()) -> Iter
         elif len(turn) == 2:
             yield turn["content"]
         else:
-            yield from leaves(turn)
+            yield from _texts(turn)
     for tool in tools:
-        yield from leaves(tool)
+        yield from _texts(tool)
 
 
-def leaves(value: object) -> Iterator[str]:
-    """Every text in a value, keys of objects too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
+def _texts(value: object) -> Iterator[str]:
+    return (leaf for leaf in leaves(value) if isinstance(leaf, str))
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Everything in a value that is no object or list itself; and the keys of objects, as text."""
+    if isinstance(value, Mapping):
         for name, item in value.items():
             yield str(name)
             yield from leaves(item)
     elif isinstance(value, list | tuple):
         for item in value:
             yield from leaves(item)
+    else:
+        yield value

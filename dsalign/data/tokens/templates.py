@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +16,7 @@ from dsalign.data.rows.records import Answer, shorten
 from dsalign.data.tokens.chat_templates import BUILT_IN
 from dsalign.data.tokens.render import Conversation, Renderer, Tools
 from dsalign.data.tokens.spelled import Spelled, texts_of
-from dsalign.data.tokens.text_ids import TextIds
+from dsalign.data.tokens.text_ids import TextIds, length_shared
 from dsalign.data.tokens.whole_answers import FIX, Missing, answer_end, check_prompt, compact
 
 NAMES = tuple(BUILT_IN)
@@ -74,9 +74,7 @@ class Template:
         """
         given = list(zip(items, tools or [()] * len(items), strict=True))
         spelled = [self._spelled.within(texts_of((*prompt, *answers), own)) for (prompt, answers), own in given]
-        masked = [] if self.special_in_text else [i for i, found in enumerate(spelled) if found]
-        for i in masked:
-            given[i] = self._spelled.masked(given[i])
+        masked = self._mask_spelled(given, spelled)
         openings = self._render_all([(prompt, own) for (prompt, _), own in given], True)
         rendered = iter(self._render_all([([*p, assistant(a)], own) for (p, answers), own in given for a in answers]))
         wholes = [[next(rendered) for _ in answers] for (_, answers), _ in given]
@@ -99,6 +97,14 @@ class Template:
             shown = self._spelled.shown(text) if spells and not self.special_in_text else text
             found.append(encoded._replace(prompt_text=shown, spelled=spells))
         return found
+
+    def _mask_spelled(self, given: list[Any], spelled: Sequence[bool]) -> list[int]:
+        """Put masked texts in the place of those that spell a special token, unless that is what they stand for. given:
+        conversations with their tools. spelled: which of them have such a text. Returns the positions of the masked."""
+        masked = [] if self.special_in_text else [i for i, found in enumerate(spelled) if found]
+        for i in masked:
+            given[i] = self._spelled.masked(given[i])
+        return masked
 
     def _ids(
         self, items: Sequence[tuple[str, Sequence[str]]], masked: Collection[int]
@@ -170,9 +176,7 @@ class Template:
         """
         given = list(zip(conversations, tools or [()] * len(conversations), strict=True))
         spelled = [self._spelled.within(texts_of(messages, own)) for messages, own in given]
-        masked = [] if self.special_in_text else [i for i, found in enumerate(spelled) if found]
-        for i in masked:
-            given[i] = self._spelled.masked(given[i])
+        masked = self._mask_spelled(given, spelled)
         turns = [_assistants(messages) for messages in conversations]
         pairs = list(zip(given, turns, strict=True))
         texts = self._render_all(given)
@@ -371,10 +375,3 @@ def assistant(answer: Answer) -> Message:
 
 def _assistants(messages: Conversation) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-def length_shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of tokens in the longest beginning that a and b share."""
-    if list(b[: len(a)]) == list(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -123,3 +123,10 @@ def _takes(other: str, token: str) -> bool:
     """Whether `other`, or `token` once more, can take characters of `token` where both stand in a text."""
     longest = min(len(other), len(token) - 1)
     return (token in other and token != other) or any(other.endswith(token[:n]) for n in range(1, longest + 1))
+
+
+def length_shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Number of tokens, or characters of texts, in the longest beginning that a and b share."""
+    if list(b[: len(a)]) == list(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

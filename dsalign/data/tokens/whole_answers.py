@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dsalign.contract.groups import Message
 from dsalign.data.rows.messages import REASONING
+from dsalign.data.tokens.spelled import leaves
+from dsalign.data.tokens.text_ids import length_shared
 
 FIX = "name a template that writes it (--template), or leave such rows out with --on_bad_row skip"
 LEAST_KEPT = 8  # characters of a lost text that are found by more than chance
@@ -56,8 +58,7 @@ def _start(whole: str, opening: str, generation: str) -> int:
     """From where an answer may be found in `whole`."""
     if whole.startswith(opening):
         return len(opening) - len(generation)
-    shared = next((i for i, (a, b) in enumerate(zip(opening, whole, strict=False)) if a != b), len(whole))
-    return max(min(shared, len(opening) - len(generation)), 0)
+    return max(min(length_shared(opening, whole), len(opening) - len(generation)), 0)
 
 
 def _texts(answer: Message) -> Iterator[str]:
@@ -65,21 +66,7 @@ def _texts(answer: Message) -> Iterator[str]:
     yield answer.get(REASONING[0], "")
     for call in answer.get("tool_calls", ()):
         yield call["function"]["name"]
-        yield from _arguments(call["function"]["arguments"])
-
-
-def _arguments(value: object) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield str(name)
-            yield from _arguments(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _arguments(item)
-    elif isinstance(value, str):
-        yield value
-    elif type(value) is int:
-        yield str(value)
+        yield from (str(x) for x in leaves(call["function"]["arguments"]) if isinstance(x, str) or type(x) is int)
 
 
 def _found_end(text: str, whole: str, start: int, opening: str, what: str) -> int:
