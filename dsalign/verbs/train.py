@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from dsalign.checkpoint import checkpoints
+from dsalign.checkpoint import checkpoints, fingerprint
 from dsalign.config.schema import RunConfig
 from dsalign.data.dataset import data_of
 from dsalign.engines import build, dist, identity, reference_cache
@@ -76,10 +76,10 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     for engine in trained.values():
         stop_at(engine.module.model, template.end_ids)
     bases = {role: sources[role].weights for role in trained}
-    fingerprint = checkpoints.fingerprint(config, len(data.train), total_batches)
+    settings = fingerprint.settings(config, len(data.train), total_batches)
     adapters_only = config.models.tuner == "lora"
     store = checkpoints.Checkpoints(
-        config.output, trained, template.tokenizer, bases, fingerprint, adapters_only=adapters_only
+        config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only
     )
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state)

@@ -12,7 +12,8 @@ from run_cases import Run
 from support import RankPool, quick_if, section, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from dsalign.checkpoint.checkpoints import PROGRESS_FILE, Checkpoints, checkpoints, find
+from dsalign.checkpoint.checkpoints import Checkpoints
+from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions
 
 RESUMED = ((0, "full", "sft"), (3, "lora", "dpo"))  # the rest slowly
@@ -113,33 +114,6 @@ def checkpoint(folder: Path, step: int) -> Path:
     content = {"progress": {"step": step}, "fingerprint": {"seed": 1, "rows": 8, "tuner": "full"}}
     (found / PROGRESS_FILE).write_text(json.dumps(content))
     return found
-
-
-def test_find(tmp_path: Path) -> None:
-    """latest is the highest number that is whole; a path is itself."""
-    for step in (9, 10):
-        checkpoint(tmp_path, step)
-    (tmp_path / "checkpoint-11").mkdir()  # no trainer.json
-    checkpoint(tmp_path / "checkpoint-x", 1)
-    assert checkpoints(tmp_path) == {9: tmp_path / "checkpoint-9", 10: tmp_path / "checkpoint-10"}
-    assert find("latest", tmp_path) == tmp_path / "checkpoint-10"
-    assert find(str(tmp_path / "checkpoint-9"), tmp_path) == tmp_path / "checkpoint-9"
-
-
-def test_find_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^resume: .*/x is no checkpoint folder \(it has no trainer.json\)$"):
-        find(str(tmp_path / "x"), tmp_path)
-    with pytest.raises(ValueError, match=r"^resume: no checkpoint-N in .*; leave --resume out to start a new run$"):
-        find("latest", tmp_path)
-
-
-def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
-    """Every key that differs, with both values; the same ones are not named."""
-    fingerprint = {"seed": 2, "rows": 8, "tuner": "lora", "ranks": 4}
-    store = Checkpoints(section(OutputOptions), {}, tiny_tokenizer(), {}, fingerprint, adapters_only=False)
-    with pytest.raises(ValueError, match="comes from a run with other settings") as error:
-        store.load(checkpoint(tmp_path, 3))
-    assert ": --seed was 1, is 2; --tuner was full, is lora; the number of ranks was None, is 4; re" in str(error.value)
 
 
 def test_a_checkpoint_without_an_engines_state_is_refused(tmp_path: Path) -> None:

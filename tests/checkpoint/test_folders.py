@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dsalign.checkpoint.checkpoints import move_aside
+from dsalign.checkpoint.folders import checkpoints, find, move_aside
+from dsalign.config.rules import PROGRESS_FILE
 
 
 def earlier_run(folder: Path) -> Path:
@@ -38,3 +39,28 @@ def test_a_run_that_is_read_from_is_not_moved(tmp_path: Path) -> None:
     ):
         move_aside(run, [str(run / "final")])
     assert run.exists()
+
+
+def checkpoint(folder: Path, step: int) -> None:
+    """A folder that looks like a checkpoint."""
+    found = folder / f"checkpoint-{step}"
+    found.mkdir(parents=True)
+    (found / PROGRESS_FILE).write_text("{}")
+
+
+def test_find(tmp_path: Path) -> None:
+    """latest is the highest number that is whole; a path is itself."""
+    for step in (9, 10):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-11").mkdir()  # no trainer.json
+    checkpoint(tmp_path / "checkpoint-x", 1)
+    assert checkpoints(tmp_path) == {9: tmp_path / "checkpoint-9", 10: tmp_path / "checkpoint-10"}
+    assert find("latest", tmp_path) == tmp_path / "checkpoint-10"
+    assert find(str(tmp_path / "checkpoint-9"), tmp_path) == tmp_path / "checkpoint-9"
+
+
+def test_find_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^resume: .*/x is no checkpoint folder \(it has no trainer.json\)$"):
+        find(str(tmp_path / "x"), tmp_path)
+    with pytest.raises(ValueError, match=r"^resume: no checkpoint-N in .*; leave --resume out to start a new run$"):
+        find("latest", tmp_path)
