@@ -29,20 +29,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assets": set(),
     "cpu": set(),
     "report": set(),
+    "endings": set(),
+    "faults": set(),
     "algos": {"contract"},
     "config": {"algos", "assets", "contract"},
     "data": {"assets", "config", "contract"},
     "models": {"config", "contract", "cpu", "data"},
-    "engines": {"config", "contract", "cpu", "data", "models"},
-    "rollout": {"config", "contract", "cpu", "data", "engines", "models"},
-    "rewards": {"assets", "config", "contract", "cpu", "data", "engines", "models"},
-    "checkpoint": {"config", "contract", "cpu", "data", "engines", "models"},
-    "loop": {"checkpoint", "config", "contract", "cpu", "data", "engines", "models", "report", "rewards", "rollout"},
+    "engines": {"config", "contract", "cpu", "data", "endings", "faults", "models"},
+    "rollout": {"config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
+    "rewards": {"assets", "config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
+    "checkpoint": {"config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
+    "guard": {"config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
+    "loop": {"checkpoint", "config", "contract", "cpu", "data", "endings", "engines", "faults", "guard", "models",
+             "report", "rewards", "rollout"},
     "ranks": set(),
-    "launcher": {"config", "ranks"},
-    "verbs": {"assets", "checkpoint", "config", "contract", "data", "engines", "loop", "models", "ranks", "report",
-              "rewards"},
-    "cli": {"__version__", "config", "launcher", "ranks"},
+    "launcher": {"config", "endings", "ranks"},
+    "verbs": {"assets", "checkpoint", "config", "contract", "data", "endings", "engines", "faults", "guard", "loop",
+              "models", "ranks", "report", "rewards"},
+    "cli": {"__version__", "config", "endings", "launcher", "ranks"},
     "__init__": set(),
 }  # fmt: skip
 ORDER = list(MAY_IMPORT)
@@ -191,8 +195,8 @@ def test_a_trespass_is_seen(where: str, text: str, said: str) -> None:
 @pytest.mark.parametrize("path", PACKAGE, ids=str)
 def test_only_the_command_reads_argv_and_ranks(path: Path) -> None:
     """sys.argv, RANK and LOCAL_RANK are for cli.py, and for launcher.py and ranks.py, which it hands them to;
-    elastic.py is a program of its own."""
-    if room(path) in ("cli", "launcher", "ranks") or path.name == "elastic.py":
+    elastic.py is a program of its own, and faults.py is for tests alone."""
+    if room(path) in ("cli", "launcher", "ranks", "faults") or path.name == "elastic.py":
         return
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute):

@@ -1,0 +1,1 @@
+"""What watches a run: signals, the other ranks, and the numbers."""
