@@ -1,5 +1,5 @@
-"""Two nodes on one Linux machine: a network namespace each with an address, a host name and an sshd of its own, joined by
-a bridge in a third. What they share is the disk, as nodes share a network file system. Needs root."""
+"""Two nodes on one Linux machine: a network namespace each with an address, a host name and an sshd of its own, joined
+by a bridge in a third. What they share is the disk, as nodes share a network file system. Needs root."""
 
 from __future__ import annotations
 
@@ -157,8 +157,8 @@ class Cluster:
         _call(*self._on(i, ["/usr/sbin/sshd", "-f", str(settings), "-E", str(self.folder / f"sshd_{i}.log")]))
 
     def slurm(self) -> Path:
-        """The configuration, for SLURM_CONF, of a controller on node0 and a daemon on each node, started when it is first
-        asked for."""
+        """The configuration, for SLURM_CONF, of a controller on node0 and a daemon on each node, started when it is
+        first asked for."""
         if self._slurm is None:
             self._slurm = self._start_slurm()
         return self._slurm

@@ -74,8 +74,8 @@ WAYS = {
 
 
 class Run:
-    """A run that was started in one of WAYS. codes: the exit codes of what its user started, after `wait`. text: all that
-    was printed."""
+    """A run that was started in one of WAYS. codes: the exit codes of what its user started, after `wait`. text: all
+    that was printed."""
 
     def __init__(self, cluster: Cluster, way: str, words: Words, folder: Path, **env: str) -> None:
         self.cluster, self.folder, self.codes = cluster, folder, list[int]()
