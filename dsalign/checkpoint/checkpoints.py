@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from dsalign.checkpoint import fingerprint, folders
+from dsalign.checkpoint import fingerprint, folders, prepared_file
 from dsalign.checkpoint.export import export
 from dsalign.checkpoint.progress import Progress
 from dsalign.checkpoint.random_state import random_state, restore_random_state
@@ -63,6 +63,8 @@ class Checkpoints:
                 str(staging / "engines"), tag=role, save_latest=False, exclude_frozen_parameters=self.adapters_only
             )
         save_file(random_state(), staging / f"random-{dist.rank()}.safetensors")
+        if progress.prepared is not None:
+            prepared_file.write(progress.prepared, staging / prepared_file.name_of(dist.rank()))
         dist.barrier()
         if dist.rank() == 0:
             content = {"progress": progress.as_dict(), "fingerprint": self.settings}
@@ -93,7 +95,10 @@ class Checkpoints:
                 raise ValueError(f"resume: {folder} has no DeepSpeed state for the {role}")
             engine.load_checkpoint(str(folder / "engines"), tag=role, load_module_strict=not self.adapters_only)
         restore_random_state(load_file(folder / f"random-{dist.rank()}.safetensors"))
-        return Progress(**content["progress"])
+        progress = Progress(**content["progress"])
+        if progress.taken:
+            progress.prepared = prepared_file.read(folder / prepared_file.name_of(dist.rank()))
+        return progress
 
 
 def begin(config: RunConfig, store: Checkpoints, command: str) -> Progress:

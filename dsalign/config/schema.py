@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Hashable
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from dsalign import assets
 from dsalign.config import ds_files, options
@@ -26,6 +28,25 @@ GLOBAL_BATCH = 16  # groups in an optimizer step where gradient_accumulation_ste
 def _resume(text: Any) -> Any:
     """The value of --resume as it is read: the flag alone ("true") means "latest", "false" means None."""
     return {"true": "latest", "false": None}.get(text.lower(), text) if isinstance(text, str) else text
+
+
+def seconds(text: str | None) -> float | None:
+    """The seconds that a time such as 55m, 3h or 3300 stands for; None for None.
+
+    Raises PydanticCustomError where it is no time.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|)", str(text).strip())
+    if found is None or float(found[1]) == 0:
+        raise PydanticCustomError("time", "a time such as 55m, 3h or 3300s, more than 0")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def _time(text: Any) -> Any:
+    """The value of an option that is a time, as text; YAML may have read a number."""
+    seconds(text)
+    return None if text is None else str(text)
 
 
 class _Frozen(BaseModel):
@@ -133,6 +154,9 @@ class OutputOptions(_Frozen):
     output_dir: str = Field(min_length=1, description="where all is written; output/<algo>")
     resume: Annotated[str | None, BeforeValidator(_resume)] = Field(
         None, description="latest, or a checkpoint's folder; alone it is latest"
+    )
+    max_wall: Annotated[str | None, BeforeValidator(_time)] = Field(
+        None, description="save and stop so long after the start: 55m, 3h, 3300s, > 0; leave time for a step and a save"
     )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="trackers beside the log")
 

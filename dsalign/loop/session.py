@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from dsalign import endings
 from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.data.checks import Survey
 from dsalign.engines import dist
+from dsalign.guard import signals
+from dsalign.loop.context import Interrupted
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
 from dsalign.report.page import write_report
-from dsalign.report.run_log import RunLog, number
+from dsalign.report.run_log import RunLog, duration, number
 
+GRACE_S = 30  # seconds that deepspeed, torchrun and Slurm give a rank between SIGTERM and SIGKILL
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
 COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last value in place of a mean
 
@@ -24,11 +29,15 @@ COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last
 class Session:
     """One run of a trainer with everything around its steps: logs, evaluates, saves checkpoints, and writes final/.
 
-    store: the run's checkpoints. held_out: batches to evaluate on, None = no evaluation. Every method is collective.
+    store: the run's checkpoints. held_out: batches to evaluate on, None = no evaluation. command: the one that started
+    the run. Every method is collective.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, store: Checkpoints, held_out: Loader | None) -> None:
+    def __init__(
+        self, config: RunConfig, trainer: Trainer, store: Checkpoints, held_out: Loader | None, command: str
+    ) -> None:
         self.config, self.trainer, self.store, self.held_out = config, trainer, store, held_out
+        self.command, self.wishes = command, trainer.ctx.wishes
         self.progress, self.total = trainer.progress, trainer.total_steps
         self.output_dir = Path(config.output.output_dir)
         self.report = RunLog(
@@ -38,21 +47,32 @@ class Session:
             total_steps=self.total,
             resumed=config.output.resume is not None,
         )
-        self._window, self._spread = Window(), Spread()
+        log = self.progress.log
+        self._window, self._spread = Window(log.setdefault("window", {})), Spread(log.setdefault("spread", {}))
         self._last: dict[str, float] = {}
         self._now: dict[str, float] = {}
         self._saved_step = self._logged_step = self.progress.step
         self._evaluated_step: int | None = None
+        self._save_s, self._said_slow = 0.0, False  # how long the last save took
 
     def run(self) -> dict[str, float]:
-        """Train to the end and write final/ and report.html; returns the last value of every metric."""
+        """Train to the end and write final/ and report.html; returns the last value of every metric.
+
+        Raises Stopped on rank 0, and ElsewhereError on the others, where the run was asked to stop; then it is saved.
+        """
         self._open()
-        if self.held_out is not None and self.progress.step == 0:
-            self._evaluate()
-        self.report.start(self.progress.step, self.progress.num_tokens)
-        self.trainer.fit(self._after_step, self._show_samples)
-        if self.progress.step < self.total:
-            self._end_early()
+        signals.begun()
+        if dist.rank() == 0:
+            self.wishes.folder = self.output_dir
+        try:
+            if self.held_out is not None and (self.progress.step == 0 or self.progress.owes_evaluation):
+                self._evaluate()
+            self.report.start(self.progress.step, self.progress.num_tokens)
+            self.trainer.fit(self._after_step, self._show_samples)
+            if self.progress.step < self.total:
+                self._end_early()
+        except Interrupted:
+            self._stop()
         if self.progress.step > self._saved_step:
             self._save()
         self.store.export(self.output_dir / "final")
@@ -66,16 +86,17 @@ class Session:
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
         config, step = self.config, self.progress.step
-        self._window.add({**metrics, **self._spread.of(metrics, last=self.trainer.at_boundary)})
+        self._window.add({**metrics, **self._spread.of(metrics, last=self.progress.prepared is None)})
         self._now = {name: x for name, x in metrics.items() if name in COUNTERS or name.endswith("lr")}
         if step % config.output.logging_steps == 0 or step == self.total:
             self._log()
-        if not self.trainer.at_boundary:
-            return
-        if self.held_out is not None and (step == self.total or self._due(config.output.eval_steps)):
+        if self.held_out is not None and (step == self.total or _due(step, config.output.eval_steps)):
             self._evaluate()
-        if self._due(config.output.save_steps) and step < self.total and step != self._saved_step:
+        due = step < self.total and step != self._saved_step and _due(step, config.output.save_steps)
+        if due or self.wishes.save:
             self._save()
+        if self.wishes.stop:
+            raise Interrupted
 
     def _log(self) -> None:
         """Log the means over the steps since the last line, and the counters and learning rates of this step."""
@@ -94,26 +115,51 @@ class Session:
         if self.held_out is not None and self.progress.step != self._evaluated_step:
             self._evaluate()
 
-    def _due(self, every: int | None) -> bool:
-        """Whether a multiple of `every` steps was passed within the optimizer steps of this prepared batch."""
-        step, passes = self.progress.step, self.trainer.algorithm.traits.passes
-        return every is not None and step // every > max(0, step - passes) // every
-
     def _evaluate(self) -> None:
         assert self.held_out is not None
-        self._evaluated_step = self.progress.step
+        progress = self.progress
+        progress.owes_evaluation = True
+        if self.wishes.stop:
+            raise Interrupted
         found = evaluate(self.config.algorithm, self.trainer.roles, self.trainer.ctx, self.held_out)
+        progress.owes_evaluation = False
+        self._evaluated_step = progress.step
         self.report.log(self.progress.step, found)
         self._last |= found
-        progress = self.progress
         if progress.best_loss is None or found["eval/loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["eval/loss"], progress.step
             if 0 < progress.step < self.total:
                 self._save()
 
     def _save(self) -> None:
+        start = time.monotonic()
+        self.wishes.saved()
         self.store.save(self.progress)
-        self._saved_step = self.progress.step
+        self._saved_step, self._save_s = self.progress.step, time.monotonic() - start
+        if self._save_s > GRACE_S and not self._said_slow:
+            self._said_slow = True
+            self.report.say(
+                f"warning: a checkpoint took {duration(self._save_s)} to write; deepspeed, torchrun and Slurm kill "
+                f"{GRACE_S} s after SIGTERM, before such a save is done: stop with --max_wall or the file STOP instead"
+            )
+
+    def _stop(self) -> None:
+        """Save the run, unless that was done, and end it with a message of rank 0 whose last line is a command."""
+        step, wishes = self.progress.step, self.wishes
+        reasons = enumerate(dist.everyones(wishes.reason()))
+        why = next(f"{one} on rank {rank}" for rank, one in reasons if one)
+        if step == 0:
+            text = f"stopped by {why} before the first step; nothing is lost, it starts again with\n{self.command}"
+        else:
+            if step != self._saved_step or self.progress.owes_evaluation:
+                self.report.say(f"{why}: saving at step {step}")
+                self._save()
+            text = (
+                f"stopped by {why} at step {step} of {self.total}, saved in {self.output_dir / f'checkpoint-{step}'}; "
+                f"resume with\n{endings.resuming(self.command)}"
+            )
+        wishes.stopped()
+        dist.agree(endings.Stopped(text) if dist.rank() == 0 else None)
 
     def _show_samples(self, prepared: Prepared) -> None:
         self.report.samples(self.progress.step, prepared.samples)
@@ -151,3 +197,8 @@ class Session:
             report.say(line)
         if trainer.loader.dropped:
             report.say(f"warning: the last {trainer.loader.dropped} row(s) of each epoch are too few and left out")
+
+
+def _due(step: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps is done after this one."""
+    return every is not None and step % every == 0

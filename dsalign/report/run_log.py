@@ -72,7 +72,7 @@ class RunLog:
             return
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # whoever read the console is gone; metrics.jsonl has it all
+        except OSError:  # whoever read the console is gone, or the terminal is; metrics.jsonl has it all
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def start(self, step: int, num_tokens: float) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from itertools import chain
 
 import torch
 
 from dsalign.checkpoint import checkpoints, fingerprint
-from dsalign.config.schema import RunConfig
+from dsalign.config.schema import RunConfig, seconds
 from dsalign.data.dataset import data_of
 from dsalign.engines import build, dist, identity, reference_cache
 from dsalign.engines.self_check import self_check
+from dsalign.guard.parents import Launchers
+from dsalign.guard.wishes import Wishes
 from dsalign.loop.plan import batches_of, context_of, loader_of
 from dsalign.loop.session import Session
 from dsalign.loop.trainer import Trainer
@@ -28,7 +31,7 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
     """Run one training as `config` says; returns the last value of every metric. Collective.
 
     process: this rank and its place on this machine. command: the command line, kept in the output folder.
-    Raises ValueError for input that cannot be used, with what to do.
+    Raises ValueError for input that cannot be used, with what to do, and `endings.Stopped` where it was asked to stop.
     """
     quiet(process.rank)
     device = dist.init(process.local_rank, process.local_size)
@@ -37,13 +40,17 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
             if process.world_size > 1:  # a process alone did it before it imported torch
                 lead = process.rank == 0
                 dist.together(lambda: held.enter_context(preflight.ready(config)) if lead else None)
-            dist.same_everywhere(identity.of_run(config))
-            return _train(config, device, command)
+            wishes = Wishes(seconds(config.output.max_wall), Launchers.of(os.getpid()))
+            with dist.stoppable(lambda: preflight.unbegun(wishes.reason(), command) if wishes.reason() else None):
+                dist.same_everywhere(identity.of_run(config))
+                session = _built(config, device, command, wishes)
+            return session.run()
     finally:
         dist.shutdown()
 
 
-def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, float]:
+def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes) -> Session:
+    """A run that is ready for its first step. Collective; every `dist.agree` in it is a place to stop."""
     torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
     sources = build.sources(config)
     template = dist.together(lambda: template_of(config, sources[config.algorithm.traits.main]))
@@ -82,6 +89,6 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
         config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only
     )
     progress = checkpoints.begin(config, store, command)
-    ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state)
+    ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state, wishes)
     trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress)
-    return Session(config, trainer, store, held_out).run()
+    return Session(config, trainer, store, held_out, command)
