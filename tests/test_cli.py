@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dsalign import __version__, cli, launcher
+from dsalign import __version__, cli, endings, launcher
 from dsalign.checkpoint import folder_lock
 from dsalign.config.schema import RunConfig
 from dsalign.ranks import Process
@@ -272,6 +274,54 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     replace_train(monkeypatch, interrupt)
     assert cli.main(BASE) == 130
+
+
+@pytest.mark.parametrize("kind", [endings.Stopped, endings.Diverged, endings.PeerLost])
+def test_an_ending_is_said_and_has_its_exit_code(
+    kind: type[endings.Ending], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line is a command that can be pasted."""
+
+    def end() -> None:
+        raise kind("stopped by SIGTERM at step 3; resume with\ndsalign --algo sft --resume")
+
+    replace_train(monkeypatch, end)
+    assert cli.main(BASE) == kind.code
+    assert capsys.readouterr().err == (
+        "dsalign: stopped by SIGTERM at step 3; resume with\n  dsalign --algo sft --resume\n"
+    )
+
+
+def test_ranks_that_end_alike_say_it_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And one that ends because another did is silent, with the other's exit code."""
+
+    class ElsewhereError(ValueError):
+        code = 75
+
+    def end(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path))
+    found = []
+    for rank, error in (("0", endings.Diverged("nan")), ("1", endings.Diverged("nan")), ("1", ElsewhereError("x"))):
+        replace_train(monkeypatch, lambda error=error: end(error))  # type: ignore[misc]
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
+        found.append((cli.main(BASE), capsys.readouterr().err))
+    assert found == [(76, "dsalign: nan\n"), (76, ""), (75, "")]
+
+
+def test_a_signal_before_the_first_step_ends_a_run_alone_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is lost: SIGTERM is exit code 75, an interrupt 130, as in any program."""
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        replace_train(monkeypatch, lambda number=number: os.kill(os.getpid(), number) or time.sleep(9))  # type: ignore
+        assert cli.main(BASE) == code
+    said, command = capsys.readouterr().err.splitlines()
+    assert said == "dsalign: stopped by SIGTERM before the first step; nothing is lost, it starts again with"
+    assert shlex.split(command) == ["launch/train.py", *BASE]
 
 
 def test_print_config_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:

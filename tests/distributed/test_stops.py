@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,11 @@ def test_stopped_within_the_passes_and_resumed_equals_straight(
         first, last = said[0][2].splitlines()
         folder = out / f"checkpoint-{step}"
         assert first == f"stopped by SIGTERM on rank 1 at step {step} of 8, saved in {folder}; resume with"
-        assert last.split() == ["dsalign", *mine, "--resume"]
+        assert shlex.split(last) == ["dsalign", *mine, "--resume"]
         progress = json.loads((folder / "trainer.json").read_text())["progress"]
         assert (progress["step"], progress["taken"], progress["batches"]) == (step, step % 4, (step + 3) // 4)
         assert not (out / "final").exists()
-        two_ranks.run(whole_runs.train, last.split()[1:])
+        two_ranks.run(whole_runs.train, shlex.split(last)[1:])
         same(straight, out)
 
 
@@ -102,4 +103,4 @@ def test_stopped_in_the_first_rollout_saves_nothing(tiny: Path, two_ranks: RankP
     said = two_ranks.run(stop_cases.stopped_in_rollout, mine, 0, signal.SIGTERM)
     first, last = said[0][2].splitlines()
     assert first == "stopped by SIGTERM on rank 1 before the first step; nothing is lost, it starts again with"
-    assert last.split() == ["dsalign", *mine] and not list((tmp_path / "out").glob("checkpoint-*"))
+    assert shlex.split(last) == ["dsalign", *mine] and not list((tmp_path / "out").glob("checkpoint-*"))
