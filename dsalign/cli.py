@@ -100,7 +100,8 @@ def _main(argv: Sequence[str], typed: bool) -> int:
     if launch:
         preflight.load_rewards(parsed.config)
         sys.stderr.flush()
-        os.environ[preflight.STARTED_AS] = started
+        count = [f"NPROC_PER_NODE={env['NPROC_PER_NODE']}"] if env.get("NPROC_PER_NODE") else []
+        os.environ[preflight.STARTED_AS] = " ".join([*count, started])
         os.execve(launch.command[0], launch.command, launcher.environment(os.environ, sys.argv[0]))
     process = ranks.process(env)
     alone = process.world_size == 1

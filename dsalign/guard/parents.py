@@ -50,7 +50,7 @@ class Launchers:
         """Words for a launcher that has ended, as its children have another parent then; empty where all live."""
         for pid, parent in self.links:
             if parent_of(pid) != parent:
-                return f"the launcher, process {parent}, is gone"
+                return f"the end of its launcher, process {parent},"
         return ""
 
 

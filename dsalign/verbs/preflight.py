@@ -18,9 +18,7 @@ STARTED_AS = parents.STARTED_AS  # the variable by which our own launcher hands 
 
 def typed(command: str, env: Mapping[str, str]) -> str:
     """The command that the user typed, launcher and all, as `parents.typed` finds it. command: where it finds none."""
-    count = env.get("NPROC_PER_NODE")
-    found = parents.typed(env.get(STARTED_AS), command)
-    return f"NPROC_PER_NODE={count} {found}" if count and "RANK" not in env else found
+    return parents.typed(env.get(STARTED_AS), command)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def test_the_end_of_any_launcher_is_seen(gone: int, monkeypatch: pytest.MonkeyPa
     assert launchers.lost() == ""
     child = (30, 20)[gone]
     proc(tmp_path, {child: (1, (RANK, LAUNCH)[gone])})
-    assert launchers.lost() == f"the launcher, process {(20, 10)[gone]}, is gone"
+    assert launchers.lost() == f"the end of its launcher, process {(20, 10)[gone]},"
 
 
 def test_an_orphan_notices_within_a_second(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_an_orphan_notices_within_a_second(tmp_path: Path) -> None:
     middle.kill()
     middle.wait()
     _until(found)
-    assert found.read_text() == f"the launcher, process {middle.pid}, is gone"
+    assert found.read_text() == f"the end of its launcher, process {middle.pid},"
 
 
 def _until(path: Path) -> None:

@@ -90,8 +90,8 @@ def test_a_file_that_cannot_be_removed_is_not_looked_for_again(tmp_path: Path) -
 
 
 def test_a_launcher_that_is_gone_is_a_wish_to_stop() -> None:
-    launchers = mock.Mock(lost=lambda: "the launcher, process 7, is gone")
-    assert Wishes(None, launchers).reason() == "the launcher, process 7, is gone"
+    launchers = mock.Mock(lost=lambda: "the end of its launcher, process 7,")
+    assert Wishes(None, launchers).reason() == "the end of its launcher, process 7,"
 
 
 def test_files_are_looked_for_once_a_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
