@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,7 +14,9 @@ import whole_runs
 
 from dsalign.endings import Ending
 from dsalign.engines import dist
-from dsalign.guard import signals
+from dsalign.guard import signals, wishes
+from dsalign.guard.wishes import Wishes
+from dsalign.loop import session
 from dsalign.loop.context import RunContext
 from dsalign.loop.trainer import Trainer
 
@@ -46,6 +50,43 @@ def stopped_in_rollout(words: list[str], steps: int, number: int) -> Any:
         return prepared
 
     return _ended(words, mock.patch.object(Trainer, "_prepare", prepare))
+
+
+def stopped_in_evaluation(words: list[str], step: int) -> Any:
+    """The same of a signal in the evaluation after so many optimizer steps."""
+    inner = session.evaluate
+
+    def evaluate(algorithm: Any, roles: Any, ctx: Any, loader: Any) -> Any:
+        if ctx.wishes.steps == step and dist.rank() == 1:
+            hear(signal.SIGTERM)
+        return inner(algorithm, roles, ctx, loader)
+
+    def after_step(self: session.Session, metrics: Any) -> None:
+        self.wishes.steps = self.progress.step  # type: ignore[attr-defined]
+        logged(self, metrics)
+
+    logged = session.Session._after_step
+    patches = ExitStack()
+    patches.enter_context(mock.patch.object(session, "evaluate", evaluate))
+    patches.enter_context(mock.patch.object(Wishes, "steps", 0, create=True))
+    patches.enter_context(mock.patch.object(session.Session, "_after_step", after_step))
+    return _ended(words, patches)
+
+
+def asked_by_files(words: list[str], folder: Path) -> Any:
+    """The same of a run in whose folder the file SAVE is made in its second step and STOP in its fourth; then the names
+    in the folder."""
+    inner = Trainer.optimizer_step
+
+    def optimizer_step(self: Trainer, *args: Any) -> Any:
+        name = {1: "SAVE", 3: "STOP"}.get(self.progress.step)
+        if name and dist.rank() == 0:
+            (folder / name).touch()
+        return inner(self, *args)
+
+    with mock.patch.object(wishes, "LOOK_S", 0.0):
+        said = _ended(words, mock.patch.object(Trainer, "optimizer_step", optimizer_step))
+    return said, sorted(path.name for path in folder.iterdir())
 
 
 def _ended(words: list[str], patch: Any) -> list[Any]:

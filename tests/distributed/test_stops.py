@@ -104,3 +104,29 @@ def test_stopped_in_the_first_rollout_saves_nothing(tiny: Path, two_ranks: RankP
     first, last = said[0][2].splitlines()
     assert first == "stopped by SIGTERM on rank 1 before the first step; nothing is lost, it starts again with"
     assert shlex.split(last) == ["dsalign", *mine] and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_stopped_in_an_evaluation_owes_it(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """In the evaluation after step 2, within the passes: the resumed run does it before step 3, and has the same best
+    loss in its last checkpoint."""
+    base = [*words(tiny, "0", "full"), "--split_dataset_ratio", "0.25", "--eval_steps", "2", "--max_steps", "4"]
+    straight, out = tmp_path / "straight", tmp_path / "stopped"
+    two_ranks.run(whole_runs.train, [*base, "--output_dir", str(straight)])
+    mine = [*base, "--output_dir", str(out)]
+    said = two_ranks.run(stop_cases.stopped_in_evaluation, mine, 2)
+    assert "stopped by SIGTERM on rank 1 at step 2 of 4" in said[0][2]
+    assert [line["step"] for line in lines(out, "metrics.jsonl") if "eval/loss" in line] == [0]
+    two_ranks.run(whole_runs.train, [*mine, "--resume"])
+    same(straight, out)
+    last = [
+        json.loads((folder / "checkpoint-4" / "trainer.json").read_text())["progress"] for folder in (straight, out)
+    ]
+    assert last[0] == last[1] and last[0]["best_step"] in (0, 2, 4) and not last[0]["owes_evaluation"]
+
+
+def test_files_in_the_folder_save_and_stop(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """SAVE in the second step and STOP in the fourth: a checkpoint of each, and both files are gone."""
+    out = tmp_path / "out"
+    said, names = two_ranks.run(stop_cases.asked_by_files, [*words(tiny, "0", "full"), "--output_dir", str(out)], out)
+    assert said[0][:2] == ("Stopped", 75) and f"stopped by the file {out / 'STOP'} on rank 0 at step 4" in said[0][2]
+    assert {"checkpoint-2", "checkpoint-4"} <= set(names) and not {"STOP", "SAVE", "final"} & set(names)
