@@ -134,6 +134,9 @@ class OutputOptions(_Frozen):
     resume: Annotated[str | None, BeforeValidator(_resume)] = Field(
         None, description="latest, or a checkpoint's folder; alone it is latest"
     )
+    trust_checkpoint: bool = Field(
+        False, description="resume from a checkpoint of another run, whose pickles may run code"
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="trackers beside the log")
 
 
