@@ -158,6 +158,9 @@ class OutputOptions(_Frozen):
     max_wall: Annotated[str | None, BeforeValidator(_time)] = Field(
         None, description="save and stop so long after the start: 55m, 3h, 3300s, > 0; leave time for a step and a save"
     )
+    trust_checkpoint: bool = Field(
+        False, description="resume from a checkpoint of another run, whose pickles may run code"
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="trackers beside the log")
 
 

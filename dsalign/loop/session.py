@@ -75,7 +75,7 @@ class Session:
             self._stop()
         if self.progress.step > self._saved_step:
             self._save()
-        self.store.export(self.output_dir / "final")
+        self.store.export(self.output_dir / "final", self.progress.step)
         best = self.progress.best_loss
         tail = "" if best is None else f", best eval/loss {number(best)} at step {self.progress.best_step}"
         if dist.rank() == 0:
