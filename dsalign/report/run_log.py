@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -63,7 +64,8 @@ class RunLog:
         if rank == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._resumed = resumed
-            self._file = (output_dir / METRICS).open("a" if resumed else "w", encoding="utf-8")
+            if not resumed:
+                (output_dir / METRICS).write_bytes(b"")
             self._trackers = {name: TRACKERS[name](output_dir) for name in trackers}
 
     def say(self, text: str) -> None:
@@ -102,8 +104,7 @@ class RunLog:
             rate = numbers["tokens_per_s"]  # 0 in a later pass over rows that are counted already
             tail = (f" | {rate:,.0f} tok/s" if rate else "") + f" | ETA {duration(left)}"
             self._last, self._last_tokens = now, numbers["num_tokens"]
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        _append(self._output_dir / METRICS, json.dumps({"step": step, **numbers}))
         split = {n.removeprefix("time/"): x for n, x in numbers.items() if n.startswith("time/")}
         if split:
             tail = " | " + ", ".join(f"{name} {seconds:.1f}s" for name, seconds in split.items()) + tail
@@ -123,16 +124,31 @@ class RunLog:
         samples.jsonl."""
         if self._rank != 0 or not samples:
             return
-        with (self._output_dir / SAMPLES).open("a", encoding="utf-8") as file:
-            for one in samples:
-                file.write(json.dumps({"step": step, **one}, ensure_ascii=False) + "\n")
-                text = json.dumps(one["completion"][:200], ensure_ascii=False)
-                self.say(f"sample at step {step} | score {number(one['score'])} | {text}")
+        for one in samples:
+            _append(self._output_dir / SAMPLES, json.dumps({"step": step, **one}, ensure_ascii=False))
+            text = json.dumps(one["completion"][:200], ensure_ascii=False)
+            self.say(f"sample at step {step} | score {number(one['score'])} | {text}")
+
+
+def _append(path: Path, line: str) -> None:
+    """Append a line to a file by one write, so that no other writer's line ends up inside it. Raises OSError where the
+    disk is full; a part that was written is taken back."""
+    content = f"{line}\n".encode(errors="replace")
+    number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        before = os.fstat(number).st_size
+        count = os.write(number, content)
+        if count < len(content):
+            if os.fstat(number).st_size == before + count:
+                os.ftruncate(number, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(number)
 
 
 def _cut(path: Path, keep: Callable[[int], bool]) -> None:
-    """Drop the lines of steps that `keep` refuses, and a last line that a kill broke off. The file is not replaced, as
-    it is open."""
+    """Drop the lines of steps that `keep` refuses, and a last line that a kill broke off. The file is replaced when the
+    new one is whole."""
     if not path.exists():
         return
     kept = []
@@ -143,9 +159,12 @@ def _cut(path: Path, keep: Callable[[int], bool]) -> None:
             except (ValueError, KeyError, TypeError):
                 whole = False
             kept += [line] if whole else []
-    with path.open("r+", encoding="utf-8", newline="\n") as file:
+    beside = path.with_name(f".{path.name}.part")
+    with beside.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(kept)
-        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def number(x: float) -> str:
