@@ -61,10 +61,10 @@ def _serve(pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp())
     import torch  # noqa: PLC0415  here, so that the tests' own process stays without DeepSpeed
-
-    import dsalign.verbs.train  # noqa: F401, PLC0415  imports everything
     from deepspeed.runtime.zero import stage3  # noqa: F401, PLC0415
     from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401, PLC0415  and with it torch's compiler: seconds
+
+    import dsalign.verbs.train  # noqa: F401, PLC0415  imports everything
 
     torch.set_num_threads(1)
     while True:

@@ -168,7 +168,7 @@ def bare_pickle_and_relisted(out: Path) -> None:
 
 CASES = {
     "ranks' shards swapped": (swapped, f"engines/policy/{OPTIM.format(0)} "),
-    "rank 1's shard of another step": (of_another_step(f"engines/policy/{OPTIM.format(1)}"), "does not match its checks"),
+    "rank 1's shard of another step": (of_another_step(f"engines/policy/{OPTIM.format(1)}"), "does not match"),
     "critic of another step": (of_another_step("engines/value"), "does not match its checksum"),
     "actor of another step": (of_another_step("engines/policy"), "does not match its checksum"),
     "manifest of another step": (of_another_step("manifest.json"), "does not match its checksum"),
@@ -229,7 +229,9 @@ def test_a_foreign_checkpoint_needs_trust(out: Path, two_ranks: RankPool, tmp_pa
         (other / "run.json").write_text(json.dumps({"run": "another"}))
     shutil.copytree(out / "checkpoint-4", other / "checkpoint-4")
     said, (line,) = two_ranks.run(chosen, other, "latest")
-    assert said.startswith(f"resume: no checkpoint in {other} can be used: checkpoint-4: it is no checkpoint of the run")
+    assert said.startswith(
+        f"resume: no checkpoint in {other} can be used: checkpoint-4: it is no checkpoint of the run"
+    )
     assert line.endswith("if you know who wrote them, give --trust_checkpoint true")
     assert two_ranks.run(chosen, other, str(out / "checkpoint-4"), True) == ("checkpoint-4", [])
     flip(out / "checkpoint-4/trainer.json")
