@@ -2,7 +2,7 @@
 
 python benchmarks/compare_save.py [--parameters 40e6] [--stage 2] [--ranks 2] [--repeats 7]
 
-The three ways take turns: DeepSpeed's save_checkpoint as it is, which leaves the files to the operating system; the same
+The three ways take turns: DeepSpeed's save_checkpoint as it is, which leaves the files to the operating system; that
 with every file flushed to the disk afterwards, as a checkpoint that outlives a power cut must be; and dsalign's, which
 also hashes every file, checks all ranks' parts, and renames. dsalign's checkpoints hold the model as a folder too; here
 both hold DeepSpeed's state alone, and --export adds that folder to dsalign's.

@@ -95,7 +95,7 @@ class Parts:
         self._entries[name] = future.result()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads when their work is done."""
         self.threads.shutdown()
 
     def _name(self, path: Path) -> str:

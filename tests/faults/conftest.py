@@ -1,4 +1,4 @@
-"""Fixtures of the faults: ranks that can be killed, what an undisturbed run learns, and the rows of docs/reliability.md."""
+"""Fixtures of the faults: ranks that can be killed, what an undisturbed run learns, rows of docs/reliability.md."""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ class Pair(Checkpoints):
     """The checkpoints of two engines that are no language models: their weights are written as they are."""
 
     def _models(self, parts: staged.Parts) -> None:
-        for role, engine in self.engines.items():
-            state = whole_state(engine, trained_only=True)
+        for role, one in self.engines.items():
+            state = whole_state(one, trained_only=True)
             if dist.rank() == 0:
                 faults.at("in_export")
                 parts.tensors(state, f"{role}.safetensors")

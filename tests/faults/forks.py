@@ -1,4 +1,4 @@
-"""Real processes that can be killed, without paying for their imports: one process imports everything and forks ranks."""
+"""Real processes to kill, without paying for their imports: one process imports everything and forks ranks."""
 
 from __future__ import annotations
 
