@@ -23,7 +23,7 @@ from dsalign import __version__, endings
 from dsalign.config import lazy
 
 with lazy.put_off("torch"):  # algorithm files name torch at their top, but only their methods use it
-    from dsalign import launcher, ranks
+    from dsalign import launcher, ranks, verbs
     from dsalign.config import flags, help, parse
 
 PACKAGE = Path(__file__).parent
@@ -62,26 +62,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.environ[name] = value
 
 
-def _main(argv: Sequence[str], typed: bool) -> int:
-    """typed: whether `argv` are the words behind this process's own program."""
-    if argv[:1] == ["data"]:
-        with lazy.put_off("torch"):
-            verb = importlib.import_module("dsalign.verbs.data")
-            request = verb.read(argv[1:])
-        return int(verb.run(request))
+def _main(given: Sequence[str], typed: bool) -> int:
+    """typed: whether `given` are the words behind this process's own program."""
     env = dict(os.environ)
     with lazy.put_off("torch"):
-        command = flags.split(argv, parse.ALIASES)
+        command = flags.split(given, parse.ALIASES)
+        verb = verbs.of(command.words)
+        if verb and not hasattr(module := verbs.load(verb), "words"):
+            request = module.read(command.without(())[1:])
+    if verb and not hasattr(module, "words"):
+        return int(module.run(request))
+    with lazy.put_off("torch"):
         if command.asks("version"):
             print(f"dsalign {__version__}")
             return 0
         if command.asks("help"):
-            print(help.help_text(command))
+            print(module.USAGE if verb else help.help_text(command, verbs.summaries()))
             return 0
         env |= ranks.variables(env)
         if "RANK" not in env:
             port, line = launcher.port_of_our_own(env)
             env["MASTER_PORT"] = str(port)
+        argv = module.words(command.without(())[1:], launcher.ranks(env, 0)) if verb else given
         parsed, launch = _configure(argv, env)
     if parsed.print_config:
         if env.get("RANK", "0") == "0":
@@ -94,7 +96,8 @@ def _main(argv: Sequence[str], typed: bool) -> int:
         env |= {} if launch else launcher.alone(env)
     os.environ.update({name: env[name] for name in SET if name in env})
     preflight = importlib.import_module("dsalign.verbs.preflight")
-    started = shlex.join([sys.argv[0], *argv])
+    preflight.check_resume(parsed.config, launch.ranks if launch else ranks.process(env).world_size)
+    started = shlex.join([sys.argv[0], *given])
     if typed:
         started = preflight.typed(started, env)
     if launch:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from dsalign import __version__, cli, endings, launcher
-from dsalign.checkpoint import folder_lock
+from dsalign.checkpoint import fingerprint, folder_lock
+from dsalign.config import parse
 from dsalign.config.schema import RunConfig
 from dsalign.ranks import Process
 
@@ -100,6 +101,47 @@ def test_print_config_and_help_do_without_torch(tmp_path: Path) -> None:
     report, out, said = watched(tmp_path, "rlhf", "--rlhf_type", "dpo", "--help")
     assert (report["code"], report["torch"], said) == (0, False, "")
     assert "--rpo_alpha" in out and "usage: dsalign" in out
+
+
+def run_of_two(folder: Path) -> Path:
+    """The folder of a run of two ranks, eight rows a step, with checkpoint-4."""
+    config = parse.parse([*BASE, "--batch_size", "2", "--output_dir", str(folder), "--seed", "3"], world_size=2).config
+    checkpoint = folder / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    config.to_yaml(folder / "config.yaml")
+    kept = {"options": fingerprint.options(config), "global_batch": config.global_batch(2)}
+    (checkpoint / "trainer.json").write_text(json.dumps({"progress": {"step": 4}, "fingerprint": kept}))
+    return folder
+
+
+def test_a_resume_that_cannot_be_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    out = run_of_two(tmp_path / "out")
+    for words in (("resume", str(out), "--seed", "4"), (*BASE, "--resume", "auto", "--output_dir", str(out))):
+        report, _, said = watched(tmp_path, *words, "--batch_size", "2")
+        assert (report["code"], report["torch"]) == (2, False)
+        assert "--seed was 3, is 4" in said or "--seed was 3, is 42" in said
+        assert f"start a new run from its model with --model {out}/checkpoint-4 and another --output_dir" in said
+
+
+def test_resume_is_a_training_on_any_ranks(trained: list[tuple[RunConfig, Process, str]], tmp_path: Path) -> None:
+    """Behind the words of a launcher, and alone: 16 rows a step are 2 x 4 on two ranks and 2 x 8 on one."""
+    out = run_of_two(tmp_path / "out")
+    assert cli.main(["resume", str(out), "--lr", "0.5"]) == 0
+    os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="10.0.0.1", MASTER_PORT="77")
+    assert cli.main(["--local_rank=1", "resume", str(out)]) == 0
+    (one, _, command), (two, process, _) = trained
+    assert (one.optim.learning_rate, one.optim.gradient_accumulation_steps, one.seed) == (0.5, 8, 3)
+    assert (two.optim.gradient_accumulation_steps, two.output.resume, process.world_size) == (4, "latest", 2)
+    assert shlex.split(command)[1:] == ["resume", str(out), "--lr", "0.5"]
+
+
+def test_commands_are_listed_and_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert "\n  resume          go on with a run" in capsys.readouterr().out
+    assert cli.main(["resume", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: dsalign resume RUN")
+    assert cli.main(["resum", "out"]) == 2
+    assert capsys.readouterr().err.endswith("got 'resum'; did you mean resume?\n")
 
 
 def test_one_rank_a_machine_speaks_of_the_configuration(

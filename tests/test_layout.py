@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"algos", "assets", "contract"},
     "data": {"assets", "config", "contract"},
     "models": {"config", "contract", "cpu", "data"},
-    "engines": {"config", "contract", "cpu", "data", "endings", "faults", "models"},
+    "engines": {"__version__", "config", "contract", "cpu", "data", "endings", "faults", "models"},
     "rollout": {"config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
     "rewards": {"assets", "config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
     "checkpoint": {"config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launcher": {"config", "endings", "ranks"},
     "verbs": {"assets", "checkpoint", "config", "contract", "data", "endings", "engines", "faults", "guard", "loop",
               "models", "ranks", "report", "rewards"},
-    "cli": {"__version__", "config", "endings", "launcher", "ranks"},
+    "cli": {"__version__", "config", "endings", "launcher", "ranks", "verbs"},
     "__init__": set(),
 }  # fmt: skip
 ORDER = list(MAY_IMPORT)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from dsalign import faults
-from dsalign.checkpoint import fingerprint, folders, prepared_file, shards, staged, verify
+from dsalign.checkpoint import fingerprint, folders, prepared_file, reshard, shards, staged, verify
 from dsalign.checkpoint.export import written
 from dsalign.checkpoint.manifest import Entry, Manifest
 from dsalign.checkpoint.progress import Progress
-from dsalign.checkpoint.random_state import random_state, restore_random_state
+from dsalign.checkpoint.random_state import random_state, restore_random_state, seed_random_state
 from dsalign.checkpoint.verify import Checkpoint
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions, RunConfig
@@ -47,6 +47,7 @@ class Checkpoints:
         self.output_dir, self.keep = Path(options.output_dir), options.save_total_limit
         self.engines, self.tokenizer, self.bases = engines, tokenizer, bases
         self.settings, self.adapters_only, self.trusted = dict(settings), adapters_only, options.trust_checkpoint
+        self.changes: list[str] = []  # of the settings that a resumed run changes, a line each
 
     def export(self, folder: Path, step: int = 0) -> None:
         """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. An earlier
@@ -116,23 +117,35 @@ class Checkpoints:
         """Restore the engines and the random state from a checkpoint that was verified; returns its progress.
         Collective.
 
+        Weights and moments of another number of ranks or another ZeRO stage are dealt anew, see `reshard.load`.
         Raises ValueError where the checkpoint's run had other settings, naming each key with both values, or where the
         folder has no DeepSpeed state for a role.
         """
         folder = found.folder
         content = json.loads((folder / PROGRESS_FILE).read_text())
-        fingerprint.compare(content["fingerprint"], self.settings, folder)
-        for role, engine in self.engines.items():
-            if not (folder / "engines" / role).is_dir():
-                raise ValueError(f"resume: {folder} has no DeepSpeed state for the {role}")
-            shards.load(engine, role, folder, found.listed, trusted=found.trusted, strict=not self.adapters_only)
-        restore_random_state(load_file(folder / f"random-{dist.rank()}.safetensors"))
+        theirs = content["fingerprint"]
         try:
             progress = Progress(**content["progress"])
         except TypeError as error:
             raise ValueError(f"resume: {folder} was written by another version of dsalign ({error})") from None
+        self.changes = fingerprint.compare(theirs, self.settings, folder)
+        moved = reshard.differs(theirs, self.settings)
+        for role, engine in self.engines.items():
+            if not (folder / "engines" / role).is_dir():
+                raise ValueError(f"resume: {folder} has no DeepSpeed state for the {role}")
+            if moved:
+                reshard.load(engine, folder / "engines" / role)
+            else:
+                shards.load(engine, role, folder, found.listed, trusted=found.trusted, strict=not self.adapters_only)
+        ranks = theirs.get("ranks", dist.world_size())
+        if ranks == dist.world_size():
+            restore_random_state(load_file(folder / f"random-{dist.rank()}.safetensors"))
+        else:
+            seed_random_state(int(self.settings["options"]["seed"]), progress.step, dist.rank())
         if progress.taken:
-            progress.prepared = prepared_file.read(folder / prepared_file.name_of(dist.rank()))
+            progress.prepared = prepared_file.read_dealt(folder, ranks, dist.rank(), dist.world_size())
+        if fingerprint.evaluates_others(theirs, self.settings):
+            progress.best_step = progress.best_loss = None
         return progress
 
 
@@ -141,17 +154,20 @@ def begin(config: RunConfig, store: Checkpoints, command: str) -> Progress:
     names, with engines restored as by `Checkpoints.load`, or zero.
 
     A new run gets a new folder with its configuration and command. In the folder of a resumed run, what it wrote after
-    the step from which it goes on is set aside. Raises ValueError as `verify.choose`, `Checkpoints.restore`,
-    `folders.find` and `move_aside` do. Collective.
+    the step from which it goes on is set aside, and what changes is written down. Raises ValueError as `verify.choose`,
+    `Checkpoints.restore`, `folders.find` and `move_aside` do. Collective.
     """
     output_dir, resume, lead = store.output_dir, config.output.resume, dist.rank() == 0
     dist.together(lambda: staged.purge(output_dir) if lead else None)
-    if not resume:
+    found = dist.from_rank_0(dist.together(lambda: folders.find(resume, output_dir) if lead else []))
+    if not found:
         dist.together(lambda: folders.new_folder(config, command) if lead else None)
         return Progress()
-    found = dist.together(lambda: folders.find(resume, output_dir) if lead else [])
-    chosen = verify.choose(found, output_dir, latest=resume == "latest", trusted=store.trusted)
+    chosen = verify.choose(found, output_dir, latest=resume in folders.NEWEST, trusted=store.trusted)
     progress = store.restore(chosen)
+    for line in store.changes:
+        logger.warning("resume: %s", line)
     faults.at("before_aside")
     dist.together(lambda: folders.set_aside(output_dir, progress.step, chosen.folder) if lead else None)
+    dist.together(lambda: folders.record(config, command, progress.step, store.changes) if lead else None)
     return progress

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dsalign.checkpoint import durable, folder_lock, manifest
 from dsalign.config.rules import PROGRESS_FILE
@@ -19,7 +20,9 @@ from dsalign.config.secrets import redacted
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
+CONFIG, COMMANDS = "config.yaml", "command.txt"
 ASIDE = "aside-"  # and a number: a folder of checkpoints that the run has turned back from
+NEWEST = ("latest", "auto")  # values of --resume that name no folder
 
 
 def new_folder(config: RunConfig, command: str) -> None:
@@ -31,8 +34,35 @@ def new_folder(config: RunConfig, command: str) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     if moved:
         folder_lock.keep(moved, output_dir)
-    config.to_yaml(output_dir / "config.yaml")
-    (output_dir / "command.txt").write_text(redacted(command) + "\n")
+    config.to_yaml(output_dir / CONFIG)
+    (output_dir / COMMANDS).write_text(redacted(command) + "\n")
+
+
+def record(config: RunConfig, command: str, step: int, changes: Sequence[str]) -> None:
+    """Note in a run's folder that it goes on: the command becomes a further line of command.txt. Where config.yaml
+    would read differently it is written anew, with `changes` and the step from which they hold above it; the one before
+    stays as config.1.yaml, the next as config.2.yaml."""
+    output_dir = Path(config.output.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / COMMANDS).open("a", encoding="utf-8") as file:
+        file.write(redacted(command) + "\n")
+    current, staged = output_dir / CONFIG, output_dir / f".{CONFIG}"
+    kept = config.model_copy(update={"output": config.output.model_copy(update={"resume": None})})
+    heading = "".join(f"# {line}\n" for line in (f"from step {step + 1} on:", *changes))
+    kept.to_yaml(staged, heading if changes else "")
+    if current.exists() and _values(current) == _values(staged):
+        staged.unlink()
+        return
+    if current.exists():
+        number = next(n for n in itertools.count(1) if not (output_dir / f"config.{n}.yaml").exists())
+        current.rename(output_dir / f"config.{number}.yaml")
+    staged.rename(current)
+
+
+def _values(path: Path) -> list[str]:
+    """The lines of a config.yaml that set something."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith(("#", "resume:"))]
 
 
 def run_of(output_dir: Path) -> str | None:
@@ -97,21 +127,37 @@ def _serial(folder: Path) -> int | None:
         return None
 
 
-def find(resume: str, output_dir: Path) -> list[Path]:
-    """The checkpoint folders that the value of --resume names, the best first: a path is one, and `latest` is those of
-    `output_dir`, the last one written first.
+def find(resume: str | None, output_dir: Path) -> list[Path]:
+    """The checkpoint folders that the value of --resume names, the best first: a path is one, and `latest` and `auto`
+    are those of `output_dir`, the last one written first. There is none for a new run: where --resume is not given, and
+    with `auto` where there is no checkpoint.
 
     Raises ValueError where the path is no checkpoint, or `output_dir` has none.
     """
-    if resume != "latest":
+    if resume is None:
+        return []
+    if resume not in NEWEST:
         folder = Path(resume).expanduser()
         if not (folder / PROGRESS_FILE).exists() and not (folder / manifest.MANIFEST).exists():
             raise ValueError(f"resume: {resume} is no checkpoint folder (it has no {PROGRESS_FILE})")
         return [folder]
     found = newest_first(output_dir)
+    if not found and resume == "auto":
+        return []
     if not found:
         raise ValueError(f"resume: no checkpoint-N in {output_dir}; leave --resume out to start a new run")
     return found
+
+
+def kept(found: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, content of its PROGRESS_FILE) of the first checkpoint in which that can be read; None where none is.
+    Whether it is whole is not looked at."""
+    for folder in found:
+        with suppress(OSError, ValueError):
+            content = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                return folder, content
+    return None
 
 
 def set_aside(output_dir: Path, step: int, resumed: Path) -> Path | None:

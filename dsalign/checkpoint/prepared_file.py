@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsalign.contract.groups import Group, Prepared
+from dsalign.data.batches.loader import deal
+from dsalign.data.batches.packing import num_computed
 
 KEPT = ("index", "where", "prompt_text", "label", "margin", "masks")  # of a group, beside its token ids
 
@@ -65,6 +67,36 @@ def read(path: Path) -> Prepared:
         {name: (total, count) for name, (total, count) in content["metrics"].items()},
         positions=content["positions"],
     )
+
+
+def read_dealt(folder: Path, written: int, rank: int, ranks: int) -> Prepared:
+    """The part of a rank in the prepared batch that `written` ranks wrote to a checkpoint's folder. ranks: their number
+    now: where it is another one, the groups of all are dealt anew, and the sums of metrics are rank 0's."""
+    if written == ranks:
+        return read(folder / name_of(rank))
+    parts = [read(folder / name_of(one)) for one in range(written)]
+    places = sorted((at, p, i) for p, part in enumerate(parts) for i, at in enumerate(part.positions or ()))
+    hands = deal([num_computed(parts[p].groups[i]) for _, p, i in places], ranks)
+    mine = [places[k] for k in hands[rank]]
+    metrics = {
+        name: _added([part.metrics[name] for part in parts if name in part.metrics], rank) for name in _named(parts)
+    }
+    return Prepared(
+        [parts[p].groups[i] for _, p, i in mine],
+        {name: [parts[p].fields[name][i] for _, p, i in mine] for name in parts[0].fields},
+        parts[0].shared,
+        metrics,
+        positions=[at for at, _, _ in mine],
+    )
+
+
+def _named(parts: Sequence[Prepared]) -> dict[str, None]:
+    return dict.fromkeys(name for part in parts for name in part.metrics)
+
+
+def _added(sums: Sequence[tuple[Any, Any]], rank: int) -> tuple[float, float]:
+    """(total, count) over all ranks on rank 0, and nothing on the others, as they are added up in the log."""
+    return (sum(float(a) for a, _ in sums), sum(float(b) for _, b in sums)) if rank == 0 else (0.0, 0.0)
 
 
 def _group(kept: dict[str, Any], ids: Sequence[Sequence[int]]) -> Group:

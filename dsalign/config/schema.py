@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from dsalign import assets
-from dsalign.config import ds_files, options
+from dsalign.config import ds_files, options, paths
 from dsalign.config.options import Option
 from dsalign.config.secrets import redacted
 from dsalign.contract.algorithm import Algorithm
@@ -153,7 +153,7 @@ class OutputOptions(_Frozen):
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept, >= 1")
     output_dir: str = Field(min_length=1, description="where all is written; output/<algo>")
     resume: Annotated[str | None, BeforeValidator(_resume)] = Field(
-        None, description="latest, or a checkpoint's folder; alone it is latest"
+        None, description="latest, auto (latest, or a new run where there is none), or a checkpoint's folder"
     )
     max_wall: Annotated[str | None, BeforeValidator(_time)] = Field(
         None, description="save and stop so long after the start: 55m, 3h, 3300s, > 0; leave time for a step and a save"
@@ -199,12 +199,17 @@ class RunConfig(_Frozen):
 
     def dump(self) -> str:
         """The options as YAML text, from which `--config` reads the same configuration."""
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options().items()}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+        return _dumped(self.options())
 
-    def to_yaml(self, path: str | Path) -> None:
-        """Write the options as YAML to the file `path`, values that look like secrets left out."""
-        Path(path).write_text(redacted(self.dump()), encoding="utf-8")
+    def to_yaml(self, path: str | Path, heading: str = "") -> None:
+        """Write the options as YAML to the file `path`: paths are absolute, so that it is read the same in any working
+        directory, and values that look like secrets are left out. heading: lines of comments above."""
+        Path(path).write_text(redacted(heading + _dumped(paths.anchored(self.options()))), encoding="utf-8")
+
+
+def _dumped(options: Mapping[str, Any]) -> str:
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
 def _options_of(section: Any) -> dict[str, Option]:

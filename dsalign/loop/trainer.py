@@ -68,7 +68,9 @@ class Trainer:
         then the run is as it was before that batch.
         """
         progress = self.progress
-        while progress.prepared is not None or progress.batches < self.ctx.total_batches:
+        while progress.step < self.total_steps and (
+            progress.prepared is not None or progress.batches < self.ctx.total_batches
+        ):
             for engine in self.stepped:
                 self.roles.engines[engine].module.train()
             if progress.prepared is None:
@@ -83,9 +85,10 @@ class Trainer:
                 with self.ctx.clock.phase("train"):
                     metrics = self.optimizer_step(prepared, steps[i])
                 progress.step += 1
-                progress.prepared, progress.taken = (prepared, i + 1) if i + 1 < last else (None, 0)
+                progress.prepared, progress.taken = (prepared, i + 1) if i + 1 < len(steps) else (None, 0)
                 after_step({**metrics, "num_tokens": progress.num_tokens})
-            progress.prepared = None
+            if not progress.taken:  # else max_steps ended the run, which may go on with more of them
+                progress.prepared = None
 
     def _prepare(self, index: int) -> Prepared:
         """Prepare the global batch number `index`. Collective."""

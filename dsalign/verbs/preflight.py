@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsalign import endings
-from dsalign.checkpoint import folder_lock
+from dsalign.checkpoint import folder_lock, resuming
 from dsalign.config.schema import RunConfig
 from dsalign.guard import parents, signals
 from dsalign.rewards.functions import load_function
@@ -48,6 +48,14 @@ def load_rewards(config: RunConfig) -> None:
     if config.algorithm.traits.roles.get("reward") == "frozen":
         for name in config.models.reward_funcs:
             load_function(name)
+
+
+def check_resume(config: RunConfig, ranks: int) -> None:
+    """Compare the options of a run with those of the checkpoint that --resume names. ranks: their number.
+
+    Raises ConfigError as `resuming.check_options` does.
+    """
+    resuming.check_options(config, ranks)
 
 
 @contextmanager

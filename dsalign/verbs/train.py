@@ -8,10 +8,11 @@ from itertools import chain
 
 import torch
 
-from dsalign.checkpoint import checkpoints, fingerprint
+from dsalign.checkpoint import checkpoints, fingerprint, resuming
 from dsalign.config.schema import RunConfig, seconds
 from dsalign.data.dataset import data_of
 from dsalign.engines import build, dist, identity, reference_cache
+from dsalign.engines.engine import layout
 from dsalign.engines.self_check import self_check
 from dsalign.guard.parents import Launchers
 from dsalign.guard.wishes import Wishes
@@ -19,12 +20,15 @@ from dsalign.loop.plan import batches_of, context_of, loader_of
 from dsalign.loop.session import Session
 from dsalign.loop.trainer import Trainer
 from dsalign.models.compare import compare_models
+from dsalign.models.load import resolve_dtype
 from dsalign.models.tokenizer import stop_at, template_of
 from dsalign.ranks import Process
 from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
 from dsalign.rewards.sources import functions_of, rewards_of
 from dsalign.verbs import preflight
+
+SUMMARY = "train a model; what a command without a verb is"
 
 
 def train(config: RunConfig, process: Process, command: str) -> dict[str, float]:
@@ -65,10 +69,20 @@ def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes
         )
     )  # fmt: skip
     functions = dist.together(lambda: functions_of(config, data.train))
-    dist.same_everywhere(identity.of_inputs({"dataset": data.train, "val_dataset": data.held_out}, sources, template))
+    inputs = identity.of_inputs({"dataset": data.train, "val_dataset": data.held_out}, sources, template)
+    dist.same_everywhere(inputs)
     loader = loader_of(config, data.train, shuffle=True)
     held_out = loader_of(config, data.held_out, shuffle=False) if data.held_out else None
     total_batches = batches_of(config, loader)
+    settings = fingerprint.settings(
+        config,
+        ranks=dist.world_size(),
+        inputs=inputs | identity.of_rewards(config),
+        batches=total_batches,
+        layout=layout(config.optim, resolve_dtype(config.models.dtype, device)),
+        versions=identity.versions(),
+    )
+    dist.together(lambda: resuming.check(config, settings))  # before the time that weights take
 
     cache = reference_cache.cache_of(config, loader, held_out, total_batches, sources.get("reference"), device)
     if cache is not None and cache.complete(device):
@@ -83,7 +97,6 @@ def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes
     for engine in trained.values():
         stop_at(engine.module.model, template.end_ids)
     bases = {role: sources[role].weights for role in trained}
-    settings = fingerprint.settings(config, len(data.train), total_batches)
     adapters_only = config.models.tuner == "lora"
     store = checkpoints.Checkpoints(
         config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only

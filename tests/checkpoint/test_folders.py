@@ -8,8 +8,20 @@ from pathlib import Path
 import pytest
 
 from dsalign.checkpoint import manifest
-from dsalign.checkpoint.folders import begun_run, find, last_serial, move_aside, newest_first, run_of, set_aside
+from dsalign.checkpoint.folders import (
+    begun_run,
+    find,
+    kept,
+    last_serial,
+    move_aside,
+    new_folder,
+    newest_first,
+    record,
+    run_of,
+    set_aside,
+)
 from dsalign.checkpoint.manifest import Manifest
+from dsalign.config.parse import parse
 from dsalign.config.rules import PROGRESS_FILE
 
 
@@ -108,3 +120,42 @@ def test_find_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
         find(str(tmp_path / "x"), tmp_path)
     with pytest.raises(ValueError, match=r"^resume: no checkpoint-N in .*; leave --resume out to start a new run$"):
         find("latest", tmp_path)
+
+
+def test_auto_starts_or_goes_on(tmp_path: Path) -> None:
+    assert find(None, tmp_path) == find("auto", tmp_path) == []
+    checkpoint(tmp_path, 3, None)
+    assert find("auto", tmp_path) == [tmp_path / "checkpoint-3"] and find(None, tmp_path) == []
+
+
+def test_what_the_newest_checkpoint_keeps_is_read(tmp_path: Path) -> None:
+    """Of the first one in which it can be read."""
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, text in zip(folders, ("{", '{"progress": 1}', "{}"), strict=True):
+        folder.mkdir()
+        (folder / PROGRESS_FILE).write_text(text)
+    assert kept(folders) == (tmp_path / "b", {"progress": 1}) and kept(folders[:1]) is None
+
+
+def test_what_a_resume_changes_is_written_down(tmp_path: Path) -> None:
+    """config.yaml is what holds now, with the changes and the step from which they hold above; earlier ones stay with
+    a number. A resume that changes nothing leaves it as it is; every command has its line."""
+    out = tmp_path / "out"
+    words = ["--algo", "sft", "--output_dir", str(out)]
+    new_folder(parse(words, world_size=1).config, "one")
+    first = (out / "config.yaml").read_text()
+    again = [*words, "--resume", "auto"]
+    record(parse(again, world_size=1).config, "two", 4, [])
+    assert (out / "config.yaml").read_text() == first and not (out / "config.1.yaml").exists()
+    for number, rate in ((1, "0.1"), (2, "0.2")):
+        config = parse([*again, "--lr", rate], world_size=1).config
+        record(config, f"lr {rate}", 4, [f"--learning_rate was it, is {rate}"])
+        lines = (out / "config.yaml").read_text().splitlines()
+        assert lines[:2] == ["# from step 5 on:", f"# --learning_rate was it, is {rate}"]
+        found = parse(["--config", str(out / "config.yaml")], world_size=1).config
+        assert (found.optim.learning_rate, found.output.resume) == (float(rate), None)
+        assert (out / f"config.{number}.yaml").exists()
+    assert (out / "config.1.yaml").read_text() == first
+    assert "learning_rate: 0.1\n" in (out / "config.2.yaml").read_text()
+    assert (out / "command.txt").read_text().splitlines() == ["one", "two", "lr 0.1", "lr 0.2"]
+    assert not list(out.glob(".*"))
