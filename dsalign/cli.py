@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str], typed: bool) -> int:
     """typed: whether `argv` are the words behind this process's own program."""
-    if argv[:1] == ["data"]:
+    if argv and argv[0] in ("data", "plan"):
         with lazy.put_off("torch"):
-            verb = importlib.import_module("dsalign.verbs.data")
+            verb = importlib.import_module(f"dsalign.verbs.{argv[0]}")
             request = verb.read(argv[1:])
         return int(verb.run(request))
     env = dict(os.environ)
