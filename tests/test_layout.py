@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "faults": set(),
     "algos": {"contract"},
     "config": {"algos", "assets", "contract"},
+    "memory": {"config"},
     "data": {"assets", "config", "contract"},
     "models": {"config", "contract", "cpu", "data"},
     "engines": {"__version__", "config", "contract", "cpu", "data", "endings", "faults", "models"},
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ranks": set(),
     "launcher": {"config", "endings", "ranks"},
     "verbs": {"assets", "checkpoint", "config", "contract", "data", "endings", "engines", "faults", "guard", "loop",
-              "models", "ranks", "report", "rewards"},
+              "memory", "models", "ranks", "report", "rewards"},
     "cli": {"__version__", "config", "endings", "launcher", "ranks", "verbs"},
     "__init__": set(),
 }  # fmt: skip
