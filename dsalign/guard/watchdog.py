@@ -172,9 +172,9 @@ class Watchdog:
         self._part_from(loss)
         _exit(PEER_LOST)
 
-    def _part_from(self, loss: Loss) -> None:
-        """All that is left to do when another rank ends this one."""
-        self._leave_stacks()
+    def _part_from(self, loss: Loss, text: str = "") -> None:
+        """All that is left to do when another rank ends this one. text: of the error by which it noticed, if any."""
+        self._leave_stacks(text)
         if loss.rank == self.rank:
             return
         self._say(loss)
@@ -240,13 +240,13 @@ class Watchdog:
             return error
         if _came_from_collective(error) and self._wait_for(lambda: self._cause is not None, CAUSE_S):
             assert self._cause is not None
-            return self._end_by_peer(self._cause)
+            return self._end_by_peer(self._cause, error)
         loss = self._own(error)
         first = self._claimed(loss)
         self._cause = first
         if first.rank != self.rank:
             if first.error != loss.error:
-                return self._end_by_peer(first)
+                return self._end_by_peer(first, error)
             _bounded(lambda: self._board.claim("reply", "the same error"), 1.0)
             return self._quiet(error, loss)
         fault = not isinstance(error, (ValueError, KeyboardInterrupt))
@@ -278,9 +278,9 @@ class Watchdog:
             return error
         return dist.ElsewhereError(loss.text) if isinstance(error, ValueError) else Ending()
 
-    def _end_by_peer(self, loss: Loss) -> BaseException:
+    def _end_by_peer(self, loss: Loss, error: BaseException) -> BaseException:
         self._cause = loss
-        self._part_from(loss)
+        self._part_from(loss, "".join(traceback.format_exception(error)))
         self._leave_together()
         _last_resort(PEER_LOST)
         return PeerLost()
@@ -311,9 +311,8 @@ def say(text: str) -> None:
     torchrun's table of failures; else on standard error."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        message = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with suppress(OSError):
-            Path(path).write_text(json.dumps(message), encoding="utf-8")
+            Path(path).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
     if not path or "DSALIGN_LAUNCHER" not in os.environ:
         print(f"dsalign: error: {text}", file=sys.stderr, flush=True)
 

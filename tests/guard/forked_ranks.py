@@ -68,6 +68,7 @@ class Forge:
     def close(self) -> None:
         """End the process that forks."""
         self._pipe.close()
+        self._process.terminate()
         self._process.join(10)
 
 
