@@ -89,7 +89,7 @@ class Watchdog:
             for key in ("cause", "reply"):
                 self._board.write(key, "")
         dist.barrier()
-        _mark_for_launcher(there=True)
+        _mark_for_launcher()
         for work in (self._talk, self._watch):
             threading.Thread(target=work, name=f"dsalign {work.__name__}", daemon=True).start()
 
@@ -226,7 +226,6 @@ class Watchdog:
         """Stop watching, at the normal end: every rank has come there."""
         self._over.set()
         self._turn.set()
-        _mark_for_launcher(there=False)
 
     def failed(self, error: BaseException) -> BaseException:
         """The exception by which this rank ends, where `error` ended its work: the error itself where it is the first
@@ -317,12 +316,11 @@ def say(text: str) -> None:
         print(f"dsalign: error: {text}", file=sys.stderr, flush=True)
 
 
-def _mark_for_launcher(*, there: bool) -> None:
+def _mark_for_launcher() -> None:
     """Tell our launcher, by a file beside that of errors, that this rank ends by itself where another one is lost."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        mark = Path(f"{path}.watched")
         with suppress(OSError):
-            mark.touch() if there else mark.unlink()
+            Path(f"{path}.watched").touch()
 
 
 def _came_from_collective(error: BaseException) -> bool:
