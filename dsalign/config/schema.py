@@ -161,6 +161,9 @@ class OutputOptions(_Frozen):
     trust_checkpoint: bool = Field(
         False, description="resume from a checkpoint of another run, whose pickles may run code"
     )
+    peer_timeout: float = Field(
+        1800, ge=0, description="seconds without progress after which a rank is given up, >= 0; 0 = wait for ever"
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="trackers beside the log")
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsalign import endings
+from dsalign import endings, phases
 from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Prepared
@@ -75,7 +75,9 @@ class Session:
             self._stop()
         if self.progress.step > self._saved_step:
             self._save()
+        phases.mark("export", self.progress.step)
         self.store.export(self.output_dir / "final", self.progress.step)
+        phases.mark("report")
         best = self.progress.best_loss
         tail = "" if best is None else f", best eval/loss {number(best)} at step {self.progress.best_step}"
         if dist.rank() == 0:
@@ -121,7 +123,8 @@ class Session:
         progress.owes_evaluation = True
         if self.wishes.stop:
             raise Interrupted
-        found = evaluate(self.config.algorithm, self.trainer.roles, self.trainer.ctx, self.held_out)
+        with phases.within("evaluate"):
+            found = evaluate(self.config.algorithm, self.trainer.roles, self.trainer.ctx, self.held_out)
         progress.owes_evaluation = False
         self._evaluated_step = progress.step
         self.report.log(self.progress.step, found)
@@ -134,7 +137,8 @@ class Session:
     def _save(self) -> None:
         start = time.monotonic()
         self.wishes.saved()
-        self.store.save(self.progress)
+        with phases.within("save"):
+            self.store.save(self.progress)
         self._saved_step, self._save_s = self.progress.step, time.monotonic() - start
         if self._save_s > GRACE_S and not self._said_slow:
             self._said_slow = True

@@ -10,6 +10,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from dsalign import phases
 from dsalign.checkpoint.progress import Progress
 from dsalign.config.schema import OptimOptions
 from dsalign.contract.algorithm import Algorithm
@@ -71,6 +72,7 @@ class Trainer:
         while progress.step < self.total_steps and (
             progress.prepared is not None or progress.batches < self.ctx.total_batches
         ):
+            phases.mark("prepare", progress.step)
             for engine in self.stepped:
                 self.roles.engines[engine].module.train()
             if progress.prepared is None:
@@ -85,6 +87,7 @@ class Trainer:
                 with self.ctx.clock.phase("train"):
                     metrics = self.optimizer_step(prepared, steps[i])
                 progress.step += 1
+                phases.mark("log", progress.step)
                 progress.prepared, progress.taken = (prepared, i + 1) if i + 1 < len(steps) else (None, 0)
                 after_step({**metrics, "num_tokens": progress.num_tokens})
             if not progress.taken:  # else max_steps ended the run, which may go on with more of them
@@ -161,6 +164,7 @@ class Trainer:
         """Run the forward passes of the engine's trained roles over one micro-batch, and one backward pass of the sum
         of their losses, as each backward pass must reach every trained parameter of its engine. Returns the loss times
         world_size, detached: DeepSpeed's average over ranks takes the factor out of the gradients."""
+        phases.mark("micro-batch")
         engine = self.roles.engines[name]
         scales = {unit: dist.world_size() / count for unit, count in counts.items() if count}
         groups = [prepared.groups[i] for i in positions]
@@ -200,6 +204,7 @@ class Trainer:
 
     def _step(self, name: str, result: dict[str, float]) -> None:
         """Step the engine called `name`, and put its gradient norm and learning rate into `result`. Collective."""
+        phases.mark("optimizer step")
         engine, options, traits = self.roles.engines[name], self.options, self.algorithm.traits
         rate = traits.role_learning_rates.get(name, options.learning_rate)
         rate *= learning_rate_factor(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from itertools import chain
+from pathlib import Path
 
 import torch
 
+from dsalign import phases
 from dsalign.checkpoint import checkpoints, fingerprint, resuming
 from dsalign.config.schema import RunConfig, seconds
 from dsalign.data.dataset import data_of
 from dsalign.engines import build, dist, identity, reference_cache
 from dsalign.engines.engine import layout
 from dsalign.engines.self_check import self_check
+from dsalign.guard import watchdog
 from dsalign.guard.parents import Launchers
 from dsalign.guard.wishes import Wishes
 from dsalign.loop.plan import batches_of, context_of, loader_of
@@ -38,9 +41,9 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
     Raises ValueError for input that cannot be used, with what to do, and `endings.Stopped` where it was asked to stop.
     """
     quiet(process.rank)
-    device = dist.init(process.local_rank, process.local_size)
+    device = dist.init(process.local_rank, process.local_size, peer_timeout=config.output.peer_timeout)
     try:
-        with ExitStack() as held:
+        with ExitStack() as held, watchdog.watched(Path(config.output.output_dir), config.output.peer_timeout):
             if process.world_size > 1:  # a process alone did it before it imported torch
                 lead = process.rank == 0
                 dist.together(lambda: held.enter_context(preflight.ready(config)) if lead else None)
@@ -56,7 +59,9 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
 def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes) -> Session:
     """A run that is ready for its first step. Collective; every `dist.agree` in it is a place to stop."""
     torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
+    phases.mark("names of models")
     sources = build.sources(config)
+    phases.mark("data")
     template = dist.together(lambda: template_of(config, sources[config.algorithm.traits.main]))
     retemplate = dist.together(lambda: retemplate_of(config, sources, template))
     if retemplate is not None:
@@ -84,13 +89,17 @@ def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes
     )
     dist.together(lambda: resuming.check(config, settings))  # before the time that weights take
 
+    phases.mark("models")
     cache = reference_cache.cache_of(config, loader, held_out, total_batches, sources.get("reference"), device)
     if cache is not None and cache.complete(device):
         del sources["reference"]  # the cache has every log-probability it would give
     roles = build.roles_of(config, sources, device)
+    phases.mark("self-check")
     self_check(roles, data.train)
     if cache is not None:
+        phases.mark("reference cache")
         reference_cache.fill(cache, roles)
+    phases.mark("reward models")
     rewards = dist.together(lambda: rewards_of(config, roles, template, retemplate, functions))
 
     trained = {role: roles.engines[role] for role in config.algorithm.traits.trained}
@@ -101,6 +110,7 @@ def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes
     store = checkpoints.Checkpoints(
         config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only
     )
+    phases.mark("resume" if config.output.resume else "new folder")
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state, wishes)
     trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress)
