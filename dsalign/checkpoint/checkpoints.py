@@ -17,7 +17,9 @@ from dsalign.checkpoint.progress import Progress
 from dsalign.checkpoint.random_state import random_state, restore_random_state
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions, RunConfig
+from dsalign.endings import Diverged
 from dsalign.engines import dist
+from dsalign.engines.finite import non_finite
 
 
 class Checkpoints:
@@ -44,20 +46,41 @@ class Checkpoints:
         self.settings, self.adapters_only = dict(settings), adapters_only
 
     def export(self, folder: Path) -> None:
-        """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. Collective."""
+        """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. Collective.
+
+        Raises Diverged as `refuse_non_finite` does.
+        """
+        self.refuse_non_finite(str(folder))
+        self._export(folder)
+
+    def refuse_non_finite(self, what: str) -> None:
+        """Raise Diverged on every rank where a trained weight or a number of an optimizer is not finite on any, so that
+        none is ever written. Collective. what: that is not written, for the message."""
+        if broken := non_finite(self.engines):
+            last = max(folders.checkpoints(self.output_dir), default=None)
+            back = (
+                "start again" if last is None else f"go on from {self.output_dir / f'checkpoint-{last}'} with --resume"
+            )
+            raise Diverged(
+                f"{what} is not written, as numbers of the model are no longer finite: {broken}; {back} and a lower "
+                "--learning_rate"
+            )
+
+    def _export(self, folder: Path) -> None:
         for i, (role, engine) in enumerate(self.engines.items()):
             export(engine, folder if i == 0 else folder / role, self.tokenizer, self.bases[role])
 
     def save(self, progress: Progress) -> Path:
         """Write checkpoint-<step> and return its folder, which gets this name when every rank's part is in it; then
-        remove old checkpoints. Collective."""
+        remove old checkpoints. Collective. Raises Diverged as `refuse_non_finite` does."""
+        self.refuse_non_finite(f"checkpoint-{progress.step}")
         final = self.output_dir / f"checkpoint-{progress.step}"
         staging = self.output_dir / f".staging-{progress.step}"
         if dist.rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         dist.barrier()
-        self.export(staging)
+        self._export(staging)
         for role, engine in self.engines.items():
             engine.save_checkpoint(
                 str(staging / "engines"), tag=role, save_latest=False, exclude_frozen_parameters=self.adapters_only

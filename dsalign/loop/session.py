@@ -18,7 +18,7 @@ from dsalign.report.page import write_report
 from dsalign.report.run_log import RunLog, number
 
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
-COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last value in place of a mean
+COUNTERS = ("num_tokens", "episode", "bad_steps")  # metrics of which a log line has the last value in place of a mean
 
 
 class Session:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsalign import faults
 from dsalign.checkpoint.progress import Progress
 from dsalign.config.schema import OptimOptions
 from dsalign.contract.algorithm import Algorithm
@@ -16,8 +20,10 @@ from dsalign.contract.groups import Batch, Output, Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.data.batches.packing import cut, num_tokens
 from dsalign.engines import dist
-from dsalign.engines.engine import TouchGuard, set_learning_rate, take_step
+from dsalign.engines.engine import TouchGuard, drop_gradients, set_learning_rate, take_steps, usable
 from dsalign.engines.roles import Roles
+from dsalign.guard import numbers
+from dsalign.loop.bad_steps import BadSteps
 from dsalign.loop.context import RunContext
 from dsalign.loop.loss import scaled_loss
 from dsalign.loop.metrics import Sums
@@ -27,16 +33,13 @@ CPU = torch.device("cpu")
 ROUTED = "routed tokens"  # the unit of a balancing loss: each micro-batch weighs as many as it has tokens
 
 
-class NonFiniteError(ValueError):
-    """The error of a loss or a gradient that is NaN or infinite; the message names the step, and of a loss the rows."""
-
-
 class Trainer:
     """The training loop of an algorithm: `ctx.total_batches` batches of the loader, each prepared, then trained on in
     one or several optimizer steps, at most options.max_steps of them in all.
 
     progress: where the run is; advanced in place. total_steps: optimizer steps of the whole run. at_boundary: whether
-    the run is between two prepared batches, where a checkpoint can be taken.
+    the run is between two prepared batches, where a checkpoint can be taken. output_dir: where steps that are skipped
+    are kept, None = nowhere.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Trainer:
         loader: Loader,
         options: OptimOptions,
         progress: Progress,
+        output_dir: Path | None = None,
     ) -> None:
         self.algorithm, self.roles, self.ctx, self.loader = algorithm, roles, ctx, loader
         self.options, self.progress = options, progress
@@ -56,6 +60,8 @@ class Trainer:
         self.total_steps = every if options.max_steps is None else min(every, options.max_steps)
         self.at_boundary = True
         self._guards = {name: TouchGuard(roles.engines[name]) for name in self.stepped}
+        stepped = {name: roles.engines[name] for name in self.stepped}
+        self._bad = BadSteps(stepped, output_dir, options.max_bad_steps, options.learning_rate)
 
     def fit(
         self, after_step: Callable[[dict[str, float]], None], after_prepare: Callable[[Prepared], None] | None = None
@@ -64,27 +70,41 @@ class Trainer:
 
         after_step: called with the metrics of each optimizer step; it may save a checkpoint where `at_boundary` is
         true: after the last step over a prepared batch, or of the run. after_prepare: called with each prepared batch.
-        Raises NonFiniteError as `optimizer_step` does.
+        A prepared batch with a number that is not finite has all its steps skipped, and leaves `ctx.state` as it was.
+        Raises Diverged as `BadSteps.skip` does.
         """
         while self.progress.batches < self.ctx.total_batches:
             index = self.progress.batches
             batch = self.loader.batch(index)
             for engine in self.stepped:
                 self.roles.engines[engine].module.train()
+            state = copy.deepcopy(self.ctx.state)
             prepared = self.algorithm.prepare(self.ctx.at(index), batch)
-            tokens = dist.total([num_tokens(prepared.groups)], self.roles.device)[0]
+            flawed = numbers.flawed(prepared, self.ctx.state)
+            tokens, bad = dist.total([num_tokens(prepared.groups), float(flawed)], self.roles.device)
             self.progress.num_tokens += int(tokens)
             self.progress.batches += 1
             if after_prepare is not None:
                 after_prepare(prepared)
             steps = self._mini_batches(batch, prepared, index)[: self.total_steps - self.progress.step]
             self.at_boundary = not steps
+            if bad and steps:
+                self._skip_prepared(prepared, state, len(steps))
             for i, positions in enumerate(steps):
                 with self.ctx.clock.phase("train"):
-                    metrics = self.optimizer_step(prepared, positions)
+                    metrics = {} if bad else self.optimizer_step(prepared, positions)
                 self.progress.step += 1
                 self.at_boundary = i == len(steps) - 1
-                after_step({**metrics, "num_tokens": self.progress.num_tokens})
+                counted = {"bad_steps": float(self.progress.bad_steps)} if self.progress.bad_steps else {}
+                after_step({**metrics, **counted, "num_tokens": self.progress.num_tokens})
+
+    def _skip_prepared(self, prepared: Prepared, state: dict[str, Any], count: int) -> None:
+        """Skip the `count` steps over a prepared batch that is not finite. state: `ctx.state` as it was before."""
+        self.ctx.state.clear()
+        self.ctx.state.update(state)
+        why = "what was prepared for the batch (rewards, values, log-probabilities) is not finite"
+        rows = numbers.flawed_rows(prepared)
+        self._bad.skip(why, self.progress, prepared, range(len(prepared.groups)), rows, count)
 
     def _mini_batches(self, batch: Batch, prepared: Prepared, index: int) -> list[Sequence[int]]:
         """This rank's groups of each optimizer step over a prepared batch, by their index in `prepared.groups`.
@@ -112,25 +132,31 @@ class Trainer:
         """Take one step of every trained engine over this rank's `prepared.groups` at `positions`. Collective.
 
         Every rank runs as many micro-batches as the rank with the most groups, empty ones where it has fewer.
-        Returns the step's metrics: means over all ranks, gradient norms before clipping, and learning rates.
-        Raises NonFiniteError: before the step where a loss is not finite, after it where the gradient was not.
+        Returns the step's metrics: means over all ranks, gradient norms before clipping, and learning rates; of a step
+        that is skipped, as a loss or a gradient is not finite on any rank, the learning rates alone.
+        Raises Diverged as `BadSteps.skip` does.
         """
         device = self.roles.device
         units = dict(self.algorithm.units(cut(prepared, positions, CPU)))
         if any(self.roles.balanced(role) for trained in self.stepped.values() for role in trained):
             units[ROUTED] = num_tokens([prepared.groups[i] for i in positions])
         counts = dict(zip(units, dist.total([float(n) for n in units.values()], device), strict=True))
-        sums, total_loss, result = Sums(), 0.0, dict[str, float]()
+        sums, losses, parts = Sums(), dict[str, list[Tensor]](), dict[str, list[Sequence[int]]]()
         sums.add(prepared.metrics)
         for name, trained in self.stepped.items():
-            losses = []
-            parts = self.roles.micro_batches(name, prepared.groups, positions)
-            for i, part in enumerate(parts):
-                self.roles.engines[name].set_gradient_accumulation_boundary(i == len(parts) - 1)
-                losses.append(self._backward(name, trained, prepared, part, counts, sums))
-            total_loss += self._check_losses(losses, parts, prepared) / dist.world_size()
-            self._step(name, result)
-        means = {"loss": total_loss, **sums.reduced(device), **result}
+            parts[name] = self.roles.micro_batches(name, prepared.groups, positions)
+            losses[name] = []
+            for i, part in enumerate(parts[name]):
+                self.roles.engines[name].set_gradient_accumulation_boundary(i == len(parts[name]) - 1)
+                losses[name].append(self._backward(name, trained, prepared, part, counts, sums))
+        loss, suspects = self._total(losses, parts)
+        result, problem = self._step(isfinite(loss), loss)
+        if problem:
+            rows = [prepared.groups[i].where for i in (positions if isfinite(loss) else suspects)]
+            self._bad.skip(problem, self.progress, prepared, positions, rows)
+            return result
+        self.progress.bad_in_a_row = 0
+        means = {"loss": loss, **sums.reduced(device), **result}
         return {**means, **self.algorithm.derived(means)}
 
     def _backward(
@@ -164,37 +190,48 @@ class Trainer:
             sums.add({"aux_loss": (term.detach() * tokens if tokens else 0.0, tokens)})
             return found + weight * tokens * scales[ROUTED] * term if tokens else found
 
-        total = sum((loss_of(role) for role in trained[1:]), loss_of(trained[0]))
-        engine.backward(total, scale_wrt_gas=False)
+        losses = sum((loss_of(role) for role in trained[1:]), loss_of(trained[0]))
+        total: Tensor = faults.value("loss", losses)
+        engine.backward(faults.value("gradient", total), scale_wrt_gas=False)
         if name in self._guards:
             self._guards.pop(name).close()
         return total.detach()
 
-    def _check_losses(self, losses: Sequence[Tensor], parts: Sequence[Sequence[int]], prepared: Prepared) -> float:
-        """The sum of `losses`, one a micro-batch, over all ranks. Collective. Raises NonFiniteError where it is not
-        finite, naming the rows of the micro-batches on which a loss is not."""
-        values = torch.stack(list(losses)).double().tolist()
-        total = dist.total([sum(values)], self.roles.device)[0]
-        if isfinite(total):
-            return total
-        text = f"step {self.progress.step + 1}: the loss is {total}, nothing was stepped"
-        bad = [prepared.groups[i].where for part, v in zip(parts, values, strict=True) for i in part if not isfinite(v)]
-        dist.agree(NonFiniteError(f"{text}; it comes from {', '.join(bad)}") if bad else None)
-        raise NonFiniteError(text)  # finite losses that overflow when added
+    def _total(
+        self, losses: Mapping[str, Sequence[Tensor]], parts: Mapping[str, Sequence[Sequence[int]]]
+    ) -> tuple[float, list[int]]:
+        """(the sum of all losses, one a micro-batch of each engine, over all ranks; the indices of the groups in those
+        of this rank's micro-batches on which a loss is not finite). Reads all losses at once. Collective."""
+        values = torch.stack([loss for each in losses.values() for loss in each]).double().tolist()
+        every, sums, bad = iter(values), list[float](), dict[int, None]()
+        for cut_up in parts.values():
+            mine = [next(every) for _ in cut_up]
+            sums.append(sum(mine))
+            bad |= {i: None for part, x in zip(cut_up, mine, strict=True) if not isfinite(x) for i in part}
+        totals = dist.total(sums, self.roles.device)
+        return sum(total / dist.world_size() for total in totals), list(bad)
 
-    def _step(self, name: str, result: dict[str, float]) -> None:
-        """Step the engine called `name`, and put its gradient norm and learning rate into `result`. Collective."""
-        engine, options, traits = self.roles.engines[name], self.options, self.algorithm.traits
-        rate = traits.role_learning_rates.get(name, options.learning_rate)
-        rate *= learning_rate_factor(
+    def _step(self, wanted: bool, loss: float) -> tuple[dict[str, float], str]:
+        """Step every engine, or none where a step is not `wanted` or a gradient is not finite. Collective.
+
+        Returns (learning rates, and gradient norms where steps were taken; what was not finite, empty where all was).
+        """
+        options, traits = self.options, self.algorithm.traits
+        factor = learning_rate_factor(
             options.lr_scheduler_type, self.progress.step, self.total_steps, options.warmup_ratio
         )
-        set_learning_rate(engine, rate)
-        norm = take_step(engine, options.max_grad_norm)
-        if not engine.fp16_enabled() and not (isfinite(norm) and norm >= 0):
-            raise NonFiniteError(
-                f"step {self.progress.step + 1}: the gradient norm of the {name} is {norm}; the weights in memory are "
-                "not to be trusted, go on from the last checkpoint with --resume and a lower --learning_rate"
-            )
-        prefix = "" if self.algorithm.traits.main in self.stepped[name] else f"{name}/"
-        result |= {f"{prefix}grad_norm": norm, f"{prefix}lr": rate}
+        engines = {name: self.roles.engines[name] for name in self.stepped}
+        prefix = {name: "" if traits.main in self.stepped[name] else f"{name}/" for name in engines}
+        rates = {name: traits.role_learning_rates.get(name, options.learning_rate) * factor for name in engines}
+        result = {f"{prefix[name]}lr": rate for name, rate in rates.items()}
+        if not wanted:
+            for engine in engines.values():
+                drop_gradients(engine)
+            return result, f"the loss is {loss}"
+        for name, engine in engines.items():
+            set_learning_rate(engine, rates[name])
+        norms = dict(zip(engines, take_steps(list(engines.values()), options.max_grad_norm), strict=True))
+        for name, norm in norms.items():
+            if not engines[name].fp16_enabled() and not usable(norm):
+                return result, f"the gradient norm of the {name} is not finite"
+        return result | {f"{prefix[name]}grad_norm": norm for name, norm in norms.items()}, ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from itertools import chain
+from pathlib import Path
 
 import torch
 
@@ -83,5 +84,5 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     )
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state)
-    trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress)
+    trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress, Path(config.output.output_dir))
     return Session(config, trainer, store, held_out).run()

@@ -19,6 +19,7 @@ from dsalign.config.schema import ModelOptions, OptimOptions
 from dsalign.contract.algorithm import Algorithm, Traits
 from dsalign.contract.groups import Batch, Loss, MicroBatch, Output, Prepared
 from dsalign.data.batches.loader import Loader
+from dsalign.endings import Diverged
 from dsalign.engines import dist
 from dsalign.engines import engine as engines
 from dsalign.engines.roles import Roles
@@ -77,16 +78,18 @@ class ActorCritic(Algorithm):
 
 
 class Recording(Trainer):
-    """A trainer that keeps the whole gradient of each step."""
+    """A trainer that keeps the whole gradient of each step: `gradients` of the last engine, `by_engine` of each."""
 
     gradients: dict[str, torch.Tensor]
+    by_engine: dict[str, dict[str, torch.Tensor]]
 
-    def _step(self, name: str, result: dict[str, float]) -> None:
-        module = self.roles.engines[name].module
-        self.gradients = {
-            n: safe_get_full_grad(p).float().clone() for n, p in module.named_parameters() if p.requires_grad
-        }
-        super()._step(name, result)
+    def _step(self, wanted: bool, loss: float) -> tuple[dict[str, float], str]:
+        self.by_engine = {}
+        for name in self.stepped:
+            named = self.roles.engines[name].module.named_parameters()
+            self.gradients = {n: safe_get_full_grad(p).float().clone() for n, p in named if p.requires_grad}
+            self.by_engine[name] = self.gradients
+        return super()._step(wanted, loss)
 
 
 def build(
@@ -246,7 +249,7 @@ def nan_margin(folder: Path) -> tuple[str, bool]:
     message = ""
     try:
         trainer.fit(lambda metrics: None)
-    except ValueError as error:
+    except Diverged as error:
         message = str(error)
     messages: list[Any] = [None, None]
     torch.distributed.all_gather_object(messages, message)
