@@ -19,7 +19,6 @@ from dsalign.config.schema import ModelOptions, OptimOptions
 from dsalign.contract.algorithm import Algorithm, Traits
 from dsalign.contract.groups import Batch, Loss, MicroBatch, Output, Prepared
 from dsalign.data.batches.loader import Loader
-from dsalign.endings import Diverged
 from dsalign.engines import dist
 from dsalign.engines import engine as engines
 from dsalign.engines.roles import Roles
@@ -238,23 +237,6 @@ def learn(name: str, folder: Path, stage: str, tuner: str) -> tuple[float, float
     losses: list[float] = []
     trainer.fit(lambda metrics: losses.append(metrics["loss"]))
     return sum(losses[:3]) / 3, sum(losses[-3:]) / 3
-
-
-def nan_margin(folder: Path) -> tuple[str, bool]:
-    """(the message, whether the weights are as before) of a run whose third row has a NaN margin."""
-    groups = [dataclasses.replace(g, margin=float("nan") if g.index == 2 else 0.0) for g in random_groups("pairs", 4)]
-    trainer = build("rm", folder, stage="0", groups=groups, global_batch=4)
-    engine = trainer.roles.engines["reward"]
-    before = whole_state(engine, trained_only=True)
-    message = ""
-    try:
-        trainer.fit(lambda metrics: None)
-    except Diverged as error:
-        message = str(error)
-    messages: list[Any] = [None, None]
-    torch.distributed.all_gather_object(messages, message)
-    after = whole_state(engine, trained_only=True)
-    return " / ".join(messages), all(torch.equal(before[n], after[n]) for n in before)
 
 
 def actor_critic(folder: Path, stage: str, batch_size: int, max_steps: int | None = None) -> Any:

@@ -83,7 +83,9 @@ def test_a_bad_prepared_batch_is_skipped_whole(tiny: Path, two_ranks: RankPool, 
     assert (tmp_path / "bad" / "step-7" / "step.json").is_file()
 
 
-@pytest.mark.parametrize(("stage", "tuner"), [quick_if(s == 3, s, t) for s, t in [(0, "full"), (2, "full"), (3, "lora")]])
+@pytest.mark.parametrize(
+    ("stage", "tuner"), [quick_if(s == 3, s, t) for s, t in [(0, "full"), (2, "full"), (3, "lora")]]
+)
 def test_weights_that_are_not_finite_never_leave(
     stage: int, tuner: str, tiny: Path, two_ranks: RankPool, tmp_path: Path
 ) -> None:
