@@ -60,7 +60,7 @@ def watching(module: nn.Module) -> Iterator[Watch]:
                 if watch.forward is None:
                     watch.forward = flaw_in(name, tensor)
                 if tensor.requires_grad:
-                    tensor.register_hook(back(name))
+                    tensor.register_hook(back(name))  # type: ignore[no-untyped-call]
 
         return seen
 

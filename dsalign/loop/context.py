@@ -94,10 +94,16 @@ class RunContext:
         if role not in self._engines:
             self._engines[role] = Sampler(self._roles, role, self.rollout, self.end_ids)
         rollout = self._engines[role]
+        error: ValueError | None = None
         with self.clock.phase("rollout"):
-            filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)
+            try:
+                filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)
+            except ValueError as caught:  # the other ranks are done with theirs, and wait for this one
+                error = caught
         with self.clock.phase("wait"):
-            dist.total([0.0], self._roles.device)
+            failed = dist.total([float(error is not None)], self._roles.device)[0]
+        if failed:
+            dist.agree(error)
         with self.clock.phase("rollout"):
             return rollout.probed(filled, logps, versions, self.rollout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 
 from dsalign.checkpoint.checkpoints import Checkpoints
@@ -11,6 +12,7 @@ from dsalign.contract.groups import Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.data.checks import Survey
 from dsalign.engines import dist
+from dsalign.guard import resources
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
@@ -31,13 +33,16 @@ class Session:
         self.config, self.trainer, self.store, self.held_out = config, trainer, store, held_out
         self.progress, self.total = trainer.progress, trainer.total_steps
         self.output_dir = Path(config.output.output_dir)
-        self.report = RunLog(
-            self.output_dir,
-            config.output.report_to,
-            rank=dist.rank(),
-            total_steps=self.total,
-            resumed=config.output.resume is not None,
+        self.report = dist.together(
+            lambda: RunLog(
+                self.output_dir,
+                config.output.report_to,
+                rank=dist.rank(),
+                total_steps=self.total,
+                resumed=config.output.resume is not None,
+            )
         )
+        self._needs = resources.needs_of(store.engines, config)
         self._window, self._spread = Window(), Spread()
         self._last: dict[str, float] = {}
         self._now: dict[str, float] = {}
@@ -55,13 +60,13 @@ class Session:
             self._end_early()
         if self.progress.step > self._saved_step:
             self._save()
-        self.store.export(self.output_dir / "final")
+        with resources.writing("final", self.output_dir, self._needs.weights):
+            self.store.export(self.output_dir / "final")
         best = self.progress.best_loss
         tail = "" if best is None else f", best eval/loss {number(best)} at step {self.progress.best_step}"
-        if dist.rank() == 0:
-            write_report(self.output_dir, f"{self.config.algo} of {self.config.models.model}")
+        curves = self._report() if dist.rank() == 0 else ""
         final = self.output_dir / "final"
-        self.report.say(f"done: {self.progress.step} steps{tail}; model in {final}, curves in report.html")
+        self.report.say(f"done: {self.progress.step} steps{tail}; model in {final}, {curves}")
         return self._last
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
@@ -106,13 +111,27 @@ class Session:
         self.report.log(self.progress.step, found)
         self._last |= found
         progress = self.progress
-        if progress.best_loss is None or found["eval/loss"] < progress.best_loss:
+        if not isfinite(found["eval/loss"]):
+            self.report.say(f"warning: eval/loss is {found['eval/loss']} at step {progress.step}, and no best one")
+        elif progress.best_loss is None or found["eval/loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["eval/loss"], progress.step
             if 0 < progress.step < self.total:
                 self._save()
 
+    def _report(self) -> str:
+        """Write report.html; returns where the curves are. The run is done, so a disk that is full ends nothing."""
+        try:
+            write_report(self.output_dir, f"{self.config.algo} of {self.config.models.model}")
+        except OSError as error:
+            room = resources.amount(resources.free(self.output_dir))
+            return (
+                f"report.html could not be written ({error.strerror}; {room} free): curves are in metrics.jsonl alone"
+            )
+        return "curves in report.html"
+
     def _save(self) -> None:
-        self.store.save(self.progress)
+        with resources.writing(f"checkpoint-{self.progress.step}", self.output_dir, self._needs.checkpoint):
+            self.store.save(self.progress)
         self._saved_step = self.progress.step
 
     def _show_samples(self, prepared: Prepared) -> None:

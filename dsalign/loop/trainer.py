@@ -148,7 +148,12 @@ class Trainer:
             losses[name] = []
             for i, part in enumerate(parts[name]):
                 self.roles.engines[name].set_gradient_accumulation_boundary(i == len(parts[name]) - 1)
-                losses[name].append(self._backward(name, trained, prepared, part, counts, sums))
+                try:
+                    losses[name].append(self._backward(name, trained, prepared, part, counts, sums))
+                except (RuntimeError, MemoryError) as error:
+                    size = f"{len(part)} row(s), {num_tokens([prepared.groups[i] for i in part])} tokens"
+                    error.add_note(f"in training step {self.progress.step + 1}, a micro-batch of {size}")
+                    raise
         loss, suspects = self._total(losses, parts)
         result, problem = self._step(isfinite(loss), loss)
         if problem:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -13,6 +15,7 @@ from dsalign.config.schema import RunConfig
 from dsalign.data.dataset import data_of
 from dsalign.engines import build, dist, identity, reference_cache
 from dsalign.engines.self_check import self_check
+from dsalign.guard import resources, stale_locks
 from dsalign.loop.plan import batches_of, context_of, loader_of
 from dsalign.loop.session import Session
 from dsalign.loop.trainer import Trainer
@@ -32,6 +35,8 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
     Raises ValueError for input that cannot be used, with what to do.
     """
     quiet(process.rank)
+    if process.local_rank == 0 and (left := stale_locks.warning(os.environ)):
+        print(left, file=sys.stderr)
     device = dist.init(process.local_rank, process.local_size)
     try:
         with ExitStack() as held:
@@ -39,7 +44,8 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
                 lead = process.rank == 0
                 dist.together(lambda: held.enter_context(preflight.ready(config)) if lead else None)
             dist.same_everywhere(identity.of_run(config))
-            return _train(config, device, command)
+            with resources.told(config):
+                return _train(config, device, command)
     finally:
         dist.shutdown()
 
@@ -82,6 +88,9 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     store = checkpoints.Checkpoints(
         config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only
     )
+    needs = resources.needs_of(trained, config)
+    lead = dist.rank() == 0
+    dist.together(lambda: resources.refuse_full_disk(needs, config, total_batches) if lead else None)
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state)
     trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress, Path(config.output.output_dir))
