@@ -86,7 +86,7 @@ def free(path: Path) -> int:
 
 
 def amount(number: float) -> str:
-    """Bytes for people."""
+    """Bytes with a unit that people read."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,19 @@ from typing import Any
 import cases
 import run_cases
 import torch
-from run_cases import CPU, Run
+from run_cases import Run
 
 from dsalign import faults
-from dsalign.checkpoint.export import whole_state
 from dsalign.contract.groups import Prepared
 from dsalign.endings import Diverged
 from dsalign.engines import dist
-from dsalign.engines.finite import non_finite
+from dsalign.engines.finite import _parts, non_finite
 from dsalign.loop.trainer import Trainer
 
 
 @contextmanager
 def fault(wanted: str) -> Iterator[None]:
     """The faults that `wanted` names, in this process, counted from here."""
-    import os  # noqa: PLC0415
-
     faults._seen.clear()
     os.environ |= {"DSALIGN_TEST": "1", "DSALIGN_FAULT": wanted}
     try:
@@ -37,8 +35,6 @@ def fault(wanted: str) -> Iterator[None]:
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Name -> tensor: this rank's trained weights and what its optimizers keep, copied."""
-    from dsalign.engines.finite import _parts  # noqa: PLC0415
-
     engines = {name: trainer.roles.engines[name] for name in trainer.stepped}
     return {f"{role} {n}": t.detach().clone() for role, engine in engines.items() for n, t in _parts(engine)}
 
@@ -139,8 +135,6 @@ def broken_weights(run: Run, rank: int, number: float, where: str) -> list[str]:
     trainer = run_cases.train(run, 1)
     engines = {role: trainer.roles.engines[role] for role in trainer.stepped}
     clean = non_finite(engines)
-    from dsalign.engines.finite import _parts  # noqa: PLC0415
-
     parts = [(n, t) for n, t in _parts(next(iter(engines.values()))) if n.startswith(where)]
     if dist.rank() == rank:
         with torch.no_grad():
@@ -148,7 +142,7 @@ def broken_weights(run: Run, rank: int, number: float, where: str) -> list[str]:
     return [clean, *dist.gather_objects(non_finite(engines))]
 
 
-def diverged(run: Run, out: Path, spoil: Callable[..., Any] | None = None) -> list[str]:
+def diverged(run: Run, out: Path) -> list[str]:
     """The message of each rank, and the names in `out`, where a rank's weights are spoiled after a step and saved."""
     trainer = run_cases.train(run, 1)
     store = run_cases.store_of(trainer, run, out)
@@ -163,11 +157,8 @@ def diverged(run: Run, out: Path, spoil: Callable[..., Any] | None = None) -> li
     for write in (lambda: store.save(trainer.progress), lambda: store.export(out / "final")):
         try:
             write()
-            messages.append("written")
+            messages.append("nothing stopped it")
         except Diverged as error:
             messages.append(str(error))
     names = sorted(path.name for path in out.iterdir())
     return [*dist.gather_objects(" / ".join(messages)), *names]
-
-
-__all__ = ["CPU", "whole_state"]
