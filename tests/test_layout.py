@@ -73,6 +73,10 @@ FILES_WITHOUT_TEST = {
     "dsalign/checkpoint/verify.py": "tests/faults/test_corruption.py has what it refuses and what it says",
     "dsalign/checkpoint/progress.py": "counters; tests/checkpoint/test_checkpoints.py saves and resumes them",
     "dsalign/engines/build.py": "needs ranks: tests/distributed/test_whole_runs.py and run_cases.py",
+    "dsalign/engines/finite.py": "needs ranks: tests/loop/test_bad_steps.py spoils numbers of every kind",
+    "dsalign/engines/memory.py": "tests/guard/test_resources.py and tests/rollout/test_out_of_memory.py",
+    "dsalign/guard/first_flaw.py": "tests/verbs/test_replay.py finds flaws forward and backward",
+    "dsalign/guard/numbers.py": "tests/verbs/test_replay.py writes and reads; tests/loop/test_bad_steps.py",
     "dsalign/loop/context.py": "needs engines: tests/loop/test_trainer.py and tests/distributed",
     "dsalign/loop/plan.py": "glue of a run: tests/distributed/test_whole_runs.py",
     "dsalign/loop/session.py": "glue of a run: tests/distributed/test_whole_runs.py",
@@ -84,6 +88,7 @@ FILES_WITHOUT_TEST = {
     "dsalign/rollout/plain.py": "tests/rollout/test_local.py holds both engines to the same",
     "dsalign/rollout/slots.py": "tests/rollout/test_local.py, by numbers, growth and moves",
     "dsalign/verbs/preflight.py": "two calls; tests/test_cli.py runs it and tests/checkpoint/test_folder_lock.py",
+    "dsalign/verbs/replayed.py": "tests/verbs/test_replay.py, through the command",
     "dsalign/verbs/train.py": "a table of contents; tests/distributed/test_whole_runs.py and tests/test_demo.py run it",
 }
 COLLECTIVE = {"engines", "checkpoint"}

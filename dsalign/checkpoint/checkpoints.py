@@ -20,7 +20,9 @@ from dsalign.checkpoint.random_state import random_state, restore_random_state, 
 from dsalign.checkpoint.verify import Checkpoint
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions, RunConfig
+from dsalign.endings import Diverged
 from dsalign.engines import dist
+from dsalign.engines.finite import non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +55,21 @@ class Checkpoints:
         """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. An earlier
         `folder` is replaced when the new one is whole. step: optimizer steps taken. Collective.
 
-        Raises NotSavedError as `staged.write` does.
+        Raises NotSavedError as `staged.write` does, and Diverged as `refuse_non_finite` does.
         """
+        self.refuse_non_finite(str(folder))
         staged.write(folder, self._models, lambda files: self._about(files, step))
+
+    def refuse_non_finite(self, what: str) -> None:
+        """Raise Diverged on every rank where a trained weight or a number of an optimizer is not finite on any, so that
+        none is ever written. Collective. what: that is not written, for the message."""
+        if broken := non_finite(self.engines):
+            last = next(iter(folders.newest_first(self.output_dir)), None)
+            back = "start again" if last is None else f"go on from {last} with --resume"
+            raise Diverged(
+                f"{what} is not written, as numbers of the model are no longer finite: {broken}; {back} and a lower "
+                "--learning_rate"
+            )
 
     def _models(self, parts: staged.Parts) -> None:
         for i, (role, engine) in enumerate(self.engines.items()):
@@ -68,7 +82,9 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> Path:
         """Write checkpoint-<step> and return its folder, which gets this name when every rank's part is in it; then
-        remove old checkpoints. Collective. Raises NotSavedError as `staged.write` does."""
+        remove old checkpoints. Collective. Raises NotSavedError as `staged.write` does, and Diverged as
+        `refuse_non_finite` does."""
+        self.refuse_non_finite(f"checkpoint-{progress.step}")
         final = self.output_dir / f"checkpoint-{progress.step}"
 
         def fill(parts: staged.Parts) -> None:

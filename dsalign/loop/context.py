@@ -121,10 +121,16 @@ class RunContext:
             self._engines[role] = Sampler(self._roles, role, self.rollout, self.end_ids)
         rollout = self._engines[role]
         where = "vLLM" if self.rollout.rollout == "vllm" else "rollout"  # that one may wait for a server
+        error: ValueError | None = None
         with self.clock.phase("rollout"), phases.within(where):
-            filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)
+            try:
+                filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)
+            except ValueError as caught:  # the other ranks are done with theirs, and wait for this one
+                error = caught
         with self.clock.phase("wait"):
-            self.total([])
+            (failed,) = self.total([float(error is not None)])
+        if failed:
+            dist.agree(error)
         with self.clock.phase("rollout"):
             return rollout.probed(filled, logps, versions, self.rollout)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 
 from dsalign import endings, phases
@@ -13,7 +14,7 @@ from dsalign.contract.groups import Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.data.checks import Survey
 from dsalign.engines import dist
-from dsalign.guard import signals
+from dsalign.guard import resources, signals
 from dsalign.loop.context import Interrupted
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
@@ -23,7 +24,7 @@ from dsalign.report.run_log import RunLog, duration, number
 
 GRACE_S = 30  # seconds that deepspeed, torchrun and Slurm give a rank between SIGTERM and SIGKILL
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
-COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last value in place of a mean
+COUNTERS = ("num_tokens", "episode", "bad_steps")  # metrics of which a log line has the last value in place of a mean
 
 
 class Session:
@@ -40,13 +41,16 @@ class Session:
         self.command, self.wishes = command, trainer.ctx.wishes
         self.progress, self.total = trainer.progress, trainer.total_steps
         self.output_dir = Path(config.output.output_dir)
-        self.report = RunLog(
-            self.output_dir,
-            config.output.report_to,
-            rank=dist.rank(),
-            total_steps=self.total,
-            resumed=config.output.resume is not None,
+        self.report = dist.together(
+            lambda: RunLog(
+                self.output_dir,
+                config.output.report_to,
+                rank=dist.rank(),
+                total_steps=self.total,
+                resumed=config.output.resume is not None,
+            )
         )
+        self._needs = resources.needs_of(store.engines, config)
         log = self.progress.log
         self._window, self._spread = Window(log.setdefault("window", {})), Spread(log.setdefault("spread", {}))
         self._last: dict[str, float] = {}
@@ -76,14 +80,14 @@ class Session:
         if self.progress.step > self._saved_step:
             self._save()
         phases.mark("export", self.progress.step)
-        self.store.export(self.output_dir / "final", self.progress.step)
+        with resources.writing("final", self.output_dir, self._needs.weights):
+            self.store.export(self.output_dir / "final", self.progress.step)
         phases.mark("report")
         best = self.progress.best_loss
         tail = "" if best is None else f", best eval/loss {number(best)} at step {self.progress.best_step}"
-        if dist.rank() == 0:
-            write_report(self.output_dir, f"{self.config.algo} of {self.config.models.model}")
+        curves = self._report() if dist.rank() == 0 else ""
         final = self.output_dir / "final"
-        self.report.say(f"done: {self.progress.step} steps{tail}; model in {final}, curves in report.html")
+        self.report.say(f"done: {self.progress.step} steps{tail}; model in {final}, {curves}")
         return self._last
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
@@ -129,15 +133,29 @@ class Session:
         self._evaluated_step = progress.step
         self.report.log(self.progress.step, found)
         self._last |= found
-        if progress.best_loss is None or found["eval/loss"] < progress.best_loss:
+        if not isfinite(found["eval/loss"]):
+            self.report.say(f"warning: eval/loss is {found['eval/loss']} at step {progress.step}, and no best one")
+        elif progress.best_loss is None or found["eval/loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["eval/loss"], progress.step
             if 0 < progress.step < self.total:
                 self._save()
 
+    def _report(self) -> str:
+        """Write report.html; returns where the curves are. The run is done, so a disk that is full ends nothing."""
+        try:
+            write_report(self.output_dir, f"{self.config.algo} of {self.config.models.model}")
+        except OSError as error:
+            room = resources.amount(resources.free(self.output_dir))
+            return (
+                f"report.html could not be written ({error.strerror}; {room} free): curves are in metrics.jsonl alone"
+            )
+        return "curves in report.html"
+
     def _save(self) -> None:
         start = time.monotonic()
         self.wishes.saved()
-        with phases.within("save"):
+        name = f"checkpoint-{self.progress.step}"
+        with phases.within("save"), resources.writing(name, self.output_dir, self._needs.checkpoint):
             self.store.save(self.progress)
         self._saved_step, self._save_s = self.progress.step, time.monotonic() - start
         if self._save_s > GRACE_S and not self._said_slow:

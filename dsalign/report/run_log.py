@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class RunLog:
         self._started = self._last = time.monotonic()
         self._first_step: int | None = None
         self._last_tokens: float | None = None
+        self._waiting: dict[str, list[str]] = {}  # name of a file -> its lines that could not be written
+        self._warned: set[str] = set()
         self._trackers: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
         if rank == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -104,7 +107,7 @@ class RunLog:
             rate = numbers["tokens_per_s"]  # 0 in a later pass over rows that are counted already
             tail = (f" | {rate:,.0f} tok/s" if rate else "") + f" | ETA {duration(left)}"
             self._last, self._last_tokens = now, numbers["num_tokens"]
-        _append(self._output_dir / METRICS, json.dumps({"step": step, **numbers}))
+        self._append(METRICS, [json.dumps({"step": step, **numbers})])
         split = {n.removeprefix("time/"): x for n, x in numbers.items() if n.startswith("time/")}
         if split:
             tail = " | " + ", ".join(f"{name} {seconds:.1f}s" for name, seconds in split.items()) + tail
@@ -124,26 +127,44 @@ class RunLog:
         samples.jsonl."""
         if self._rank != 0 or not samples:
             return
+        self._append(SAMPLES, [json.dumps({"step": step, **one}, ensure_ascii=False) for one in samples])
         for one in samples:
-            _append(self._output_dir / SAMPLES, json.dumps({"step": step, **one}, ensure_ascii=False))
             text = json.dumps(one["completion"][:200], ensure_ascii=False)
             self.say(f"sample at step {step} | score {number(one['score'])} | {text}")
 
+    def _append(self, name: str, lines: list[str]) -> None:
+        """Append whole lines to a file. Where the disk takes them not, training goes on: they are kept, and written
+        with the next ones that it takes; one warning says so."""
+        waiting = self._waiting.setdefault(name, [])
+        waiting += lines
+        path = self._output_dir / name
+        try:
+            append(path, "".join(f"{line}\n" for line in waiting).encode("utf-8", "surrogatepass"))
+            waiting.clear()
+        except OSError as error:
+            if name not in self._warned:
+                room = shutil.disk_usage(self._output_dir).free / 2**20
+                logger.warning(
+                    "warning: %s: %s (errno %s, %.1f MiB free): its lines are kept in memory until the disk takes "
+                    "them; make room before the next checkpoint", path, error.strerror, error.errno, room,
+                )  # fmt: skip
+            self._warned.add(name)
 
-def _append(path: Path, line: str) -> None:
-    """Append a line to a file by one write, so that no other writer's line ends up inside it. Raises OSError where the
-    disk is full; a part that was written is taken back."""
-    content = f"{line}\n".encode(errors="replace")
-    number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+def append(path: Path, content: bytes) -> None:
+    """Append bytes to a file, all of them or, where that raises OSError, none."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        before = os.fstat(number).st_size
-        count = os.write(number, content)
-        if count < len(content):
-            if os.fstat(number).st_size == before + count:
-                os.ftruncate(number, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        before, left = os.fstat(handle).st_size, memoryview(content)
+        try:
+            while left:
+                left = left[os.write(handle, left) :]
+        except OSError:
+            with suppress(OSError):  # the first error says more
+                os.ftruncate(handle, before)
+            raise
     finally:
-        os.close(number)
+        os.close(handle)
 
 
 def _cut(path: Path, keep: Callable[[int], bool]) -> None:

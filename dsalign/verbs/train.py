@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ from dsalign.data.dataset import data_of
 from dsalign.engines import build, dist, identity, reference_cache
 from dsalign.engines.engine import layout
 from dsalign.engines.self_check import self_check
-from dsalign.guard import watchdog
+from dsalign.guard import resources, stale_locks, watchdog
 from dsalign.guard.parents import Launchers
 from dsalign.guard.wishes import Wishes
 from dsalign.loop.plan import batches_of, context_of, loader_of
@@ -41,6 +42,8 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
     Raises ValueError for input that cannot be used, with what to do, and `endings.Stopped` where it was asked to stop.
     """
     quiet(process.rank)
+    if process.local_rank == 0 and (left := stale_locks.warning(os.environ)):
+        print(left, file=sys.stderr)
     device = dist.init(process.local_rank, process.local_size, peer_timeout=config.output.peer_timeout)
     try:
         with ExitStack() as held, watchdog.watched(Path(config.output.output_dir), config.output.peer_timeout):
@@ -48,10 +51,11 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
                 lead = process.rank == 0
                 dist.together(lambda: held.enter_context(preflight.ready(config)) if lead else None)
             wishes = Wishes(seconds(config.output.max_wall), Launchers.of(os.getpid()))
-            with dist.stoppable(lambda: preflight.unbegun(wishes.reason(), command) if wishes.reason() else None):
-                dist.same_everywhere(identity.of_run(config))
-                session = _built(config, device, command, wishes)
-            return session.run()
+            with resources.told(config):
+                with dist.stoppable(lambda: preflight.unbegun(wishes.reason(), command) if wishes.reason() else None):
+                    dist.same_everywhere(identity.of_run(config))
+                    session = _built(config, device, command, wishes)
+                return session.run()
     finally:
         dist.shutdown()
 
@@ -110,8 +114,11 @@ def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes
     store = checkpoints.Checkpoints(
         config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only
     )
+    needs = resources.needs_of(trained, config)
+    lead = dist.rank() == 0
+    dist.together(lambda: resources.refuse_full_disk(needs, config, total_batches) if lead else None)
     phases.mark("resume" if config.output.resume else "new folder")
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state, wishes)
-    trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress)
+    trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress, Path(config.output.output_dir))
     return Session(config, trainer, store, held_out, command)
