@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsalign.checkpoint import folders
+from dsalign.checkpoint import run_folders
 from dsalign.config.schema import RunConfig
 from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Group, Output, Prepared
@@ -55,7 +55,7 @@ def replayed(folder: Path, config: RunConfig, model: str | None) -> tuple[list[s
 def _model(role: str, config: RunConfig, given: str | None, folder: Path, device: torch.device) -> _Model:
     """The model of a trained role: of the given folder, else of the run's newest checkpoint, else as it starts."""
     main = role == config.algorithm.traits.main
-    kept = folders.newest_first(folder.absolute().parent.parent)
+    kept = run_folders.newest_first(folder.absolute().parent.parent)
     begun = config.models.model if main else config.models.reward_model or config.models.model
     where = given or (str(kept[0]) if kept else begun)
     inside = Path(where) / role
