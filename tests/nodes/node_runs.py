@@ -116,6 +116,12 @@ class Run:
         began = time.monotonic()
         for one in self.started:
             self.codes.append(one.wait(max(0.1, began + seconds - time.monotonic())))
+        self.wait_for_ranks(began + seconds - time.monotonic())
+        return time.monotonic() - began
+
+    def wait_for_ranks(self, seconds: float) -> float:
+        """Wait until no rank is left on any node; returns the seconds it took."""
+        began = time.monotonic()
         while any(self.ranks(node) for node in range(self.cluster.count)):
             assert time.monotonic() < began + seconds, f"ranks are left: {self.text[-4000:]}"
             time.sleep(0.1)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ pytestmark = [
     pytest.mark.skipif(bool(lacking(NEEDED)), reason=f"make test-nodes {lacking(NEEDED)}"),
 ]
 SECONDS = 300.0
-COMMON = ("--deepspeed", "zero3", "--learning_rate", "1e-3", "--batch_size", "2", "--gradient_accumulation_steps", "1",
+LONG = 40  # steps of a run that something happens to
+GONE_S = 15.0  # within which every rank has left after a fault
+COMMON = ("--num_train_epochs", "20",
+          "--deepspeed", "zero3", "--learning_rate", "1e-3", "--batch_size", "2", "--gradient_accumulation_steps", "1",
           "--logging_steps", "1", "--max_length", "64")  # fmt: skip
 
 
@@ -45,11 +49,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(algo: str, inputs: Path, output: Path) -> list[str]:
-    """The command line of a run of four steps, or of two rollouts with two passes each."""
+def words(algo: str, inputs: Path, output: Path, steps: int = 4) -> list[str]:
+    """The command line of a run of a few optimizer steps."""
     own = {
-        "dpo": ["--dataset", str(inputs / "pairs.jsonl"), "--max_steps", "4"],
-        "ppo": ["--dataset", str(inputs / "prompts.jsonl"), "--max_steps", "4", "--max_new_tokens", "8",
+        "dpo": ["--dataset", str(inputs / "pairs.jsonl"), "--max_steps", str(steps)],
+        "ppo": ["--dataset", str(inputs / "prompts.jsonl"), "--max_steps", str(steps), "--max_new_tokens", "8",
                 "--reward_funcs", f"{inputs / 'reward.py'}:vowels"],
     }[algo]  # fmt: skip
     return ["--algo", algo, "--model", str(inputs / "model"), *own, *COMMON, "--output_dir", str(output)]
@@ -62,29 +66,22 @@ def weights(output: Path) -> dict[str, str]:
     return {str(f.relative_to(output)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+def train_here(algo: str, inputs: Path, output: Path, steps: int) -> dict[str, str]:
+    """The weights after a run of two ranks on this machine."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+           "--master-port", "29631", SCRIPT]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*run, *words(algo, inputs, output, steps)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]
+    return weights(output)
+
+
 @pytest.fixture(scope="module")
 def one_machine(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """Algorithm -> the weights after a run of two ranks on this machine."""
-    found = {}
-    for algo in ("dpo", "ppo"):
-        output = tmp_path_factory.mktemp("one") / algo
-        run = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-addr",
-            "127.0.0.1",
-            "--master-port",
-            "29631",
-            SCRIPT,
-        ]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*run, *words(algo, inputs, output)], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[:3000]
-        found[algo] = weights(output)
-    return found
+    """Algorithm -> the weights after a short run on one machine; "long" -> those after LONG steps of dpo."""
+    folder = tmp_path_factory.mktemp("one")
+    found = {algo: train_here(algo, inputs, folder / algo, 4) for algo in ("dpo", "ppo")}
+    return {**found, "long": train_here("dpo", inputs, folder / "long", LONG)}
 
 
 @pytest.mark.parametrize(
@@ -100,3 +97,80 @@ def test_nodes_train_the_same_weights(
     assert set(run.codes) == {0}, run.text[-4000:]
     assert "on 2 rank(s)" in run.text
     assert weights(tmp_path / "run") == one_machine[algo]
+
+
+def killed(run: Run, cluster: Cluster) -> None:
+    (rank,) = run.ranks(1)
+    os.kill(rank, signal.SIGKILL)
+
+
+def told(run: Run, cluster: Cluster) -> None:
+    """SIGTERM to a rank, as a machine that is taken away sends it."""
+    (rank,) = run.ranks(1)
+    os.kill(rank, signal.SIGTERM)
+
+
+def cut(run: Run, cluster: Cluster) -> None:
+    cluster.link(1, "down")
+
+
+@pytest.mark.parametrize(
+    ("way", "fault"),
+    [
+        *((way, killed) for way in WAYS),
+        *((way, told) for way in WAYS),
+        ("no_ssh", cut),
+        ("torchrun", cut),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one.__name__,
+)
+def test_a_fault_of_a_node_ends_all_and_the_run_goes_on(
+    way: str,
+    fault: Callable[[Run, Cluster], None],
+    cluster: Cluster,
+    inputs: Path,
+    one_machine: dict[str, dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    """Every rank leaves, the message names what happened, and the same command goes on to the same weights."""
+    if reason := lacking(WAYS[way].programs):
+        pytest.skip(reason)
+    command = [*words("dpo", inputs, tmp_path / "run", LONG), "--save_steps", "5", "--resume", "auto"]
+    run = Run(cluster, way, command, tmp_path / "logs")
+    try:
+        run.wait_for(f"step 7/{LONG}", SECONDS)
+        fault(run, cluster)
+        seconds = run.wait_for_ranks(GONE_S + 30)
+        run.wait(60)
+    finally:
+        cluster.link(1, "up")
+    text = run.text
+    assert f"step {LONG}/" not in text, "the run was over before the fault"
+    assert 0 not in run.codes, (run.codes, text[-4000:])
+    if fault is told:
+        assert "SIGTERM on rank 1" in text and "resume with" in text
+    else:
+        assert "rank 1 on node1" in text, text[-4000:]
+        assert seconds < GONE_S, f"ranks were there for {seconds:.0f} s: {text[-3000:]}"
+    again = Run(cluster, way, command, tmp_path / "again")
+    again.wait(SECONDS)
+    assert set(again.codes) == {0}, again.text[-4000:]
+    assert "resuming at step" in again.text
+    assert weights(tmp_path / "run") == one_machine["long"]
+
+
+def test_a_full_disk_of_one_node_is_told_by_all(
+    cluster: Cluster, inputs: Path, one_machine: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """The rank that cannot write says so; what was saved before is what a resumed run begins with."""
+    command = [*words("dpo", inputs, tmp_path / "run", LONG), "--save_steps", "5", "--resume", "auto"]
+    fault = {"DSALIGN_TEST": "1", "DSALIGN_FAULT": "before_shard:1:full:2"}
+    run = Run(cluster, "torchrun", command, tmp_path / "logs", **fault)
+    run.wait(SECONDS)
+    assert 0 not in run.codes
+    assert "No space left on device" in run.text and "checkpoint-10 was not saved" in run.text
+    assert (tmp_path / "run" / "checkpoint-5").is_dir() and not (tmp_path / "run" / "checkpoint-10").exists()
+    again = Run(cluster, "torchrun", command, tmp_path / "again")
+    again.wait(SECONDS)
+    assert "resuming at step 5" in again.text
+    assert weights(tmp_path / "run") == one_machine["long"]
