@@ -42,9 +42,9 @@ def of(words: Sequence[str]) -> str:
     """The verb that the first of a command's words names, empty for a training: train, another trainer's word for it,
     or none. Raises ConfigError where it names none."""
     first = "".join(words[:1])
-    known = summaries()
-    if not first or first == "train" or first in TRAIN_VERBS:
+    if not first or first in TRAIN_VERBS:
         return ""
+    known = summaries()
     if first not in known:
         raise ConfigError([_unknown(first, [*known, *TRAIN_VERBS])])
     return first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_what_is_no_run_is_refused(run: Path) -> None:
 
 def test_a_run_without_a_checkpoint_is_refused(run: Path) -> None:
     for step in (2, 10):
-        (run / f"checkpoint-{step}" / "trainer.json").unlink()
+        shutil.rmtree(run / f"checkpoint-{step}")
     with pytest.raises(ValueError, match=r"^resume: no checkpoint-N in .*/out; "):
         resume.words([str(run)], 1)
 
