@@ -1,4 +1,4 @@
-"""Checkpoints and exports held against their manifests before anything in them is used, by all ranks together."""
+"""Checkpoints held against their manifests before anything in them is used, by all ranks together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from dsalign.checkpoint import manifest, run_folders, shards
@@ -18,7 +17,6 @@ from dsalign.engines import dist
 
 logger = logging.getLogger(__name__)
 THREADS = 4  # that read and hash files, at most
-WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,10 +117,6 @@ def _faults(names: list[str], fault: Callable[[str], str | None]) -> list[str]:
     return sorted(one for part in dist.everyones(said) for one in part)
 
 
-def _fault(folder: Path, files: Mapping[str, Entry], name: str) -> str | None:
-    return manifest.fault_of(folder, name, files[name])
-
-
 def _manifest(folder: Path) -> Manifest:
     """The manifest as rank 0 reads it, for every rank. Raises BrokenError on every rank."""
     found: Manifest | str = ""
@@ -135,23 +129,3 @@ def _manifest(folder: Path) -> Manifest:
     if isinstance(found, str):
         raise BrokenError(found)
     return found
-
-
-def check_models(named: Iterable[Path]) -> None:
-    """Hold the weights in folders that dsalign has exported against their manifests; other folders have none, and are
-    left alone. Other files may be edited: those that differ are named in a warning. Collective.
-
-    Raises ValueError on every rank where weights differ, naming the file.
-    """
-    for folder in dist.from_rank_0(sorted({path for path in named if (path / MANIFEST).is_file()})):
-        try:
-            listed = {name: entry for name, entry in _manifest(folder).files.items() if "/" not in name}
-            check(folder, {name: entry for name, entry in listed.items() if name.endswith(WEIGHTS)})
-        except BrokenError as error:
-            raise _refused(
-                f"model: {folder} is not as it was written: {error}; copy it again, or take a checkpoint beside it"
-            ) from None
-        rest = sorted(name for name in listed if not name.endswith(WEIGHTS))
-        changed = _faults(rest, partial(_fault, folder, listed))
-        if changed and dist.rank() == 0:
-            logger.warning("%s: %s since dsalign wrote it", folder, "; ".join(changed))
