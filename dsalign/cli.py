@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    if argv[:1] == ["data"]:
+    if argv[:1] in (["data"], ["report"]):
         with lazy.put_off("torch"):
-            verb = importlib.import_module("dsalign.verbs.data")
+            verb = importlib.import_module(f"dsalign.verbs.{argv[0]}")
             request = verb.read(argv[1:])
         return int(verb.run(request))
     env = dict(os.environ)
@@ -100,7 +100,7 @@ def _main(argv: Sequence[str]) -> int:
         logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
         run = importlib.import_module("dsalign.verbs.train")
         logging.disable(logging.NOTSET)
-        run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]))
+        run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]), parsed.origins)
     return 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.schema import RunConfig
@@ -14,8 +16,8 @@ from dsalign.engines import dist
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
-from dsalign.report.page import write_report
-from dsalign.report.run_log import RunLog, number
+from dsalign.report.run_log import RunLog
+from dsalign.report.story import number
 
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
 COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last value in place of a mean
@@ -24,10 +26,19 @@ COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last
 class Session:
     """One run of a trainer with everything around its steps: logs, evaluates, saves checkpoints, and writes final/.
 
-    store: the run's checkpoints. held_out: batches to evaluate on, None = no evaluation. Every method is collective.
+    store: the run's checkpoints. held_out: batches to evaluate on, None = no evaluation. origins: option -> where its
+    value is from, for the report. Every method is collective.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, store: Checkpoints, held_out: Loader | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        store: Checkpoints,
+        held_out: Loader | None,
+        origins: Mapping[str, str] | None = None,
+    ) -> None:
+        self.origins = origins or {}
         self.config, self.trainer, self.store, self.held_out = config, trainer, store, held_out
         self.progress, self.total = trainer.progress, trainer.total_steps
         self.output_dir = Path(config.output.output_dir)
@@ -45,7 +56,17 @@ class Session:
         self._evaluated_step: int | None = None
 
     def run(self) -> dict[str, float]:
-        """Train to the end and write final/ and report.html; returns the last value of every metric."""
+        """Train to the end and write final/; returns the last value of every metric. report.html is written however the
+        run ends."""
+        try:
+            last = self._run()
+        except BaseException as error:
+            self.report.close(error)
+            raise
+        self.report.close(None)
+        return last
+
+    def _run(self) -> dict[str, float]:
         self._open()
         if self.held_out is not None and self.progress.step == 0:
             self._evaluate()
@@ -58,8 +79,6 @@ class Session:
         self.store.export(self.output_dir / "final")
         best = self.progress.best_loss
         tail = "" if best is None else f", best eval/loss {number(best)} at step {self.progress.best_step}"
-        if dist.rank() == 0:
-            write_report(self.output_dir, f"{self.config.algo} of {self.config.models.model}")
         final = self.output_dir / "final"
         self.report.say(f"done: {self.progress.step} steps{tail}; model in {final}, curves in report.html")
         return self._last
@@ -139,7 +158,9 @@ class Session:
             report.say(f"reward: {' + '.join([*filter(None, [model]), *functions])}")
         groups = trainer.loader.groups
         first = [groups[i] for i in range(min(len(groups), CHECKED))]
-        for finding in Survey(first, trainer.ctx.end_ids, None).findings():
+        survey = Survey(first, trainer.ctx.end_ids, None)
+        self._begin(survey)
+        for finding in survey.findings():
             report.say(f"{finding.line()} (dsalign data check says more)")
         module = engine.module
         if module.balancing is not None:
@@ -151,3 +172,20 @@ class Session:
             report.say(line)
         if trainer.loader.dropped:
             report.say(f"warning: the last {trainer.loader.dropped} row(s) of each epoch are too few and left out")
+
+    def _begin(self, survey: Survey) -> None:
+        """Note for the report what the run begins with. survey: of the first training groups."""
+        loader, held_out = self.trainer.loader, len(self.held_out.groups) if self.held_out else 0
+        data: dict[str, Any] = {"data sets": " ".join(self.config.data.dataset), "rows": len(loader.groups)}
+        data |= {"rows held out": held_out} if held_out else {}
+        data |= {"rows a batch": loader.global_batch}
+        data |= {"rows left out at the end of an epoch": loader.dropped} if loader.dropped else {}
+        data |= {"lengths measured on": f"the first {CHECKED}"} if len(loader.groups) > CHECKED else {}
+        self.report.begin(
+            rows=len(loader.groups),
+            held_out=held_out,
+            ranks=dist.world_size(),
+            device=self.trainer.roles.device.type,
+            data={**data, "lengths": {name: asdict(of) for name, of in survey.lengths().items()}},
+            origins=self.origins,
+        )

@@ -13,6 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsalign.report.environment import environment
+from dsalign.report.events import BEGIN, END, KEEPER, WARNING, Events, ending
+from dsalign.report.history import METRICS, SAMPLES
+from dsalign.report.page import write_report
+from dsalign.report.story import duration, number
 from dsalign.report.trackers import TRACKERS
 
 logger = logging.getLogger(__name__)
@@ -41,7 +46,7 @@ NOT_ON_THE_LINE = (  # only in metrics.jsonl
     "val/",
     "rollout/",
 )
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+WARNED = ("warning: ", "error: ")  # how a line begins that belongs among the warnings of the report
 
 
 class RunLog:
@@ -64,12 +69,37 @@ class RunLog:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._resumed = resumed
             self._file = (output_dir / METRICS).open("a" if resumed else "w", encoding="utf-8")
+            self._events = Events(output_dir, resumed=resumed)
+            self._step = 0
             self._trackers = {name: TRACKERS[name](output_dir) for name in trackers}
 
-    def say(self, text: str) -> None:
-        """Print one line, on rank 0."""
+    def begin(self, **facts: Any) -> None:
+        """Note that the run begins, with what its report tells of it: total (optimizer steps), rows, held_out, ranks,
+        device, data (a table), origins (option -> where its value is from); and every warning so far and to come."""
+        if self._rank == 0:
+            self._events.write(BEGIN, total=self._total, **facts, environment=environment())
+            KEEPER.follow(lambda text: self._events.write(WARNING, step=self._step, text=text))
+
+    def close(self, error: BaseException | None) -> None:
+        """Note how the run ended, by an error or, with None, by its last step, and write report.html. Never raises: the
+        reason why a run ended is not to be lost over its report."""
         if self._rank != 0:
             return
+        try:
+            self._events.write(END, step=self._step, **ending(error))
+            KEEPER.restart()
+            write_report(self._output_dir)
+        except (Exception, KeyboardInterrupt) as problem:
+            logger.warning(
+                "report.html was not written (%s); `dsalign report %s` tries again", problem, self._output_dir
+            )
+
+    def say(self, text: str) -> None:
+        """Print one line, on rank 0; a line that begins with a word of WARNED is kept for the report."""
+        if self._rank != 0:
+            return
+        if text.startswith(WARNED):
+            self._events.write(WARNING, step=self._step, text=text)
         try:
             print(text, flush=True)
         except BrokenPipeError:  # whoever read the console is gone; metrics.jsonl has it all
@@ -87,13 +117,14 @@ class RunLog:
             _cut(self._output_dir / SAMPLES, lambda at: at < step)  # of the rollout that comes next
         self._started = self._last = time.monotonic()
         self._first_step, self._last_tokens = step, num_tokens
+        self._step = step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of an optimizer step: a line on the console, one in metrics.jsonl, a point in every tracker. With
         num_tokens among them tokens/s and the time left are added."""
         if self._rank != 0:
             return
-        now = time.monotonic()
+        now, self._step = time.monotonic(), step
         numbers = dict(metrics)
         tail = ""
         if "num_tokens" in numbers and self._first_step is not None:
@@ -148,18 +179,6 @@ def _cut(path: Path, keep: Callable[[int], bool]) -> None:
         file.truncate()
 
 
-def number(x: float) -> str:
-    """A number for people: four decimals at most, with an exponent where it is tiny or huge."""
-    return f"{x:.2e}" if x and not 1e-3 <= abs(x) < 1e5 else f"{x:.4f}".rstrip("0").rstrip(".")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 1h02m, 3m05s or 12s."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
 def quiet(rank: int) -> None:
     """Let DeepSpeed, transformers, datasets and their like log errors alone, and dsalign lines of information on rank 0
     alone."""
@@ -168,4 +187,6 @@ def quiet(rank: int) -> None:
     for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|deepspeed")
+    KEEPER.restart()
+    logging.getLogger("dsalign").addHandler(KEEPER)
     importlib.import_module("transformers").logging.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import chain
 
@@ -24,10 +25,13 @@ from dsalign.rewards.sources import functions_of, rewards_of
 from dsalign.verbs import preflight
 
 
-def train(config: RunConfig, process: Process, command: str) -> dict[str, float]:
+def train(
+    config: RunConfig, process: Process, command: str, origins: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Run one training as `config` says; returns the last value of every metric. Collective.
 
-    process: this rank and its place on this machine. command: the command line, kept in the output folder.
+    process: this rank and its place on this machine. command: the command line, kept in the output folder. origins:
+    option -> where its value is from, which the report tells.
     Raises ValueError for input that cannot be used, with what to do.
     """
     quiet(process.rank)
@@ -38,12 +42,14 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
                 lead = process.rank == 0
                 dist.together(lambda: held.enter_context(preflight.ready(config)) if lead else None)
             dist.same_everywhere(identity.of_run(config))
-            return _train(config, device, command)
+            return _train(config, device, command, origins)
     finally:
         dist.shutdown()
 
 
-def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, float]:
+def _train(
+    config: RunConfig, device: torch.device, command: str, origins: Mapping[str, str] | None
+) -> dict[str, float]:
     torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
     sources = build.sources(config)
     template = dist.together(lambda: template_of(config, sources[config.algorithm.traits.main]))
@@ -84,4 +90,4 @@ def _train(config: RunConfig, device: torch.device, command: str) -> dict[str, f
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state)
     trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress)
-    return Session(config, trainer, store, held_out).run()
+    return Session(config, trainer, store, held_out, origins).run()

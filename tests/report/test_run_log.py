@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dsalign.report import run_log
-from dsalign.report.run_log import RunLog, duration, number
+from dsalign.report import events, history, run_log
+from dsalign.report.run_log import RunLog
 
 
 @pytest.fixture
@@ -119,31 +119,6 @@ def test_a_tracker_that_fails_is_left_out_and_said_once(
     assert len(lines(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
-    ("x", "text"),
-    [
-        (0.0, "0"),
-        (1.0, "1"),
-        (-0.25, "-0.25"),
-        (0.123456, "0.1235"),
-        (100.0, "100"),
-        (5e-5, "5.00e-05"),
-        (-123456.0, "-1.23e+05"),
-        (float("nan"), "nan"),
-        (float("inf"), "inf"),
-    ],
-)
-def test_number(x: float, text: str) -> None:
-    assert number(x) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.9, "0s"), (59.9, "59s"), (60, "1m00s"), (185, "3m05s"), (3600, "1h00m"), (90061, "25h01m")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
 def test_training_outlives_its_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader of the output is gone (`| head`): nothing is raised, and metrics.jsonl still gets every line."""
 
@@ -159,3 +134,35 @@ def test_training_outlives_its_console(tmp_path: Path, monkeypatch: pytest.Monke
     report.log(1, {"loss": 2.0})
     report.log(2, {"loss": 1.0})
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_report_is_written_however_a_run_ends(tmp_path: Path) -> None:
+    """Ctrl-C at step 3, after a warning of a library call before the folder was open, and one that was printed."""
+    events.KEEPER.restart()
+    events.KEEPER.emit(logging.LogRecord("dsalign.data", logging.WARNING, "", 0, "%d rows dropped", (2,), None))
+    (tmp_path / "config.yaml").write_text("algo: dpo\nmodel: tiny\n")
+    report = of(tmp_path)
+    report.begin(rows=8, held_out=0, ranks=1, device="cpu", data={}, origins={})
+    report.log(3, {"loss": 1.0})
+    report.say("warning: the last 3 row(s) are left out")
+    report.close(KeyboardInterrupt())
+    found = [(e["kind"], e.get("step"), e.get("text")) for e in history.lines(tmp_path / "events.jsonl")]
+    assert found == [
+        ("begin", None, None),
+        ("warning", 0, "2 rows dropped"),
+        ("warning", 3, "warning: the last 3 row(s) are left out"),
+        ("end", 3, ""),
+    ]
+    assert "took 3 of 10 optimizer steps" in (tmp_path / "report.html").read_text()
+    assert "It was interrupted (Ctrl-C) at step 3" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_that_cannot_be_written_hides_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder stands in its place: one warning, and nothing raised."""
+    (tmp_path / "report.html").mkdir()
+    report = of(tmp_path)
+    report.begin(rows=8, held_out=0, ranks=1, device="cpu", data={}, origins={})
+    with caplog.at_level(logging.WARNING):
+        report.close(ValueError("the real one"))
+    (said,) = (record.message for record in caplog.records)
+    assert said.startswith("report.html was not written (") and f"`dsalign report {tmp_path}` tries again" in said
