@@ -25,6 +25,7 @@ from dsalign.config import lazy
 with lazy.put_off("torch"):  # algorithm files name torch at their top, but only their methods use it
     from dsalign import launcher, ranks
     from dsalign.config import flags, help, parse
+    from dsalign.report import screen
 
 PACKAGE = Path(__file__).parent
 SET = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # for the libraries
@@ -95,7 +96,9 @@ def _main(argv: Sequence[str]) -> int:
         sys.stderr.flush()
         os.execve(launch.command[0], launch.command, launcher.environment(os.environ, sys.argv[0]))
     process = ranks.process(env)
-    with preflight.ready(parsed.config) if process.world_size == 1 else nullcontext():  # ranks agree on it: train.py
+    ready = preflight.ready(parsed.config) if process.world_size == 1 else nullcontext()  # ranks agree on it: train.py
+    with screen.opened(process.rank), ready:
+        screen.stage("importing torch, DeepSpeed and transformers")
         # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
         logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
         run = importlib.import_module("dsalign.verbs.train")

@@ -33,9 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "algos": {"contract"},
     "config": {"algos", "assets", "contract"},
     "report": {"assets", "config", "endings"},
-    "data": {"assets", "config", "contract"},
+    "data": {"assets", "config", "contract", "report"},
     "models": {"config", "contract", "cpu", "data"},
-    "engines": {"config", "contract", "cpu", "data", "endings", "faults", "models"},
+    "engines": {"config", "contract", "cpu", "data", "endings", "faults", "models", "report"},
     "rollout": {"config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
     "rewards": {"assets", "config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
     "checkpoint": {"config", "contract", "cpu", "data", "endings", "engines", "faults", "models"},
@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launcher": {"config", "endings", "ranks"},
     "verbs": {"assets", "checkpoint", "config", "contract", "data", "endings", "engines", "faults", "guard", "loop",
               "models", "ranks", "report", "rewards"},
-    "cli": {"__version__", "config", "endings", "launcher", "ranks"},
+    "cli": {"__version__", "config", "endings", "launcher", "ranks", "report"},
     "__init__": set(),
 }  # fmt: skip
 ORDER = list(MAY_IMPORT)

@@ -17,7 +17,6 @@ from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
 from dsalign.report.run_log import RunLog
-from dsalign.report.story import number
 
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
 COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last value in place of a mean
@@ -77,17 +76,14 @@ class Session:
         if self.progress.step > self._saved_step:
             self._save()
         self.store.export(self.output_dir / "final")
-        best = self.progress.best_loss
-        tail = "" if best is None else f", best eval/loss {number(best)} at step {self.progress.best_step}"
-        final = self.output_dir / "final"
-        self.report.say(f"done: {self.progress.step} steps{tail}; model in {final}, curves in report.html")
+        self.report.say(f"done: {self.progress.step} steps")
         return self._last
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
         config, step = self.config, self.progress.step
         self._window.add({**metrics, **self._spread.of(metrics, last=self.trainer.at_boundary)})
         self._now = {name: x for name, x in metrics.items() if name in COUNTERS or name.endswith("lr")}
-        if step % config.output.logging_steps == 0 or step == self.total:
+        if step % config.output.logging_steps == 0 or step in (1, self.total):
             self._log()
         if not self.trainer.at_boundary:
             return
@@ -141,7 +137,7 @@ class Session:
         config, trainer, report = self.config, self.trainer, self.report
         engine = trainer.roles.engines[next(iter(trainer.stepped))]
         parameters = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad]
-        report.say(
+        report.title(
             f"{config.algo} {config.models.tuner} of {config.models.model}: "
             f"{sum(parameters) / 1e6:.2f} M trained parameters, "
             f"{config.optim.deepspeed} on {dist.world_size()} rank(s), {trainer.roles.device.type}, "
@@ -182,6 +178,7 @@ class Session:
         data |= {"rows left out at the end of an epoch": loader.dropped} if loader.dropped else {}
         data |= {"lengths measured on": f"the first {CHECKED}"} if len(loader.groups) > CHECKED else {}
         self.report.begin(
+            self.config.options(),
             rows=len(loader.groups),
             held_out=held_out,
             ranks=dist.world_size(),

@@ -53,3 +53,17 @@ def _memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
+
+
+def memory_gib() -> dict[str, float]:
+    """Name -> GiB that this process holds: of the machine's memory, and on a GPU the most that tensors took so far."""
+    found = {}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["GPU memory"] = torch.cuda.max_memory_allocated() / 2**30
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        found["memory"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (OSError, ValueError, IndexError):
+        pass
+    return found

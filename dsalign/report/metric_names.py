@@ -110,3 +110,16 @@ def charts_of(names: Collection[str]) -> Iterator[Chart]:
     for name in sorted(present - placed):
         section = SPEED if name.startswith("time/") else MORE
         yield Chart(name, (name,), section, "")
+
+
+LINE = ("objective/scores", "objective/kl", "loss", "rewards/accuracies", "rewards/margins", "kl", "log_odds_ratio")
+MOST_ON_A_LINE = 5
+
+
+def on_the_line(names: Collection[str]) -> list[str]:
+    """The main numbers among `names`, for one line of a log: those of LINE in its order, MOST_ON_A_LINE at most; of an
+    evaluation its own. A run that has none of them shows its first number."""
+    for prefix in ("", EVAL):
+        if found := [prefix + name for name in LINE if prefix + name in names]:
+            return found[:MOST_ON_A_LINE]
+    return sorted(set(names) - NOT_DRAWN)[:1]

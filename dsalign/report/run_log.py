@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import sys
 import time
 import warnings
@@ -13,39 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsalign.report.environment import environment
-from dsalign.report.events import BEGIN, END, KEEPER, WARNING, Events, ending
-from dsalign.report.history import METRICS, SAMPLES
+from dsalign.config.secrets import redacted
+from dsalign.report import screen
+from dsalign.report.environment import environment, memory_gib
+from dsalign.report.events import BEGIN, DONE, END, KEEPER, WARNING, Events, ending
+from dsalign.report.hints import last_lines
+from dsalign.report.history import METRICS, SAMPLES, read
+from dsalign.report.metric_names import EVAL, label, on_the_line
 from dsalign.report.page import write_report
+from dsalign.report.screen import Now
 from dsalign.report.story import duration, number
-from dsalign.report.trackers import TRACKERS
+from dsalign.report.trackers import TRACKERS, Tracker
 
 logger = logging.getLogger(__name__)
-FIRST = (
-    "loss",
-    "eval/loss",
-    "objective/scores",
-    "objective/kl",
-    "rewards/accuracies",
-    "rewards/margins",
-    "kl",
-    "nll_loss",
-    "log_odds_ratio",
-    "grad_norm",
-    "lr",
-)
-NOT_ON_THE_LINE = (  # only in metrics.jsonl
-    "num_tokens",
-    "time/",
-    "epoch",
-    "tokens_per_s",
-    "logps/",
-    "objective/",
-    "policy/",
-    "loss/",
-    "val/",
-    "rollout/",
-)
+SHORT = 200  # characters of a sample on the console
 WARNED = ("warning: ", "error: ")  # how a line begins that belongs among the warnings of the report
 
 
@@ -64,46 +44,59 @@ class RunLog:
         self._started = self._last = time.monotonic()
         self._first_step: int | None = None
         self._last_tokens: float | None = None
-        self._trackers: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
+        self._trackers: dict[str, Tracker] = {}
         if rank == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._resumed = resumed
             self._file = (output_dir / METRICS).open("a" if resumed else "w", encoding="utf-8")
             self._events = Events(output_dir, resumed=resumed)
             self._step = 0
-            self._trackers = {name: TRACKERS[name](output_dir) for name in trackers}
+            self._trackers = {name: made for name in trackers if (made := _made(name, output_dir)) is not None}
 
-    def begin(self, **facts: Any) -> None:
-        """Note that the run begins, with what its report tells of it: total (optimizer steps), rows, held_out, ranks,
-        device, data (a table), origins (option -> where its value is from); and every warning so far and to come."""
+    def begin(self, settings: Mapping[str, Any], **facts: Any) -> None:
+        """Note that the run begins, with what its report tells of it: rows, held_out, ranks, device, data (a table),
+        origins (option -> where its value is from); and every warning so far and to come. settings: option -> value,
+        for the trackers."""
         if self._rank == 0:
+            shown = {name: value if isinstance(value, (int, float)) else redacted(str(value)) for name, value in
+                     settings.items()}  # fmt: skip
+            self._tell(lambda tracker: tracker.settings(shown))
             self._events.write(BEGIN, total=self._total, **facts, environment=environment())
             KEEPER.follow(lambda text: self._events.write(WARNING, step=self._step, text=text))
 
     def close(self, error: BaseException | None) -> None:
-        """Note how the run ended, by an error or, with None, by its last step, and write report.html. Never raises: the
-        reason why a run ended is not to be lost over its report."""
+        """Note how the run ended, by an error or, with None, by its last step, write report.html, and say where
+        everything is and how to go on. Never raises: the reason why a run ended is not to be lost over its report."""
         if self._rank != 0:
             return
         try:
-            self._events.write(END, step=self._step, **ending(error))
+            ended = ending(error)
+            self._events.write(END, step=self._step, **ended)
             KEEPER.restart()
+            self._tell(lambda tracker: tracker.finish())
             write_report(self._output_dir)
+            screen.current().close()
+            if ended["how"] != DONE:
+                self.say(f"{ended['how']} at step {self._step} of {self._total}")
+            for text in last_lines(read(self._output_dir), ended["how"]):
+                self.say(text)
         except (Exception, KeyboardInterrupt) as problem:
             logger.warning(
                 "report.html was not written (%s); `dsalign report %s` tries again", problem, self._output_dir
             )
 
+    def title(self, text: str) -> None:
+        """Name the run, on rank 0: in the first line of a live screen, else as a line."""
+        if self._rank == 0:
+            screen.current().title(text)
+
     def say(self, text: str) -> None:
-        """Print one line, on rank 0; a line that begins with a word of WARNED is kept for the report."""
+        """Show one line, on rank 0; a line that begins with a word of WARNED is kept for the report."""
         if self._rank != 0:
             return
         if text.startswith(WARNED):
             self._events.write(WARNING, step=self._step, text=text)
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # whoever read the console is gone; metrics.jsonl has it all
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        screen.current().say(text)
 
     def start(self, step: int, num_tokens: float) -> None:
         """Training begins behind optimizer step `step`, with num_tokens trained on before: rates and the time left
@@ -125,8 +118,7 @@ class RunLog:
         if self._rank != 0:
             return
         now, self._step = time.monotonic(), step
-        numbers = dict(metrics)
-        tail = ""
+        numbers, left, tail = dict(metrics), None, ""
         if "num_tokens" in numbers and self._first_step is not None:
             numbers["tokens_per_s"] = (numbers["num_tokens"] - (self._last_tokens or 0)) / max(now - self._last, 1e-9)
             left = (now - self._started) / max(1, step - self._first_step) * (self._total - step)
@@ -135,30 +127,56 @@ class RunLog:
             self._last, self._last_tokens = now, numbers["num_tokens"]
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
-        split = {n.removeprefix("time/"): x for n, x in numbers.items() if n.startswith("time/")}
-        if split:
-            tail = " | " + ", ".join(f"{name} {seconds:.1f}s" for name, seconds in split.items()) + tail
-        rest = [n for n in numbers if n not in FIRST and not n.removeprefix("eval/").startswith(NOT_ON_THE_LINE)]
-        ordered = [n for n in FIRST if n in numbers] + rest
-        text = " | ".join(f"{name} {number(numbers[name])}" for name in ordered)
-        self.say(f"step {step}/{self._total} | {text}{tail}")
-        for name, track in list(self._trackers.items()):
-            try:
-                track(step, numbers)
-            except Exception as error:  # a tracker is somebody else's code: whatever it raises, training goes on
-                logger.warning("report_to %s failed and is left out from here: %s", name, error)
-                del self._trackers[name]
+        memory = memory_gib()
+        screen.current().now(Now(step, self._total, numbers, left, memory), f"{line(step, self._total, numbers)}{tail}")
+        system = {f"system/{name.lower().replace(' ', '_')}_gib": amount for name, amount in memory.items()}
+        self._tell(lambda tracker: tracker.numbers(step, {**numbers, **system}))
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Sampled completions of the rollout at `step`, each with its score: a line each on the console, and whole in
-        samples.jsonl."""
+        samples.jsonl and the trackers."""
         if self._rank != 0 or not samples:
             return
         with (self._output_dir / SAMPLES).open("a", encoding="utf-8") as file:
             for one in samples:
                 file.write(json.dumps({"step": step, **one}, ensure_ascii=False) + "\n")
-                text = json.dumps(one["completion"][:200], ensure_ascii=False)
-                self.say(f"sample at step {step} | score {number(one['score'])} | {text}")
+        texts = [json.dumps(one["completion"][:SHORT], ensure_ascii=False) for one in samples]
+        lines = [
+            f"sample at step {step} | reward {number(one['score'])} | {text}"
+            for one, text in zip(samples, texts, strict=True)
+        ]
+        screen.current().samples(step, samples, lines)
+        self._tell(lambda tracker: tracker.samples(step, samples))
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """Tell every tracker; one that fails is left out from here on."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                what(tracker)
+            except Exception as error:  # a tracker is somebody else's code: whatever it raises, training goes on
+                logger.warning("report_to %s failed and is left out from here: %s", name, error)
+                del self._trackers[name]
+
+
+def line(step: int, total: int, numbers: Mapping[str, float]) -> str:
+    """A logged step in one line: the algorithm's main numbers."""
+    words = []
+    for name in on_the_line(numbers):
+        short_name = label(name.removeprefix(EVAL))
+        words.append(f"{'held-out ' if name.startswith(EVAL) else ''}{short_name} {number(numbers[name])}")
+    return " | ".join([f"step {step}/{total}", *words])
+
+
+def _made(name: str, output_dir: Path) -> Tracker | None:
+    """The tracker called `name`; None, with a warning, where it cannot begin. Raises ValueError where it is not
+    installed."""
+    try:
+        return TRACKERS[name](output_dir)
+    except ValueError:
+        raise
+    except Exception as error:  # no login, no network: training does without
+        logger.warning("report_to %s failed and is left out from here: %s", name, error)
+        return None
 
 
 def _cut(path: Path, keep: Callable[[int], bool]) -> None:

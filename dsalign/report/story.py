@@ -63,7 +63,9 @@ def _what(run: History) -> Iterator[str]:
         yield f"on {rows}{names}" + (f", {begin['held_out']:,} more held out" if begin.get("held_out") else "")
     total = begin.get("total")
     took = f" in {duration(run.seconds)}" if run.seconds else ""
-    ranks = f" on {begin['ranks']} process{'' if begin['ranks'] == 1 else 'es'} ({begin['device']})" if begin else ""
+    ranks = ""
+    if isinstance(begin.get("ranks"), int):
+        ranks = f" on {begin['ranks']} process{'' if begin['ranks'] == 1 else 'es'} ({begin.get('device')})"
     yield f"took {run.step:,}" + (f" of {total:,}" if total else "") + f" optimizer steps{took}{ranks}."
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from dsalign.report import history, page
 from dsalign.report.story import story
 
+SUMMARY = "what happened in a run as a page, or several compared: dsalign report RUN [RUN ...]"
 USAGE = """usage: dsalign report RUN [RUN ...] [--output FILE] [--json]
 
   RUN            the --output_dir of a run, whether it has ended or not

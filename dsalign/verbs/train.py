@@ -19,6 +19,7 @@ from dsalign.loop.trainer import Trainer
 from dsalign.models.compare import compare_models
 from dsalign.models.tokenizer import stop_at, template_of
 from dsalign.ranks import Process
+from dsalign.report import screen
 from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
 from dsalign.rewards.sources import functions_of, rewards_of
@@ -51,12 +52,15 @@ def _train(
     config: RunConfig, device: torch.device, command: str, origins: Mapping[str, str] | None
 ) -> dict[str, float]:
     torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
+    screen.stage("finding the models")
     sources = build.sources(config)
     template = dist.together(lambda: template_of(config, sources[config.algorithm.traits.main]))
     retemplate = dist.together(lambda: retemplate_of(config, sources, template))
     if retemplate is not None:
         sources = build.with_critic_of_ids(sources, template, retemplate.template)
+    screen.stage("reading and tokenising the rows")
     data = dist.together(lambda: data_of(config, template))
+    screen.stage("comparing rows and models")
     dist.together(
         lambda: compare_models(
             config, sources, template.tokenizer, chain(data.train, data.held_out),
@@ -72,10 +76,14 @@ def _train(
     cache = reference_cache.cache_of(config, loader, held_out, total_batches, sources.get("reference"), device)
     if cache is not None and cache.complete(device):
         del sources["reference"]  # the cache has every log-probability it would give
+    screen.stage("loading the models")
     roles = build.roles_of(config, sources, device)
+    screen.stage("checking that packed rows are computed as rows alone")
     self_check(roles, data.train)
     if cache is not None:
+        screen.stage("computing the reference's log-probabilities")
         reference_cache.fill(cache, roles)
+    screen.stage("making the first step ready")
     rewards = dist.together(lambda: rewards_of(config, roles, template, retemplate, functions))
 
     trained = {role: roles.engines[role] for role in config.algorithm.traits.trained}
