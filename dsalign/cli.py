@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from dsalign import __version__
+from dsalign import __version__, endings
 from dsalign.config import lazy
 
 with lazy.put_off("torch"):  # algorithm files name torch at their top, but only their methods use it
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ != "ElsewhereError":  # another rank says it; its class is behind the import of torch
             _say(f"error: {_rank()}{error}", *_place(error))
         return 2
+    except endings.Ending as ending:
+        _say_once(*str(ending).splitlines())
+        return ending.code
     except BrokenPipeError:  # `--print_config | head` has seen enough; without this Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -134,6 +134,9 @@ class OutputOptions(_Frozen):
     resume: Annotated[str | None, BeforeValidator(_resume)] = Field(
         None, description="latest, or a checkpoint's folder; alone it is latest"
     )
+    guard: Literal["warn", "stop", "off"] = Field(
+        "warn", description="what to do where the metrics take a course that is known to end badly"
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="trackers beside the log")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +13,15 @@ from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.data.checks import Survey
+from dsalign.endings import Stopped
 from dsalign.engines import dist
+from dsalign.guard.trends import Watch
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
 from dsalign.report.run_log import RunLog
 
+logger = logging.getLogger(__name__)
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
 COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last value in place of a mean
 
@@ -48,6 +52,8 @@ class Session:
             total_steps=self.total,
             resumed=config.output.resume is not None,
         )
+        self._watch = Watch() if config.output.guard != "off" else None
+        self._bad_trends: list[str] = []
         self._window, self._spread = Window(), Spread()
         self._last: dict[str, float] = {}
         self._now: dict[str, float] = {}
@@ -91,6 +97,10 @@ class Session:
             self._evaluate()
         if self._due(config.output.save_steps) and step < self.total and step != self._saved_step:
             self._save()
+        if self._bad_trends and config.output.guard == "stop" and step < self.total:
+            if step != self._saved_step:
+                self._save()
+            raise Stopped(f"{self._bad_trends[0]}; saved at step {step}, --guard warn goes on")
 
     def _log(self) -> None:
         """Log the means over the steps since the last line, and the counters and learning rates of this step."""
@@ -100,6 +110,9 @@ class Session:
         self._last |= means
         epoch = self.progress.batches / self.trainer.loader.steps_per_epoch
         self.report.log(self.progress.step, {**means, "epoch": epoch})
+        for text in self._watch.add(means) if self._watch is not None else ():
+            self._bad_trends.append(text)
+            logger.warning(text)
 
     def _end_early(self) -> None:
         """Log and evaluate as after a last step, for a run whose last batches had no groups to learn from."""

@@ -54,6 +54,7 @@ CHARTS = (
           "how far the steps on a rollout move the policy, nats a token"),
     Chart("Probability ratio", ("val/ratio",), MORE, "new over old probability of sampled tokens; near 1"),
     Chart("Variance of the ratio", ("val/ratio_var",), MORE, "over the steps on one rollout; large: too many passes"),
+    Chart("Length of answers", ("rollout/length",), MORE, "tokens of a sampled answer, its end token among them"),
     Chart("Answers that ended", ("val/num_eos_tokens",), MORE, "sampled answers with an end token, of a rollout"),
     Chart("Sampler against trainer", ("rollout/logp_gap",), MORE, "gap of their log-probabilities, nats a token"),
     Chart("Importance weights", ("rollout/is_weight", "rollout/is_capped"), MORE, "mean weight, share capped"),

@@ -43,7 +43,7 @@ class Screen(Protocol):
         """Show sampled answers; lines: the same, a line each."""
 
     def title(self, text: str) -> None:
-        """Name the run."""
+        """Name the run in one line."""
 
     def close(self) -> None:
         """Leave the last state on the terminal and go back to plain lines."""
