@@ -89,8 +89,10 @@ class Session:
         config, step = self.config, self.progress.step
         self._window.add({**metrics, **self._spread.of(metrics, last=self.trainer.at_boundary)})
         self._now = {name: x for name, x in metrics.items() if name in COUNTERS or name.endswith("lr")}
-        if step % config.output.logging_steps == 0 or step in (1, self.total):
+        if step % config.output.logging_steps == 0 or step == self.total:
             self._log()
+        elif step == 1:
+            self.report.show(step, metrics)
         if not self.trainer.at_boundary:
             return
         if self.held_out is not None and (step == self.total or self._due(config.output.eval_steps)):

@@ -117,20 +117,33 @@ class RunLog:
         num_tokens among them tokens/s and the time left are added."""
         if self._rank != 0:
             return
-        now, self._step = time.monotonic(), step
+        self._step = step
+        numbers = self._shown(step, metrics)
+        if "tokens_per_s" in numbers:
+            self._last, self._last_tokens = time.monotonic(), numbers["num_tokens"]
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+        system = {f"system/{name.lower().replace(' ', '_')}_gib": amount for name, amount in memory_gib().items()}
+        self._tell(lambda tracker: tracker.numbers(step, {**numbers, **system}))
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a step on the console alone, as the first one, of which nobody wants to wait for the next log line."""
+        if self._rank == 0:
+            self._step = step
+            self._shown(step, metrics)
+
+    def _shown(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Show a step; returns its metrics, with the rate where there is one."""
         numbers, left, tail = dict(metrics), None, ""
         if "num_tokens" in numbers and self._first_step is not None:
+            now = time.monotonic()
             numbers["tokens_per_s"] = (numbers["num_tokens"] - (self._last_tokens or 0)) / max(now - self._last, 1e-9)
             left = (now - self._started) / max(1, step - self._first_step) * (self._total - step)
             rate = numbers["tokens_per_s"]  # 0 in a later pass over rows that are counted already
             tail = (f" | {rate:,.0f} tok/s" if rate else "") + f" | ETA {duration(left)}"
-            self._last, self._last_tokens = now, numbers["num_tokens"]
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
-        memory = memory_gib()
-        screen.current().now(Now(step, self._total, numbers, left, memory), f"{line(step, self._total, numbers)}{tail}")
-        system = {f"system/{name.lower().replace(' ', '_')}_gib": amount for name, amount in memory.items()}
-        self._tell(lambda tracker: tracker.numbers(step, {**numbers, **system}))
+        state = Now(step, self._total, numbers, left, memory_gib())
+        screen.current().now(state, f"{line(step, self._total, numbers)}{tail}")
+        return numbers
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Sampled completions of the rollout at `step`, each with its score: a line each on the console, and whole in

@@ -52,6 +52,21 @@ def test_a_line_has_the_main_numbers_alone(tmp_path: Path, capsys: pytest.Captur
     assert lines(tmp_path) == [{"step": 4, **metrics}]
 
 
+def test_the_first_step_is_shown_and_not_logged(
+    tmp_path: Path, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next log line's rate counts from the start: 60 tokens in 3 s."""
+    shown = of(tmp_path)
+    shown.start(0, 0)
+    for step, tell in ((1, shown.show), (3, shown.log)):
+        clock.now = 100 + step
+        tell(step, {"loss": 0.5, "num_tokens": 20 * step})
+    assert capsys.readouterr().out == (
+        "step 1/10 | loss 0.5 | 20 tok/s | ETA 9s\nstep 3/10 | loss 0.5 | 20 tok/s | ETA 7s\n"
+    )
+    assert [one["step"] for one in lines(tmp_path)] == [3]
+
+
 def test_rates_count_from_the_line_before(tmp_path: Path, clock: SimpleNamespace) -> None:
     """10 tokens in 1 s, then 30 in 2 s."""
     shown = of(tmp_path)
