@@ -9,7 +9,7 @@ CODE := setup.py dsalign kernels launch benchmarks tests
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo demo-real verifiable check fix test test-slow test-nodes test-newest test-vllm bench bench-gpu wheel clean
+.PHONY: help install demo demo-real verifiable check fix test test-slow test-nodes test-faults test-newest test-vllm bench bench-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,7 +46,7 @@ fix: $(STAMP)  ## what ruff can repair
 	$(BIN)/ruff format $(CODE)
 
 # One thread a process: the tests' ranks share the cores, and a second thread would wait in a loop for its turn.
-test test-slow test-nodes test-newest test-vllm: export OMP_NUM_THREADS := 1
+test test-slow test-nodes test-faults test-newest test-vllm: export OMP_NUM_THREADS := 1
 
 test: $(STAMP)  ## all tests but the slow ones, on the CPU
 	$(BIN)/python -m pytest -m "not slow"
@@ -57,6 +57,13 @@ test-slow: $(STAMP)  ## the slow ones
 # Debian: iproute2 openssh-server pdsh openmpi-bin slurm-wlm; what is not installed is skipped.
 test-nodes: $(STAMP)  ## two nodes as network namespaces of this machine: pdsh, torchrun, srun, mpirun; needs root
 	$(BIN)/python -m pytest tests/nodes -rs
+
+ROWS := build/faults.jsonl
+test-faults: export DSALIGN_FAULT_ROWS := $(CURDIR)/$(ROWS)
+test-faults: $(STAMP)  ## every fault, the slow ones too, and docs/reliability.md from what happened
+	mkdir -p build && rm -f $(ROWS)
+	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python tests/faults/report.py $(ROWS) docs/reliability.md
 
 # In an environment of its own, made anew each time. TORCH: the newest build that suits the machine; plain `torch` brings
 # CUDA where the index decides for it.

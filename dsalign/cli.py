@@ -1,6 +1,6 @@
 """The command: argv and the environment become a configuration and a process, which `run` trains.
 
-The only reader of argv, RANK, LOCAL_RANK and WORLD_SIZE. Exit codes: 0 done, 2 configuration or data, 130 interrupted.
+The only reader of argv, RANK, LOCAL_RANK and WORLD_SIZE. Exit codes are those of endings.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from dsalign import __version__, endings
 from dsalign.config import lazy
 
 with lazy.put_off("torch"):  # algorithm files name torch at their top, but only their methods use it
-    from dsalign import launcher, ranks
+    from dsalign import launcher, ranks, verbs
     from dsalign.config import flags, help, parse
     from dsalign.report import screen
 
@@ -39,22 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     before = {name: os.environ.get(name) for name in SET}
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
+        return _main(sys.argv[1:] if argv is None else argv, typed=argv is None)
     except parse.ConfigError as error:
         _say_once(f"error: {len(error.problems)} problem(s)", *error.problems)
-        return 2
+        return endings.INPUT
     except ValueError as error:
         if type(error).__name__ != "ElsewhereError":  # another rank says it; its class is behind the import of torch
             _say(f"error: {_rank()}{error}", *_place(error))
-        return 2
+        return int(getattr(error, "code", endings.INPUT))
     except endings.Ending as ending:
         _say_once(*str(ending).splitlines())
         return ending.code
     except BrokenPipeError:  # `--print_config | head` has seen enough; without this Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return endings.DONE
     except KeyboardInterrupt:
-        return 130
+        return endings.INTERRUPTED
     finally:
         for name, value in before.items():
             if value is None:
@@ -63,25 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.environ[name] = value
 
 
-def _main(argv: Sequence[str]) -> int:
-    if argv[:1] in (["data"], ["report"]):
-        with lazy.put_off("torch"):
-            verb = importlib.import_module(f"dsalign.verbs.{argv[0]}")
-            request = verb.read(argv[1:])
-        return int(verb.run(request))
+def _main(given: Sequence[str], typed: bool) -> int:
+    """typed: whether `given` are the words behind this process's own program."""
     env = dict(os.environ)
     with lazy.put_off("torch"):
-        command = flags.split(argv, parse.ALIASES)
+        command = flags.split(given, parse.ALIASES)
+        verb = verbs.of(command.words)
+        if verb and not hasattr(module := verbs.load(verb), "words"):
+            request = module.read(command.without(())[1:])
+    if verb and not hasattr(module, "words"):
+        return int(module.run(request))
+    with lazy.put_off("torch"):
         if command.asks("version"):
             print(f"dsalign {__version__}")
             return 0
         if command.asks("help"):
-            print(help.help_text(command))
+            print(module.USAGE if verb else help.help_text(command, verbs.summaries()))
             return 0
         env |= ranks.variables(env)
         if "RANK" not in env:
             port, line = launcher.port_of_our_own(env)
             env["MASTER_PORT"] = str(port)
+        argv = module.words(command.without(())[1:], launcher.ranks(env, 0)) if verb else given
         parsed, launch = _configure(argv, env)
     if parsed.print_config:
         if env.get("RANK", "0") == "0":
@@ -94,20 +97,27 @@ def _main(argv: Sequence[str]) -> int:
         env |= {} if launch else launcher.alone(env)
     os.environ.update({name: env[name] for name in SET if name in env})
     preflight = importlib.import_module("dsalign.verbs.preflight")
+    preflight.check_resume(parsed.config, launch.ranks if launch else ranks.process(env).world_size)
+    started = shlex.join([sys.argv[0], *given])
+    if typed:
+        started = preflight.typed(started, env)
     if launch:
         preflight.load_rewards(parsed.config)
         sys.stderr.flush()
+        count = [f"NPROC_PER_NODE={env['NPROC_PER_NODE']}"] if env.get("NPROC_PER_NODE") else []
+        os.environ[preflight.STARTED_AS] = " ".join([*count, started])
         os.execve(launch.command[0], launch.command, launcher.environment(os.environ, sys.argv[0]))
     process = ranks.process(env)
-    ready = preflight.ready(parsed.config) if process.world_size == 1 else nullcontext()  # ranks agree on it: train.py
-    with screen.opened(process.rank), ready:
+    alone = process.world_size == 1
+    ready = preflight.ready(parsed.config) if alone else nullcontext()
+    with preflight.listening(started, alone=alone), ready, screen.opened(process.rank):
         screen.stage("importing torch, DeepSpeed and transformers")
         # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
         logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
         run = importlib.import_module("dsalign.verbs.train")
         logging.disable(logging.NOTSET)
-        run.train(parsed.config, process, shlex.join([sys.argv[0], *argv]), parsed.origins)
-    return 0
+        run.train(parsed.config, process, started, parsed.origins)
+    return endings.DONE
 
 
 def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[parse.Parsed, launcher.Launch | None]:
@@ -126,7 +136,8 @@ def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[parse.Parse
 
 
 def _say(first: str, *more: str) -> None:
-    print("\n".join([f"dsalign: {first}", *(f"  {line}" for line in more)]), file=sys.stderr)
+    with suppress(OSError):  # nobody reads it any more; the exit code is still right
+        print("\n".join([f"dsalign: {first}", *(f"  {line}" for line in more)]), file=sys.stderr, flush=True)
 
 
 def _say_once(first: str, *more: str) -> None:

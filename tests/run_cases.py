@@ -226,6 +226,18 @@ def save_over(output_dir: Path) -> tuple[list[str], float]:
     return sorted(p.name for p in folder.iterdir()), store.load(folder).best_loss or 0.0
 
 
+def resumed_without_engines(run: Run, output_dir: Path) -> list[str]:
+    """What each rank of a run with a policy says to a checkpoint that has none."""
+    store = empty_store(output_dir)
+    store.settings = {"seed": 1}
+    folder = store.save(Progress(step=3))
+    try:
+        store_of(build(run), run, output_dir).load(folder)
+    except ValueError as error:
+        return _of_all_ranks(str(error))
+    return []
+
+
 def random_after_load(output_dir: Path) -> list[tuple[bool, bool]]:
     """Of each rank: whether torch and Python draw again what they drew after the save."""
     store = empty_store(output_dir)

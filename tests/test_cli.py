@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from dsalign import __version__, cli, launcher
-from dsalign.checkpoint import folder_lock
+from dsalign import __version__, cli, endings, launcher
+from dsalign.checkpoint import fingerprint, folder_lock
+from dsalign.config import parse
 from dsalign.config.schema import RunConfig
 from dsalign.ranks import Process
 
@@ -98,6 +101,47 @@ def test_print_config_and_help_do_without_torch(tmp_path: Path) -> None:
     report, out, said = watched(tmp_path, "rlhf", "--rlhf_type", "dpo", "--help")
     assert (report["code"], report["torch"], said) == (0, False, "")
     assert "--rpo_alpha" in out and "usage: dsalign" in out
+
+
+def run_of_two(folder: Path) -> Path:
+    """The folder of a run of two ranks, eight rows a step, with checkpoint-4."""
+    config = parse.parse([*BASE, "--batch_size", "2", "--output_dir", str(folder), "--seed", "3"], world_size=2).config
+    checkpoint = folder / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    config.to_yaml(folder / "config.yaml")
+    kept = {"options": fingerprint.options(config), "global_batch": config.global_batch(2)}
+    (checkpoint / "trainer.json").write_text(json.dumps({"progress": {"step": 4}, "fingerprint": kept}))
+    return folder
+
+
+def test_a_resume_that_cannot_be_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    out = run_of_two(tmp_path / "out")
+    for words in (("resume", str(out), "--seed", "4"), (*BASE, "--resume", "auto", "--output_dir", str(out))):
+        report, _, said = watched(tmp_path, *words, "--batch_size", "2")
+        assert (report["code"], report["torch"]) == (2, False)
+        assert "--seed was 3, is 4" in said or "--seed was 3, is 42" in said
+        assert f"start a new run from its model with --model {out}/checkpoint-4 and another --output_dir" in said
+
+
+def test_resume_is_a_training_on_any_ranks(trained: list[tuple[RunConfig, Process, str]], tmp_path: Path) -> None:
+    """Behind the words of a launcher, and alone: 16 rows a step are 2 x 4 on two ranks and 2 x 8 on one."""
+    out = run_of_two(tmp_path / "out")
+    assert cli.main(["resume", str(out), "--lr", "0.5"]) == 0
+    os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="10.0.0.1", MASTER_PORT="77")
+    assert cli.main(["--local_rank=1", "resume", str(out)]) == 0
+    (one, _, command), (two, process, _) = trained
+    assert (one.optim.learning_rate, one.optim.gradient_accumulation_steps, one.seed) == (0.5, 8, 3)
+    assert (two.optim.gradient_accumulation_steps, two.output.resume, process.world_size) == (4, "latest", 2)
+    assert shlex.split(command)[1:] == ["resume", str(out), "--lr", "0.5"]
+
+
+def test_commands_are_listed_and_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert "\n  resume          go on with a run" in capsys.readouterr().out
+    assert cli.main(["resume", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: dsalign resume RUN")
+    assert cli.main(["resum", "out"]) == 2
+    assert capsys.readouterr().err.endswith("got 'resum'; did you mean resume?\n")
 
 
 def test_one_rank_a_machine_speaks_of_the_configuration(
@@ -272,6 +316,54 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     replace_train(monkeypatch, interrupt)
     assert cli.main(BASE) == 130
+
+
+@pytest.mark.parametrize("kind", [endings.Stopped, endings.Diverged, endings.PeerLost])
+def test_an_ending_is_said_and_has_its_exit_code(
+    kind: type[endings.Ending], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line is a command that can be pasted."""
+
+    def end() -> None:
+        raise kind("stopped by SIGTERM at step 3; resume with\ndsalign --algo sft --resume")
+
+    replace_train(monkeypatch, end)
+    assert cli.main(BASE) == kind.code
+    assert capsys.readouterr().err == (
+        "dsalign: stopped by SIGTERM at step 3; resume with\n  dsalign --algo sft --resume\n"
+    )
+
+
+def test_ranks_that_end_alike_say_it_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And one that ends because another did is silent, with the other's exit code."""
+
+    class ElsewhereError(ValueError):
+        code = 75
+
+    def end(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path))
+    found = []
+    for rank, error in (("0", endings.Diverged("nan")), ("1", endings.Diverged("nan")), ("1", ElsewhereError("x"))):
+        replace_train(monkeypatch, lambda error=error: end(error))  # type: ignore[misc]
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
+        found.append((cli.main(BASE), capsys.readouterr().err))
+    assert found == [(76, "dsalign: nan\n"), (76, ""), (75, "")]
+
+
+def test_a_signal_before_the_first_step_ends_a_run_alone_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is lost: SIGTERM is exit code 75, an interrupt 130, as in any program."""
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        replace_train(monkeypatch, lambda number=number: os.kill(os.getpid(), number) or time.sleep(9))  # type: ignore
+        assert cli.main(BASE) == code
+    said, command = capsys.readouterr().err.splitlines()
+    assert said == "dsalign: stopped by SIGTERM before the first step; nothing is lost, it starts again with"
+    assert shlex.split(command) == ["launch/train.py", *BASE]
 
 
 def test_print_config_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:

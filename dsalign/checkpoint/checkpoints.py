@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from dsalign.checkpoint import fingerprint, folders
-from dsalign.checkpoint.export import export
+from dsalign import faults
+from dsalign.checkpoint import fingerprint, folders, prepared_file, reshard, shards, staged, verify
+from dsalign.checkpoint.export import written
+from dsalign.checkpoint.manifest import Entry, Manifest
 from dsalign.checkpoint.progress import Progress
-from dsalign.checkpoint.random_state import random_state, restore_random_state
+from dsalign.checkpoint.random_state import random_state, restore_random_state, seed_random_state
+from dsalign.checkpoint.verify import Checkpoint
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions, RunConfig
 from dsalign.engines import dist
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -41,69 +46,128 @@ class Checkpoints:
     ) -> None:
         self.output_dir, self.keep = Path(options.output_dir), options.save_total_limit
         self.engines, self.tokenizer, self.bases = engines, tokenizer, bases
-        self.settings, self.adapters_only = dict(settings), adapters_only
+        self.settings, self.adapters_only, self.trusted = dict(settings), adapters_only, options.trust_checkpoint
+        self.changes: list[str] = []  # of the settings that a resumed run changes, a line each
 
-    def export(self, folder: Path) -> None:
-        """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. Collective."""
+    def export(self, folder: Path, step: int = 0) -> None:
+        """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. An earlier
+        `folder` is replaced when the new one is whole. step: optimizer steps taken. Collective.
+
+        Raises NotSavedError as `staged.write` does.
+        """
+        staged.write(folder, self._models, lambda files: self._about(files, step))
+
+    def _models(self, parts: staged.Parts) -> None:
         for i, (role, engine) in enumerate(self.engines.items()):
-            export(engine, folder if i == 0 else folder / role, self.tokenizer, self.bases[role])
+            folder = parts.folder if i == 0 else parts.folder / role
+            error = written(engine, folder, self.tokenizer, self.bases[role])
+            if error is not None:
+                parts.error = parts.error or error
+            elif dist.rank() == 0:
+                parts.seal(*(path for path in folder.iterdir() if path.is_file()))
 
     def save(self, progress: Progress) -> Path:
         """Write checkpoint-<step> and return its folder, which gets this name when every rank's part is in it; then
-        remove old checkpoints. Collective."""
+        remove old checkpoints. Collective. Raises NotSavedError as `staged.write` does."""
         final = self.output_dir / f"checkpoint-{progress.step}"
-        staging = self.output_dir / f".staging-{progress.step}"
+
+        def fill(parts: staged.Parts) -> None:
+            self._models(parts)
+            for role, engine in self.engines.items():
+                shards.save(engine, role, parts, adapters_only=self.adapters_only)
+            parts.tensors(random_state(), f"random-{dist.rank()}.safetensors")
+            if (prepared := progress.prepared) is not None:
+                path = parts.folder / prepared_file.name_of(dist.rank())
+                parts.attempt(lambda: prepared_file.write(prepared, path))
+                parts.seal(path)
+            if dist.rank() == 0:
+                content = {"progress": progress.as_dict(), "fingerprint": self.settings}
+                parts.text(json.dumps(content, indent=2), PROGRESS_FILE)
+
+        staged.write(final, fill, lambda files: self._about(files, progress.step))
         if dist.rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        dist.barrier()
-        self.export(staging)
-        for role, engine in self.engines.items():
-            engine.save_checkpoint(
-                str(staging / "engines"), tag=role, save_latest=False, exclude_frozen_parameters=self.adapters_only
-            )
-        save_file(random_state(), staging / f"random-{dist.rank()}.safetensors")
-        dist.barrier()
-        if dist.rank() == 0:
-            content = {"progress": progress.as_dict(), "fingerprint": self.settings}
-            (staging / PROGRESS_FILE).write_text(json.dumps(content, indent=2))
-            shutil.rmtree(final, ignore_errors=True)
-            staging.rename(final)
             self._rotate(progress)
         dist.barrier()
         return final
 
+    def _about(self, files: Mapping[str, Entry], step: int) -> Manifest:
+        run, serial = folders.begun_run(self.output_dir), folders.last_serial(self.output_dir) + 1
+        return Manifest(files, run=run, serial=serial, step=step)
+
     def _rotate(self, progress: Progress) -> None:
-        """Remove all checkpoints but the newest `keep` and the one with the lowest evaluation loss."""
-        found = folders.checkpoints(self.output_dir)
-        for step in sorted(found)[: -self.keep or None]:
-            if step != progress.best_step:
-                shutil.rmtree(found[step])
+        """Remove all checkpoints but the `keep` that were written last and the one with the lowest evaluation loss. A
+        checkpoint that cannot be removed is left, with a warning: the run has lost nothing."""
+        best = self.output_dir / f"checkpoint-{progress.best_step}"
+        for folder in folders.newest_first(self.output_dir)[self.keep :]:
+            if folder != best:
+                try:
+                    staged.discard(folder)
+                except OSError as error:
+                    logger.warning("%s was not removed: %s", folder, error)
 
     def load(self, folder: Path) -> Progress:
-        """Restore the engines and the random state from a checkpoint's folder; returns its progress. Collective.
+        """Restore the engines and the random state from a checkpoint's folder, when every file in it is as it was
+        written; returns its progress. Collective.
 
+        Raises ValueError as `verify.choose` and `restore` do.
+        """
+        return self.restore(verify.choose([folder], self.output_dir, latest=False, trusted=self.trusted))
+
+    def restore(self, found: Checkpoint) -> Progress:
+        """Restore the engines and the random state from a checkpoint that was verified; returns its progress.
+        Collective.
+
+        Weights and moments of another number of ranks or another ZeRO stage are dealt anew, see `reshard.load`.
         Raises ValueError where the checkpoint's run had other settings, naming each key with both values, or where the
         folder has no DeepSpeed state for a role.
         """
+        folder = found.folder
         content = json.loads((folder / PROGRESS_FILE).read_text())
-        fingerprint.compare(content["fingerprint"], self.settings, folder)
+        theirs = content["fingerprint"]
+        try:
+            progress = Progress(**content["progress"])
+        except TypeError as error:
+            raise ValueError(f"resume: {folder} was written by another version of dsalign ({error})") from None
+        self.changes = fingerprint.compare(theirs, self.settings, folder)
+        moved = reshard.differs(theirs, self.settings)
         for role, engine in self.engines.items():
             if not (folder / "engines" / role).is_dir():
                 raise ValueError(f"resume: {folder} has no DeepSpeed state for the {role}")
-            engine.load_checkpoint(str(folder / "engines"), tag=role, load_module_strict=not self.adapters_only)
-        restore_random_state(load_file(folder / f"random-{dist.rank()}.safetensors"))
-        return Progress(**content["progress"])
+            if moved:
+                reshard.load(engine, folder / "engines" / role)
+            else:
+                shards.load(engine, role, folder, found.listed, trusted=found.trusted, strict=not self.adapters_only)
+        ranks = theirs.get("ranks", dist.world_size())
+        if ranks == dist.world_size():
+            restore_random_state(load_file(folder / f"random-{dist.rank()}.safetensors"))
+        else:
+            seed_random_state(int(self.settings["options"]["seed"]), progress.step, dist.rank())
+        if progress.taken:
+            progress.prepared = prepared_file.read_dealt(folder, ranks, dist.rank(), dist.world_size())
+        if fingerprint.evaluates_others(theirs, self.settings):
+            progress.best_step = progress.best_loss = None
+        return progress
 
 
 def begin(config: RunConfig, store: Checkpoints, command: str) -> Progress:
     """Open a run's output folder and return the progress from which it trains: that of the checkpoint that --resume
     names, with engines restored as by `Checkpoints.load`, or zero.
 
-    A new run gets a new folder with its configuration and command. Raises ValueError as `Checkpoints.load`, `find` and
-    `move_aside` do. Collective.
+    A new run gets a new folder with its configuration and command. In the folder of a resumed run, what it wrote after
+    the step from which it goes on is set aside, and what changes is written down. Raises ValueError as `verify.choose`,
+    `Checkpoints.restore`, `folders.find` and `move_aside` do. Collective.
     """
-    if config.output.resume:
-        return store.load(folders.find(config.output.resume, store.output_dir))
-    dist.together(lambda: folders.new_folder(config, command) if dist.rank() == 0 else None)
-    return Progress()
+    output_dir, resume, lead = store.output_dir, config.output.resume, dist.rank() == 0
+    dist.together(lambda: staged.purge(output_dir) if lead else None)
+    found = dist.from_rank_0(dist.together(lambda: folders.find(resume, output_dir) if lead else []))
+    if not found:
+        dist.together(lambda: folders.new_folder(config, command) if lead else None)
+        return Progress()
+    chosen = verify.choose(found, output_dir, latest=resume in folders.NEWEST, trusted=store.trusted)
+    progress = store.restore(chosen)
+    for line in store.changes:
+        logger.warning("resume: %s", line)
+    faults.at("before_aside")
+    dist.together(lambda: folders.set_aside(output_dir, progress.step, chosen.folder) if lead else None)
+    dist.together(lambda: folders.record(config, command, progress.step, store.changes) if lead else None)
+    return progress

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dsalign import faults
 from dsalign.engines import dist
 from dsalign.engines.engine import whole
 from dsalign.models.adapters import TRAINED
@@ -53,16 +54,19 @@ def export(engine: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, base: 
 
     base: the model that an adapter belongs to, for adapter_config.json. Where rank 0 cannot write, every rank raises.
     """
+    dist.agree(written(engine, folder, tokenizer, base))
+
+
+def written(engine: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> Exception | None:
+    """Write as `export` does; returns what rank 0 failed with, which the caller must agree on. Collective."""
     module = engine.module
-    is_adapter = isinstance(module.model, PeftModel)
-    state = whole_state(engine, trained_only=is_adapter)
-    error: Exception | None = None
+    state = whole_state(engine, trained_only=isinstance(module.model, PeftModel))
     if dist.rank() == 0:
         try:
             _write(module, state, folder, tokenizer, base)
-        except Exception as caught:  # whatever it is: the other ranks are waiting
-            error = caught
-    dist.agree(error)
+        except Exception as error:  # whatever it is: the other ranks are waiting
+            return error
+    return None
 
 
 def _write(module: Any, state: dict[str, Tensor], folder: Path, tokenizer: Any, base: str) -> None:
@@ -78,6 +82,7 @@ def _write(module: Any, state: dict[str, Tensor], folder: Path, tokenizer: Any, 
             inner.generation_config.save_pretrained(folder)
     else:
         inner.save_pretrained(folder, state_dict=weights)
+    faults.at("in_export")
     head = {n: t.float() for n, t in state.items() if n.startswith("v_head.")}
     if head:
         save_file(head, folder / VALUE_HEAD_FILE)

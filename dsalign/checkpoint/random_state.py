@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -26,3 +27,11 @@ def restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     version, internal, gauss = json.loads(bytes(state["python"].tolist()).decode())
     random.setstate((version, tuple(internal), gauss))
+
+
+def seed_random_state(seed: int, step: int, rank: int) -> None:
+    """Set this rank's generators for a run that goes on with another number of ranks than it was saved with: they start
+    anew from (seed, optimizer step, rank), so that every rank draws something else, and the same in each resume."""
+    text = f"dsalign ranks {seed} {step} {rank}"
+    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+    random.seed(text)

@@ -11,8 +11,9 @@ from dsalign.config.parse import ALIASES, _algorithm_name, _merge
 from dsalign.config.schema import HEADINGS, RUN_OPTIONS, one_line, own_options
 
 
-def help_text(command: flags.Command) -> str:
-    """The text of --help: all options of a run with their defaults, and those of the algorithm that `command` names."""
+def help_text(command: flags.Command, verbs: Mapping[str, str]) -> str:
+    """The text of --help: the verbs, all options of a run with their defaults, and those of the algorithm that
+    `command` names. verbs: name -> one line."""
     given, _ = _merge(command)
     name, _ = _algorithm_name(command, given)
     spellings = {one: [alias for alias, target in ALIASES.items() if target == one][:1] for one in RUN_OPTIONS}
@@ -30,6 +31,9 @@ def help_text(command: flags.Command) -> str:
 
     usage = "usage: dsalign [train|rlhf|sft] --algo NAME [--model MODEL] [--dataset DATA ...] [--config FILE.yaml ...]"
     requests = "  --print_config  show each value and where it comes from\n  --version       show the version"
+    commands = ["", "commands", *(f"  {verb:<14}  {line}" for verb, line in verbs.items())]
     own = own_options(algos.load(name)) if name else {}
     tail = f"\n{name}\n" + "\n".join(lines(own)) if own else "\nThe options of an algorithm: dsalign --algo NAME --help"
-    return "\n".join([usage, requests, f"algorithms: {', '.join(algos.names())}", *lines(RUN_OPTIONS), tail])
+    return "\n".join(
+        [usage, requests, *commands, "", f"algorithms: {', '.join(algos.names())}", *lines(RUN_OPTIONS), tail]
+    )

@@ -213,10 +213,10 @@ def data_files_exist(draft: Draft) -> Iterator[str]:
     """A data set that looks like a file, a folder or demo rows must be one; any other name may be on the hub."""
     for name in ("dataset", "val_dataset"):
         for source in draft[name]:
-            path = _without_count(source)
-            if (path.lower().endswith(DATA_SUFFIXES) or path[:1] in ("/", ".", "~")) and not _exists(path):
+            path = without_count(source)
+            if (path.lower().endswith(DATA_SUFFIXES) or path[:1] in ("/", ".", "~")) and not is_there(path):
                 yield f"{draft.at(name)}: expected a file or folder that exists, got {path!r}; check the path"
-            elif path.startswith(assets.DEMO) and path not in assets.names() and not _exists(path):
+            elif path.startswith(assets.DEMO) and path not in assets.names() and not is_there(path):
                 advice = nearest(path, assets.names()) or "; choose one"
                 yield f"{draft.at(name)}: expected one of {', '.join(assets.names())}, got {path!r}{advice}"
 
@@ -275,8 +275,10 @@ def output_dir_can_be_written(draft: Draft) -> Iterator[str]:
 
 
 def checkpoint_exists(draft: Draft) -> Iterator[str]:
-    """resume names a checkpoint's folder, or the latest one of output_dir."""
+    """resume names a checkpoint's folder, or the latest one of output_dir, which with auto need not be there."""
     path = draft["resume"]
+    if path == "auto":
+        return
     if path == "latest":
         folder = Path(draft["output_dir"])
         if not any((one / PROGRESS_FILE).is_file() for one in folder.glob("checkpoint-*")):
@@ -287,7 +289,7 @@ def checkpoint_exists(draft: Draft) -> Iterator[str]:
     elif path and not (Path(path).expanduser() / PROGRESS_FILE).is_file():
         why = "which is no whole checkpoint" if Path(path).expanduser().is_dir() else "which is no folder"
         yield (
-            f"{draft.at('resume')}: expected `latest` or the folder of a checkpoint, got {path!r}, {why}; "
+            f"{draft.at('resume')}: expected latest, auto or the folder of a checkpoint, got {path!r}, {why}; "
             f"checkpoints are output_dir/checkpoint-N"
         )
 
@@ -350,13 +352,13 @@ def broken(draft: Draft) -> list[str]:
     return problems
 
 
-def _exists(path: str) -> bool:
+def is_there(path: str) -> bool:
     """Whether there is such a file or folder, or one that a pattern with * ? [ matches."""
     whole = Path(path).expanduser()
     return whole.exists() or any(True for _ in glob.iglob(str(whole), recursive=True))
 
 
-def _without_count(source: str) -> str:
+def without_count(source: str) -> str:
     """The name of a data set without its count of rows: rows.jsonl#500 is 500 rows of rows.jsonl."""
     path, mark, count = source.rpartition("#")
     return path if mark and count.isdigit() else source

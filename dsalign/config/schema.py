@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from dsalign import assets
-from dsalign.config import ds_files, options
+from dsalign.config import ds_files, options, paths
 from dsalign.config.options import Option
 from dsalign.config.secrets import redacted
 from dsalign.contract.algorithm import Algorithm
@@ -26,6 +28,25 @@ GLOBAL_BATCH = 16  # groups in an optimizer step where gradient_accumulation_ste
 def _resume(text: Any) -> Any:
     """The value of --resume as it is read: the flag alone ("true") means "latest", "false" means None."""
     return {"true": "latest", "false": None}.get(text.lower(), text) if isinstance(text, str) else text
+
+
+def seconds(text: str | None) -> float | None:
+    """The seconds that a time such as 55m, 3h or 3300 stands for; None for None.
+
+    Raises PydanticCustomError where it is no time.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|)", str(text).strip())
+    if found is None or float(found[1]) == 0:
+        raise PydanticCustomError("time", "a time such as 55m, 3h or 3300s, more than 0")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def _time(text: Any) -> Any:
+    """The value of an option that is a time, as text; YAML may have read a number."""
+    seconds(text)
+    return None if text is None else str(text)
 
 
 class _Frozen(BaseModel):
@@ -132,7 +153,13 @@ class OutputOptions(_Frozen):
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept, >= 1")
     output_dir: str = Field(min_length=1, description="where all is written; output/<algo>")
     resume: Annotated[str | None, BeforeValidator(_resume)] = Field(
-        None, description="latest, or a checkpoint's folder; alone it is latest"
+        None, description="latest, auto (latest, or a new run where there is none), or a checkpoint's folder"
+    )
+    max_wall: Annotated[str | None, BeforeValidator(_time)] = Field(
+        None, description="save and stop so long after the start: 55m, 3h, 3300s, > 0; leave time for a step and a save"
+    )
+    trust_checkpoint: bool = Field(
+        False, description="resume from a checkpoint of another run, whose pickles may run code"
     )
     guard: Literal["warn", "stop", "off"] = Field(
         "warn", description="what to do where the metrics take a course that is known to end badly"
@@ -175,12 +202,17 @@ class RunConfig(_Frozen):
 
     def dump(self) -> str:
         """The options as YAML text, from which `--config` reads the same configuration."""
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.options().items()}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+        return _dumped(self.options())
 
-    def to_yaml(self, path: str | Path) -> None:
-        """Write the options as YAML to the file `path`, values that look like secrets left out."""
-        Path(path).write_text(redacted(self.dump()), encoding="utf-8")
+    def to_yaml(self, path: str | Path, heading: str = "") -> None:
+        """Write the options as YAML to the file `path`: paths are absolute, so that it is read the same in any working
+        directory, and values that look like secrets are left out. heading: lines of comments above."""
+        Path(path).write_text(redacted(heading + _dumped(paths.anchored(self.options()))), encoding="utf-8")
+
+
+def _dumped(options: Mapping[str, Any]) -> str:
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
 def _options_of(section: Any) -> dict[str, Option]:

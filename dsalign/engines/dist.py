@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as td
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+
+from dsalign.endings import INPUT
 
 T = TypeVar("T")
 
@@ -131,20 +134,49 @@ def from_rank_0(thing: T) -> T:
     return received
 
 
+def everyones(thing: T) -> list[T]:
+    """The `thing` of each rank, in rank order, on every rank. For small Python objects."""
+    if world_size() == 1:
+        return [thing]
+    found: list[Any] = [None] * world_size()
+    td.all_gather_object(found, thing)
+    return found
+
+
 class ElsewhereError(ValueError):
-    """The error of a rank that stops because another rank did; its message has that rank's cause."""
+    """The error of a rank that stops because another rank did; its message has that rank's cause, `code` is the exit
+    code that goes with it."""
+
+    code = INPUT
+
+
+_pending: list[Callable[[], Exception | None]] = []  # asked by `agree` for an error where there is none
+
+
+@contextmanager
+def stoppable(pending: Callable[[], Exception | None]) -> Iterator[None]:
+    """A context in which every `agree` is a place to stop. pending: this rank's reason to stop, None = none."""
+    _pending.append(pending)
+    try:
+        yield
+    finally:
+        _pending.remove(pending)
 
 
 def agree(error: Exception | None) -> None:
     """Raise on every rank where any rank has an error: the error itself on the first such rank, ElsewhereError on the
     others, so that the cause is logged once. Without this the other ranks would wait in the next collective until it
     times out."""
+    for pending in _pending:
+        error = error or pending()
     if td.is_initialized() and world_size() > 1:
-        texts: list[str | None] = [None] * world_size()
-        td.all_gather_object(texts, None if error is None else str(error))
-        first = next((other for other, text in enumerate(texts) if text is not None), None)
+        codes = everyones(None if error is None else (str(error), getattr(error, "code", INPUT)))
+        first = next((other for other, one in enumerate(codes) if one is not None), None)
         if first is not None and first != rank():
-            raise ElsewhereError(f"rank {first} stopped: {texts[first]}")
+            text, code = codes[first] or ("", INPUT)
+            elsewhere = ElsewhereError(f"rank {first} stopped: {text}")
+            elsewhere.code = code
+            raise elsewhere
     if error is not None:
         raise error
 

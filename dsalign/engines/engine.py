@@ -63,6 +63,12 @@ def complete(options: OptimOptions, dtype: torch.dtype, *, train: bool) -> dict[
     return settings
 
 
+def layout(options: OptimOptions, dtype: torch.dtype) -> dict[str, Any]:
+    """What decides, beside the number of ranks, how DeepSpeed lays out a trained engine's weights and moments in files,
+    JSON-able: dtype, and the whole section zero_optimization."""
+    return {"dtype": str(dtype), "zero": complete(options, dtype, train=True)["zero_optimization"]}
+
+
 def trained(module: nn.Module, options: OptimOptions, dtype: torch.dtype) -> Any:
     """A DeepSpeed engine that trains those parameters of `module` that require a gradient. dtype: of the weights in
     compute. Collective."""

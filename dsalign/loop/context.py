@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from dsalign.checkpoint.random_state import random_state, restore_random_state
 from dsalign.contract.groups import Batch, Group, Sampled, Scores
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.loader import Stream
 from dsalign.engines import dist
 from dsalign.engines.roles import ReferenceLogps, Roles
+from dsalign.guard.wishes import Wishes
 from dsalign.loop import loss
 from dsalign.loop.clock import Clock
 from dsalign.rollout.generate import Keys, Sampler
@@ -23,12 +25,18 @@ logger = logging.getLogger(__name__)
 DRAWN = "second stream"  # the key of `state` under which the groups drawn by `more` are counted
 
 
+class Interrupted(Exception):
+    """The signal, on every rank alike, that a wish to stop was agreed within `prepare` or an evaluation."""
+
+
 class RunContext:
     """The `dsalign.contract.algorithm.Context` of one run; its methods are described there.
 
     rewards: (groups, how many a forward pass takes) -> their scores; None = no reward. reference: reads the reference's
     log-probabilities from a cache; None = the reference's model computes them. rollout: the options of sampling, None =
-    completions are read from rows. stream: the source of further prompts, None = `more` has none.
+    completions are read from rows. stream: the source of further prompts, None = `more` has none. wishes: what asks the
+    run to stop or to save; where any rank is told to stop within `prepare` or an evaluation, every rank raises
+    Interrupted at its next sum over the ranks.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class RunContext:
         decode: Callable[[Sequence[int]], str] = str,
         rollout: RolloutOptions | None = None,
         stream: Stream | None = None,
+        wishes: Wishes | None = None,
     ) -> None:
         self._roles, self._seed, self.max_length, self.state = roles, seed, max_length, state
         self.end_ids, self.total_batches, self._rewards, self._decode = end_ids, total_batches, rewards, decode
@@ -53,6 +62,7 @@ class RunContext:
         self._engines: dict[str, Sampler] = {}  # role -> what samples from its model
         self.clock = Clock()
         self._said: set[str] = set()
+        self.wishes = wishes or Wishes()
         self.step = 0
 
     def at(self, step: int) -> RunContext:
@@ -67,9 +77,24 @@ class RunContext:
         state, stream, clock = self.state, self._stream, self.clock
         self.state, self._stream, self.clock = copy.deepcopy(state), None, Clock()
         try:
-            yield
+            with self.undone():
+                yield
         finally:
             self.state, self._stream, self.clock = state, stream, clock
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """A context manager that sets `state` and the random numbers back where what is inside it is Interrupted, so
+        that a resumed run can do it again."""
+        state, drawn = copy.deepcopy(self.state), random_state() if self._online else {}
+        try:
+            yield
+        except Interrupted:
+            self.state.clear()
+            self.state.update(state)
+            if drawn:
+                restore_random_state(drawn)
+            raise
 
     def logps(self, role: str, groups: Sequence[Group]) -> list[Tensor]:
         with self.clock.phase("reference"):
@@ -97,7 +122,7 @@ class RunContext:
         with self.clock.phase("rollout"):
             filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)
         with self.clock.phase("wait"):
-            dist.total([0.0], self._roles.device)
+            self.total([])
         with self.clock.phase("rollout"):
             return rollout.probed(filled, logps, versions, self.rollout)
 
@@ -128,7 +153,12 @@ class RunContext:
         return loss.gae(rewards, values, lengths, gamma, lam, self._roles.device)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
-        return dist.total(numbers, self._roles.device)
+        wished = self.wishes.numbers()
+        found = dist.total([*wished, *numbers], self._roles.device)
+        self.wishes.agreed(found[: len(wished)])
+        if self.wishes.stop:
+            raise Interrupted
+        return found[len(wished) :]
 
     def gather(self, numbers: Tensor) -> Tensor:
         return dist.gather(numbers, self._roles.device)

@@ -17,7 +17,7 @@ from dsalign.loop.metrics import Sums
 
 def evaluate(algorithm: Algorithm, roles: Roles, ctx: RunContext, loader: Loader) -> dict[str, float]:
     """The metrics {"eval/loss": ..., "eval/<metric>": ...} of an algorithm over all groups of `loader`, with the models
-    in evaluation mode. `ctx.state` is left as it was. Collective."""
+    in evaluation mode. `ctx.state` is left as it was. Collective. Raises Interrupted where ranks agree to stop."""
     traits = algorithm.traits
     sums = Sums()
     terms: Counter[str] = Counter()
@@ -28,6 +28,7 @@ def evaluate(algorithm: Algorithm, roles: Roles, ctx: RunContext, loader: Loader
         module.eval()
     with torch.no_grad(), ctx.evaluation():
         for index in range(loader.steps_per_epoch):
+            ctx.total([])  # a place to stop, as `prepare` may have none
             prepared = algorithm.prepare(ctx.at(index), loader.batch(index))
             everything = range(len(prepared.groups))
             sums.add(prepared.metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,9 +28,14 @@ class Sums:
     def reduced(self, device: torch.device) -> dict[str, float]:
         """The mean of each metric over all ranks; a metric with count 0 is left out. Collective: every rank must have
         added the same names, which holds as every rank runs the same losses, if on empty micro-batches."""
+        return self.reduced_with((), device)[0]
+
+    def reduced_with(self, numbers: Sequence[float], device: torch.device) -> tuple[dict[str, float], list[float]]:
+        """(what `reduced` returns, the sum of each of `numbers` over all ranks) by one all-reduce. Collective."""
         names = sorted(self._sums)
-        flat = dist.total([float(x) for name in names for x in self._sums[name]], device)
-        return {n: flat[2 * i] / flat[2 * i + 1] for i, n in enumerate(names) if flat[2 * i + 1] > 0}
+        flat = dist.total([*numbers, *(float(x) for name in names for x in self._sums[name])], device)
+        asked, pairs = flat[: len(numbers)], flat[len(numbers) :]
+        return {n: pairs[2 * i] / pairs[2 * i + 1] for i, n in enumerate(names) if pairs[2 * i + 1] > 0}, asked
 
 
 def _double(number: Tensor | float) -> Tensor | float:
@@ -40,13 +45,14 @@ def _double(number: Tensor | float) -> Tensor | float:
 class Spread:
     """The variance (n - 1) of the metrics in `OF` over the optimizer steps of one prepared batch, logged as NAME_var.
 
-    A policy ratio that varies from step to step is a sign of too many passes over a batch.
+    A policy ratio that varies from step to step is a sign of too many passes over a batch. updates: metric -> its
+    values over this batch so far, kept up to date in place.
     """
 
     OF = ("val/ratio",)
 
-    def __init__(self) -> None:
-        self._updates: dict[str, list[float]] = {}
+    def __init__(self, updates: dict[str, list[float]] | None = None) -> None:
+        self._updates = {} if updates is None else updates
 
     def of(self, metrics: Mapping[str, float], *, last: bool) -> dict[str, float]:
         """Add the metrics of an optimizer step. After the `last` step over a batch returns the variances, none where
@@ -56,15 +62,19 @@ class Spread:
                 self._updates.setdefault(name, []).append(metrics[name])
         if not last:
             return {}
-        updates, self._updates = self._updates, {}
+        updates = dict(self._updates)
+        self._updates.clear()
         return {f"{name}_var": statistics.variance(values) for name, values in updates.items() if len(values) > 1}
 
 
 class Window:
-    """The mean of each metric over the optimizer steps since the last log line, each step with the same weight."""
+    """The mean of each metric over the optimizer steps since the last log line, each step with the same weight.
 
-    def __init__(self) -> None:
-        self._steps: dict[str, list[float]] = {}
+    steps: metric -> its values since then, kept up to date in place.
+    """
+
+    def __init__(self, steps: dict[str, list[float]] | None = None) -> None:
+        self._steps = {} if steps is None else steps
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Add the metrics of one optimizer step."""
@@ -78,5 +88,5 @@ class Window:
     def take(self) -> dict[str, float]:
         """The mean of each metric over the steps that have it; the window is empty afterwards."""
         means = {name: sum(values) / len(values) for name, values in self._steps.items()}
-        self._steps = {}
+        self._steps.clear()
         return means

@@ -15,6 +15,7 @@ from dsalign.data.tokens.templates import Template
 from dsalign.engines import dist
 from dsalign.engines.reference_cache import ReferenceCache
 from dsalign.engines.roles import Roles
+from dsalign.guard.wishes import Wishes
 from dsalign.loop.context import RunContext
 from dsalign.models.tokenizer import decoder
 
@@ -60,11 +61,12 @@ def context_of(
     cache: ReferenceCache | None,
     total_batches: int,
     state: dict[str, Any],
+    wishes: Wishes,
 ) -> RunContext:
     """The context that the run's `prepare` is given.
 
     rewards: (groups, how many a forward pass takes) -> their scores; None = no reward. cache: of the reference, if the
-    run has one. state: the algorithm's memory, `Progress.state`.
+    run has one. state: the algorithm's memory, `Progress.state`. wishes: what asks the run to stop or save.
     """
     return RunContext(
         roles,
@@ -78,4 +80,5 @@ def context_of(
         decode=decoder(template.tokenizer),
         rollout=rollout_of(config) if config.algorithm.traits.online else None,
         stream=Stream(loader),
+        wishes=wishes,
     )

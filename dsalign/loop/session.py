@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dsalign import endings
 from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.data.checks import Survey
-from dsalign.endings import Stopped
 from dsalign.engines import dist
+from dsalign.guard import signals
 from dsalign.guard.trends import Watch
+from dsalign.loop.context import Interrupted
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
 from dsalign.report.run_log import RunLog
+from dsalign.report.story import duration
 
 logger = logging.getLogger(__name__)
+GRACE_S = 30  # seconds that deepspeed, torchrun and Slurm give a rank between SIGTERM and SIGKILL
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
 COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last value in place of a mean
 
@@ -29,8 +34,8 @@ COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last
 class Session:
     """One run of a trainer with everything around its steps: logs, evaluates, saves checkpoints, and writes final/.
 
-    store: the run's checkpoints. held_out: batches to evaluate on, None = no evaluation. origins: option -> where its
-    value is from, for the report. Every method is collective.
+    store: the run's checkpoints. held_out: batches to evaluate on, None = no evaluation. command: the one that started
+    the run. origins: option -> where its value is from, for the report. Every method is collective.
     """
 
     def __init__(
@@ -39,10 +44,12 @@ class Session:
         trainer: Trainer,
         store: Checkpoints,
         held_out: Loader | None,
+        command: str,
         origins: Mapping[str, str] | None = None,
     ) -> None:
         self.origins = origins or {}
         self.config, self.trainer, self.store, self.held_out = config, trainer, store, held_out
+        self.command, self.wishes = command, trainer.ctx.wishes
         self.progress, self.total = trainer.progress, trainer.total_steps
         self.output_dir = Path(config.output.output_dir)
         self.report = RunLog(
@@ -54,15 +61,20 @@ class Session:
         )
         self._watch = Watch() if config.output.guard != "off" else None
         self._bad_trends: list[str] = []
-        self._window, self._spread = Window(), Spread()
+        log = self.progress.log
+        self._window, self._spread = Window(log.setdefault("window", {})), Spread(log.setdefault("spread", {}))
         self._last: dict[str, float] = {}
         self._now: dict[str, float] = {}
         self._saved_step = self._logged_step = self.progress.step
         self._evaluated_step: int | None = None
+        self._save_s, self._said_slow = 0.0, False  # how long the last save took
 
     def run(self) -> dict[str, float]:
         """Train to the end and write final/; returns the last value of every metric. report.html is written however the
-        run ends."""
+        run ends.
+
+        Raises Stopped on rank 0, and ElsewhereError on the others, where the run was asked to stop; then it is saved.
+        """
         try:
             last = self._run()
         except BaseException as error:
@@ -73,36 +85,45 @@ class Session:
 
     def _run(self) -> dict[str, float]:
         self._open()
-        if self.held_out is not None and self.progress.step == 0:
-            self._evaluate()
-        self.report.start(self.progress.step, self.progress.num_tokens)
-        self.trainer.fit(self._after_step, self._show_samples)
-        if self.progress.step < self.total:
-            self._end_early()
+        signals.begun()
+        if dist.rank() == 0:
+            self.wishes.folder = self.output_dir
+        try:
+            if self.held_out is not None and (self.progress.step == 0 or self.progress.owes_evaluation):
+                self._evaluate()
+            self.report.start(self.progress.step, self.progress.num_tokens)
+            self.trainer.fit(self._after_step, self._show_samples)
+            if self.progress.step < self.total:
+                self._end_early()
+        except Interrupted:
+            self._stop()
         if self.progress.step > self._saved_step:
             self._save()
-        self.store.export(self.output_dir / "final")
+        self.store.export(self.output_dir / "final", self.progress.step)
         self.report.say(f"done: {self.progress.step} steps")
         return self._last
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
         config, step = self.config, self.progress.step
-        self._window.add({**metrics, **self._spread.of(metrics, last=self.trainer.at_boundary)})
+        self._window.add({**metrics, **self._spread.of(metrics, last=self.progress.prepared is None)})
         self._now = {name: x for name, x in metrics.items() if name in COUNTERS or name.endswith("lr")}
         if step % config.output.logging_steps == 0 or step == self.total:
             self._log()
         elif step == 1:
             self.report.show(step, metrics)
-        if not self.trainer.at_boundary:
-            return
-        if self.held_out is not None and (step == self.total or self._due(config.output.eval_steps)):
+        if self.held_out is not None and (step == self.total or _due(step, config.output.eval_steps)):
             self._evaluate()
-        if self._due(config.output.save_steps) and step < self.total and step != self._saved_step:
+        due = step < self.total and step != self._saved_step and _due(step, config.output.save_steps)
+        if due or self.wishes.save:
             self._save()
         if self._bad_trends and config.output.guard == "stop" and step < self.total:
             if step != self._saved_step:
                 self._save()
-            raise Stopped(f"{self._bad_trends[0]}; saved at step {step}, --guard warn goes on")
+            raise endings.Stopped(
+                f"{self._bad_trends[0]}; saved at step {step}; resume with --guard warn to go on all the same"
+            )
+        if self.wishes.stop:
+            raise Interrupted
 
     def _log(self) -> None:
         """Log the means over the steps since the last line, and the counters and learning rates of this step."""
@@ -124,26 +145,51 @@ class Session:
         if self.held_out is not None and self.progress.step != self._evaluated_step:
             self._evaluate()
 
-    def _due(self, every: int | None) -> bool:
-        """Whether a multiple of `every` steps was passed within the optimizer steps of this prepared batch."""
-        step, passes = self.progress.step, self.trainer.algorithm.traits.passes
-        return every is not None and step // every > max(0, step - passes) // every
-
     def _evaluate(self) -> None:
         assert self.held_out is not None
-        self._evaluated_step = self.progress.step
+        progress = self.progress
+        progress.owes_evaluation = True
+        if self.wishes.stop:
+            raise Interrupted
         found = evaluate(self.config.algorithm, self.trainer.roles, self.trainer.ctx, self.held_out)
+        progress.owes_evaluation = False
+        self._evaluated_step = progress.step
         self.report.log(self.progress.step, found)
         self._last |= found
-        progress = self.progress
         if progress.best_loss is None or found["eval/loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["eval/loss"], progress.step
             if 0 < progress.step < self.total:
                 self._save()
 
     def _save(self) -> None:
+        start = time.monotonic()
+        self.wishes.saved()
         self.store.save(self.progress)
-        self._saved_step = self.progress.step
+        self._saved_step, self._save_s = self.progress.step, time.monotonic() - start
+        if self._save_s > GRACE_S and not self._said_slow:
+            self._said_slow = True
+            self.report.say(
+                f"warning: a checkpoint took {duration(self._save_s)} to write; deepspeed, torchrun and Slurm kill "
+                f"{GRACE_S} s after SIGTERM, before such a save is done: stop with --max_wall or the file STOP instead"
+            )
+
+    def _stop(self) -> None:
+        """Save the run, unless that was done, and end it with a message of rank 0 whose last line is a command."""
+        step, wishes = self.progress.step, self.wishes
+        reasons = enumerate(dist.everyones(wishes.reason()))
+        why = next(f"{one} on rank {rank}" for rank, one in reasons if one)
+        if step == 0:
+            text = f"stopped by {why} before the first step; nothing is lost, it starts again with\n{self.command}"
+        else:
+            if step != self._saved_step or self.progress.owes_evaluation:
+                self.report.say(f"{why}: saving at step {step}")
+                self._save()
+            text = (
+                f"stopped by {why} at step {step} of {self.total}, saved in {self.output_dir / f'checkpoint-{step}'}; "
+                f"resume with\n{endings.resuming(self.command)}"
+            )
+        wishes.stopped()
+        dist.agree(endings.Stopped(text) if dist.rank() == 0 else None)
 
     def _show_samples(self, prepared: Prepared) -> None:
         self.report.samples(self.progress.step, prepared.samples)
@@ -201,3 +247,8 @@ class Session:
             data={**data, "lengths": {name: asdict(of) for name, of in survey.lengths().items()}},
             origins=self.origins,
         )
+
+
+def _due(step: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps is done after this one."""
+    return every is not None and step % every == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from dsalign.checkpoint.progress import Progress
 from dsalign.config.schema import OptimOptions
 from dsalign.contract.algorithm import Algorithm
-from dsalign.contract.groups import Batch, Output, Prepared
+from dsalign.contract.groups import Output, Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.data.batches.packing import cut, num_tokens
 from dsalign.engines import dist
@@ -35,8 +36,8 @@ class Trainer:
     """The training loop of an algorithm: `ctx.total_batches` batches of the loader, each prepared, then trained on in
     one or several optimizer steps, at most options.max_steps of them in all.
 
-    progress: where the run is; advanced in place. total_steps: optimizer steps of the whole run. at_boundary: whether
-    the run is between two prepared batches, where a checkpoint can be taken.
+    progress: where the run is; advanced in place. Between two optimizer steps over one prepared batch it holds that
+    batch, so that a checkpoint can be taken after every step. total_steps: optimizer steps of the whole run.
     """
 
     def __init__(
@@ -54,7 +55,6 @@ class Trainer:
         traits, sizes = algorithm.traits, map(loader.size_of, range(ctx.total_batches))
         every = sum(traits.epochs * min(traits.mini_batches, size) for size in sizes)  # no step without a group
         self.total_steps = every if options.max_steps is None else min(every, options.max_steps)
-        self.at_boundary = True
         self._guards = {name: TouchGuard(roles.engines[name]) for name in self.stepped}
 
     def fit(
@@ -62,41 +62,54 @@ class Trainer:
     ) -> None:
         """Train from `progress` to the end of the run. Collective.
 
-        after_step: called with the metrics of each optimizer step; it may save a checkpoint where `at_boundary` is
-        true: after the last step over a prepared batch, or of the run. after_prepare: called with each prepared batch.
-        Raises NonFiniteError as `optimizer_step` does.
+        after_step: called with the metrics of each optimizer step; it may save a checkpoint. after_prepare: called with
+        each prepared batch.
+        Raises NonFiniteError as `optimizer_step` does, and Interrupted where a wish to stop was agreed in `prepare`;
+        then the run is as it was before that batch.
         """
-        while self.progress.batches < self.ctx.total_batches:
-            index = self.progress.batches
-            batch = self.loader.batch(index)
+        progress = self.progress
+        while progress.step < self.total_steps and (
+            progress.prepared is not None or progress.batches < self.ctx.total_batches
+        ):
             for engine in self.stepped:
                 self.roles.engines[engine].module.train()
-            prepared = self.algorithm.prepare(self.ctx.at(index), batch)
-            tokens = dist.total([num_tokens(prepared.groups)], self.roles.device)[0]
-            self.progress.num_tokens += int(tokens)
-            self.progress.batches += 1
-            if after_prepare is not None:
-                after_prepare(prepared)
-            steps = self._mini_batches(batch, prepared, index)[: self.total_steps - self.progress.step]
-            self.at_boundary = not steps
-            for i, positions in enumerate(steps):
+            if progress.prepared is None:
+                progress.prepared = self._prepare(progress.batches)
+                progress.batches += 1
+                if after_prepare is not None:
+                    after_prepare(progress.prepared)
+            prepared = progress.prepared
+            steps = self._mini_batches(prepared, progress.batches - 1)
+            last = min(len(steps), progress.taken + self.total_steps - progress.step)
+            for i in range(progress.taken, last):
                 with self.ctx.clock.phase("train"):
-                    metrics = self.optimizer_step(prepared, positions)
-                self.progress.step += 1
-                self.at_boundary = i == len(steps) - 1
-                after_step({**metrics, "num_tokens": self.progress.num_tokens})
+                    metrics = self.optimizer_step(prepared, steps[i])
+                progress.step += 1
+                progress.prepared, progress.taken = (prepared, i + 1) if i + 1 < len(steps) else (None, 0)
+                after_step({**metrics, "num_tokens": progress.num_tokens})
+            if not progress.taken:  # else max_steps ended the run, which may go on with more of them
+                progress.prepared = None
 
-    def _mini_batches(self, batch: Batch, prepared: Prepared, index: int) -> list[Sequence[int]]:
+    def _prepare(self, index: int) -> Prepared:
+        """Prepare the global batch number `index`. Collective."""
+        batch = self.loader.batch(index)
+        with self.ctx.undone():
+            prepared = self.algorithm.prepare(self.ctx.at(index), batch)
+        self.progress.num_tokens += int(dist.total([num_tokens(prepared.groups)], self.roles.device)[0])
+        if prepared.positions is None and self.algorithm.traits.passes > 1:
+            return replace(prepared, positions=batch.mine)
+        return prepared
+
+    def _mini_batches(self, prepared: Prepared, index: int) -> list[Sequence[int]]:
         """This rank's groups of each optimizer step over a prepared batch, by their index in `prepared.groups`.
 
         Each pass shuffles the places of all ranks' groups by (seed, batch, pass) and deals them to the steps, so that a
         step has the same groups on any number of ranks; a step without any group on any rank is left out. Collective.
         """
-        traits = self.algorithm.traits
-        mine, everyone = batch.mine, list(range(len(batch.groups)))
-        if prepared.positions is not None:
-            mine = prepared.positions
-            everyone = sorted(map(int, self.ctx.gather(torch.tensor(mine, dtype=torch.float64))))
+        traits, mine = self.algorithm.traits, prepared.positions
+        if mine is None:  # the whole batch in one step
+            return [range(len(prepared.groups))]
+        everyone = sorted(map(int, self.ctx.gather(torch.tensor(mine, dtype=torch.float64))))
         if traits.passes == 1:
             return [range(len(mine))] if everyone else []
         local = {position: i for i, position in enumerate(mine)}
@@ -130,7 +143,10 @@ class Trainer:
                 losses.append(self._backward(name, trained, prepared, part, counts, sums))
             total_loss += self._check_losses(losses, parts, prepared) / dist.world_size()
             self._step(name, result)
-        means = {"loss": total_loss, **sums.reduced(device), **result}
+        wishes = self.ctx.wishes
+        reduced, asked = sums.reduced_with(wishes.numbers(), device)
+        wishes.agreed(asked)
+        means = {"loss": total_loss, **reduced, **result}
         return {**means, **self.algorithm.derived(means)}
 
     def _backward(

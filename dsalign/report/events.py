@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ class Events:
     def write(self, kind: str, **facts: Any) -> None:
         """Append one event with the time, seconds since 1970; text that looks like a secret is left out."""
         line = {"kind": kind, "time": round(time.time(), 3), **_clean(facts)}
-        self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-        self._file.flush()
+        with suppress(OSError):  # of a full disk metrics.jsonl speaks, whose lines matter more
+            self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file; nothing is written afterwards."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -48,7 +50,8 @@ class RunLog:
         if rank == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._resumed = resumed
-            self._file = (output_dir / METRICS).open("a" if resumed else "w", encoding="utf-8")
+            if not resumed:
+                (output_dir / METRICS).write_bytes(b"")
             self._events = Events(output_dir, resumed=resumed)
             self._step = 0
             self._trackers = {name: made for name in trackers if (made := _made(name, output_dir)) is not None}
@@ -121,8 +124,7 @@ class RunLog:
         numbers = self._shown(step, metrics)
         if "tokens_per_s" in numbers:
             self._last, self._last_tokens = time.monotonic(), numbers["num_tokens"]
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        _append(self._output_dir / METRICS, json.dumps({"step": step, **numbers}))
         system = {f"system/{name.lower().replace(' ', '_')}_gib": amount for name, amount in memory_gib().items()}
         self._tell(lambda tracker: tracker.numbers(step, {**numbers, **system}))
 
@@ -150,9 +152,8 @@ class RunLog:
         samples.jsonl and the trackers."""
         if self._rank != 0 or not samples:
             return
-        with (self._output_dir / SAMPLES).open("a", encoding="utf-8") as file:
-            for one in samples:
-                file.write(json.dumps({"step": step, **one}, ensure_ascii=False) + "\n")
+        for one in samples:
+            _append(self._output_dir / SAMPLES, json.dumps({"step": step, **one}, ensure_ascii=False))
         texts = [json.dumps(one["completion"][:SHORT], ensure_ascii=False) for one in samples]
         lines = [
             f"sample at step {step} | reward {number(one['score'])} | {text}"
@@ -192,9 +193,25 @@ def _made(name: str, output_dir: Path) -> Tracker | None:
         return None
 
 
+def _append(path: Path, line: str) -> None:
+    """Append a line to a file by one write, so that no other writer's line ends up inside it. Raises OSError where the
+    disk is full; a part that was written is taken back."""
+    content = f"{line}\n".encode(errors="replace")
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        before = os.fstat(file).st_size
+        count = os.write(file, content)
+        if count < len(content):
+            if os.fstat(file).st_size == before + count:
+                os.ftruncate(file, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(file)
+
+
 def _cut(path: Path, keep: Callable[[int], bool]) -> None:
-    """Drop the lines of steps that `keep` refuses, and a last line that a kill broke off. The file is not replaced, as
-    it is open."""
+    """Drop the lines of steps that `keep` refuses, and a last line that a kill broke off. The file is replaced when the
+    new one is whole."""
     if not path.exists():
         return
     kept = []
@@ -205,9 +222,12 @@ def _cut(path: Path, keep: Callable[[int], bool]) -> None:
             except (ValueError, KeyError, TypeError):
                 whole = False
             kept += [line] if whole else []
-    with path.open("r+", encoding="utf-8", newline="\n") as file:
+    beside = path.with_name(f".{path.name}.part")
+    with beside.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(kept)
-        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def quiet(rank: int) -> None:

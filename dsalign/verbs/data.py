@@ -13,6 +13,7 @@ from dsalign.config import flags
 from dsalign.config import parse as config
 from dsalign.config.schema import RunConfig
 
+SUMMARY = "what a data set is to a run: dsalign data check|show"
 USAGE = """usage: dsalign data check|show --algo NAME [options of a run] [--json] [--n N] [--ids]
 
   check   rows kept, dropped and cut, lengths, and what is wrong with them; exit code 2 where something is

@@ -1,14 +1,46 @@
-"""What a run needs outside its configuration, tried before torch is imported: reward files, and the output folder."""
+"""What a run needs outside its configuration, before torch is imported: reward files, the output folder, an ear for
+signals, and the command that starts it again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsalign.checkpoint import folder_lock
+from dsalign import endings
+from dsalign.checkpoint import folder_lock, resuming
 from dsalign.config.schema import RunConfig
+from dsalign.guard import parents, signals
 from dsalign.rewards.functions import load_function
+
+STARTED_AS = parents.STARTED_AS  # the variable by which our own launcher hands on the command that it stands for
+
+
+def typed(command: str, env: Mapping[str, str]) -> str:
+    """The command that the user typed, launcher and all, as `parents.typed` finds it. command: where it finds none."""
+    return parents.typed(env.get(STARTED_AS), command)
+
+
+@contextmanager
+def listening(command: str, *, alone: bool) -> Iterator[None]:
+    """A context in which signals are heard, as `signals.listening`. Until training begins a stop loses nothing: a
+    process alone stops at once, with KeyboardInterrupt where that is what happened, and ranks where they agree.
+
+    command: the one that starts the run again.
+    """
+
+    def stopped(name: str) -> BaseException:
+        return KeyboardInterrupt() if name == "SIGINT" else unbegun(name, command)
+
+    with signals.listening(stopped if alone else None):
+        yield
+
+
+def unbegun(reason: str, command: str) -> endings.Stopped:
+    """The ending of a run that was asked to stop before it had begun to train."""
+    return endings.Stopped(
+        f"stopped by {reason} before the first step; nothing is lost, it starts again with\n{command}"
+    )
 
 
 def load_rewards(config: RunConfig) -> None:
@@ -16,6 +48,14 @@ def load_rewards(config: RunConfig) -> None:
     if config.algorithm.traits.roles.get("reward") == "frozen":
         for name in config.models.reward_funcs:
             load_function(name)
+
+
+def check_resume(config: RunConfig, ranks: int) -> None:
+    """Compare the options of a run with those of the checkpoint that --resume names. ranks: their number.
+
+    Raises ConfigError as `resuming.check_options` does.
+    """
+    resuming.check_options(config, ranks)
 
 
 @contextmanager

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import chain
 
 import torch
 
-from dsalign.checkpoint import checkpoints, fingerprint
-from dsalign.config.schema import RunConfig
+from dsalign.checkpoint import checkpoints, fingerprint, resuming
+from dsalign.config.schema import RunConfig, seconds
 from dsalign.data.dataset import data_of
 from dsalign.engines import build, dist, identity, reference_cache
+from dsalign.engines.engine import layout
 from dsalign.engines.self_check import self_check
+from dsalign.guard.parents import Launchers
+from dsalign.guard.wishes import Wishes
 from dsalign.loop.plan import batches_of, context_of, loader_of
 from dsalign.loop.session import Session
 from dsalign.loop.trainer import Trainer
 from dsalign.models.compare import compare_models
+from dsalign.models.load import resolve_dtype
 from dsalign.models.tokenizer import stop_at, template_of
 from dsalign.ranks import Process
 from dsalign.report import screen
@@ -24,6 +29,8 @@ from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
 from dsalign.rewards.sources import functions_of, rewards_of
 from dsalign.verbs import preflight
+
+SUMMARY = "train a model; what a command without a verb is"
 
 
 def train(
@@ -33,7 +40,7 @@ def train(
 
     process: this rank and its place on this machine. command: the command line, kept in the output folder. origins:
     option -> where its value is from, which the report tells.
-    Raises ValueError for input that cannot be used, with what to do.
+    Raises ValueError for input that cannot be used, with what to do, and `endings.Stopped` where it was asked to stop.
     """
     quiet(process.rank)
     device = dist.init(process.local_rank, process.local_size)
@@ -42,15 +49,19 @@ def train(
             if process.world_size > 1:  # a process alone did it before it imported torch
                 lead = process.rank == 0
                 dist.together(lambda: held.enter_context(preflight.ready(config)) if lead else None)
-            dist.same_everywhere(identity.of_run(config))
-            return _train(config, device, command, origins)
+            wishes = Wishes(seconds(config.output.max_wall), Launchers.of(os.getpid()))
+            with dist.stoppable(lambda: preflight.unbegun(wishes.reason(), command) if wishes.reason() else None):
+                dist.same_everywhere(identity.of_run(config))
+                session = _built(config, device, command, wishes, origins)
+            return session.run()
     finally:
         dist.shutdown()
 
 
-def _train(
-    config: RunConfig, device: torch.device, command: str, origins: Mapping[str, str] | None
-) -> dict[str, float]:
+def _built(
+    config: RunConfig, device: torch.device, command: str, wishes: Wishes, origins: Mapping[str, str] | None
+) -> Session:
+    """A run that is ready for its first step. Collective; every `dist.agree` in it is a place to stop."""
     torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
     screen.stage("finding the models")
     sources = build.sources(config)
@@ -68,10 +79,20 @@ def _train(
         )
     )  # fmt: skip
     functions = dist.together(lambda: functions_of(config, data.train))
-    dist.same_everywhere(identity.of_inputs({"dataset": data.train, "val_dataset": data.held_out}, sources, template))
+    inputs = identity.of_inputs({"dataset": data.train, "val_dataset": data.held_out}, sources, template)
+    dist.same_everywhere(inputs)
     loader = loader_of(config, data.train, shuffle=True)
     held_out = loader_of(config, data.held_out, shuffle=False) if data.held_out else None
     total_batches = batches_of(config, loader)
+    settings = fingerprint.settings(
+        config,
+        ranks=dist.world_size(),
+        inputs=inputs | identity.of_rewards(config),
+        batches=total_batches,
+        layout=layout(config.optim, resolve_dtype(config.models.dtype, device)),
+        versions=identity.versions(),
+    )
+    dist.together(lambda: resuming.check(config, settings))  # before the time that weights take
 
     cache = reference_cache.cache_of(config, loader, held_out, total_batches, sources.get("reference"), device)
     if cache is not None and cache.complete(device):
@@ -90,12 +111,11 @@ def _train(
     for engine in trained.values():
         stop_at(engine.module.model, template.end_ids)
     bases = {role: sources[role].weights for role in trained}
-    settings = fingerprint.settings(config, len(data.train), total_batches)
     adapters_only = config.models.tuner == "lora"
     store = checkpoints.Checkpoints(
         config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only
     )
     progress = checkpoints.begin(config, store, command)
-    ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state)
+    ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state, wishes)
     trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress)
-    return Session(config, trainer, store, held_out, origins).run()
+    return Session(config, trainer, store, held_out, command, origins)

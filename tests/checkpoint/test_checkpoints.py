@@ -9,12 +9,10 @@ import pytest
 import run_cases
 import torch
 from run_cases import Run
-from support import RankPool, quick_if, section, tiny_tokenizer
+from support import RankPool, quick_if
 from transformers import AutoModelForCausalLM
 
-from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.rules import PROGRESS_FILE
-from dsalign.config.schema import OutputOptions
 
 RESUMED = ((0, "full", "sft"), (3, "lora", "dpo"))  # the rest slowly
 
@@ -42,7 +40,7 @@ def test_resumed_equals_uninterrupted(
     assert all((found[n] == want[n]).all() for n in want)
     assert progress_resumed == progress
     assert (progress["step"], progress["batches"], progress["state"]) == (4, 4, {"seen": 3})
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "run.json"]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -91,15 +89,16 @@ def test_rotation_keeps_the_newest_and_the_best(
     keep: int, best: int | None, left: list[int], two_ranks: RankPool, tmp_path: Path
 ) -> None:
     """Checkpoints of steps 2, 9, 10, 11: by number, not by name; no staging folder stays."""
-    assert two_ranks.run(run_cases.rotation, tmp_path, keep, best) == [f"checkpoint-{step}" for step in left]
+    found = two_ranks.run(run_cases.rotation, tmp_path, keep, best)
+    assert found == [*(f"checkpoint-{step}" for step in left), "run.json"]
 
 
 def test_leftovers_of_a_killed_save_do_not_get_in(two_ranks: RankPool, tmp_path: Path) -> None:
     """A file in .staging-1 from before is gone; the second save of a step replaces the first."""
     names, best_loss = two_ranks.run(run_cases.save_over, tmp_path)
-    assert names == ["random-0.safetensors", "random-1.safetensors", "trainer.json"]
+    assert names == ["manifest.json", "random-0.safetensors", "random-1.safetensors", "trainer.json"]
     assert best_loss == 0.5
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "run.json"]
 
 
 def test_random_state_of_each_rank_comes_back(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -107,18 +106,7 @@ def test_random_state_of_each_rank_comes_back(two_ranks: RankPool, tmp_path: Pat
     assert two_ranks.run(run_cases.random_after_load, tmp_path) == [(True, True)] * 2
 
 
-def checkpoint(folder: Path, step: int) -> Path:
-    """A folder that looks like a checkpoint."""
-    found = folder / f"checkpoint-{step}"
-    found.mkdir(parents=True)
-    content = {"progress": {"step": step}, "fingerprint": {"seed": 1, "rows": 8, "tuner": "full"}}
-    (found / PROGRESS_FILE).write_text(json.dumps(content))
-    return found
-
-
-def test_a_checkpoint_without_an_engines_state_is_refused(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, 3)
-    engines, bases = {"policy": None}, {"policy": ""}
-    store = Checkpoints(section(OutputOptions), engines, tiny_tokenizer(), bases, {"seed": 1}, adapters_only=False)
-    with pytest.raises(ValueError, match=r"^resume: .*/checkpoint-3 has no DeepSpeed state for the policy$"):
-        store.load(folder)
+def test_a_checkpoint_without_an_engines_state_is_refused(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """One of a run that trained nothing, whole as it is, resumed by a run that trains a policy."""
+    said = two_ranks.run(run_cases.resumed_without_engines, Run("sft", tiny), tmp_path)
+    assert said[0] == f"resume: {tmp_path}/checkpoint-3 has no DeepSpeed state for the policy"

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from dsalign.checkpoint.folders import checkpoints, find, move_aside
+from dsalign.checkpoint import manifest
+from dsalign.checkpoint.folders import (
+    begun_run,
+    find,
+    kept,
+    last_serial,
+    move_aside,
+    new_folder,
+    newest_first,
+    record,
+    run_of,
+    set_aside,
+)
+from dsalign.checkpoint.manifest import Manifest
+from dsalign.config.parse import parse
 from dsalign.config.rules import PROGRESS_FILE
 
 
@@ -41,22 +56,63 @@ def test_a_run_that_is_read_from_is_not_moved(tmp_path: Path) -> None:
     assert run.exists()
 
 
-def checkpoint(folder: Path, step: int) -> None:
-    """A folder that looks like a checkpoint."""
+def checkpoint(folder: Path, step: int, serial: int | None) -> Path:
+    """A folder that looks like a checkpoint, the `serial`-th of its run, or one without a manifest."""
     found = folder / f"checkpoint-{step}"
     found.mkdir(parents=True)
     (found / PROGRESS_FILE).write_text("{}")
+    if serial is not None:
+        manifest.write(found, Manifest({}, run="r", serial=serial, step=step))
+    return found
 
 
-def test_find(tmp_path: Path) -> None:
-    """latest is the highest number that is whole; a path is itself."""
-    for step in (9, 10):
-        checkpoint(tmp_path, step)
-    (tmp_path / "checkpoint-11").mkdir()  # no trainer.json
-    checkpoint(tmp_path / "checkpoint-x", 1)
-    assert checkpoints(tmp_path) == {9: tmp_path / "checkpoint-9", 10: tmp_path / "checkpoint-10"}
-    assert find("latest", tmp_path) == tmp_path / "checkpoint-10"
-    assert find(str(tmp_path / "checkpoint-9"), tmp_path) == tmp_path / "checkpoint-9"
+def test_the_newest_is_the_one_written_last(tmp_path: Path) -> None:
+    """Steps 100, 200, then back to 2: 3 and 4 are newer. The clock has no say. One without a manifest counts as newer
+    than those of fewer steps."""
+    for step, serial in ((100, 1), (200, 2), (3, 3), (4, 4)):
+        checkpoint(tmp_path, step, serial)
+    checkpoint(tmp_path, 5, None)
+    os.utime(tmp_path / "checkpoint-4", (0, 0))
+    (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / "checkpoint-6").touch()
+    assert [p.name for p in newest_first(tmp_path)] == [f"checkpoint-{n}" for n in (5, 4, 3, 200, 100)]
+    assert last_serial(tmp_path) == 4
+    assert find("latest", tmp_path) == newest_first(tmp_path)
+    assert find(str(tmp_path / "checkpoint-3"), tmp_path) == [tmp_path / "checkpoint-3"]
+
+
+def test_what_came_later_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Back from 200 to 2, then to 100, which comes back from aside, while 3 and 4 leave."""
+    for step, serial in ((2, 1), (100, 2), (200, 3)):
+        checkpoint(tmp_path, step, serial)
+    (tmp_path / "final").mkdir()
+    manifest.write(tmp_path / "final", Manifest({}, run="r", serial=4, step=201))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 200}\n')
+    assert set_aside(tmp_path, 2, tmp_path / "checkpoint-2") == tmp_path / "aside-1"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["aside-1", "checkpoint-2", "metrics.jsonl"]
+    names = ["checkpoint-100", "checkpoint-200", "final", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "aside-1").iterdir()) == names
+    assert caplog.messages == [
+        f"going on from step 2: checkpoint-200, checkpoint-100, final came later, kept in {tmp_path}/aside-1"
+    ]
+    assert last_serial(tmp_path) == 3
+    for step, serial in ((3, 5), (4, 6)):
+        checkpoint(tmp_path, step, serial)
+    assert set_aside(tmp_path, 4, tmp_path / "checkpoint-4") is None
+    set_aside(tmp_path, 100, tmp_path / "aside-1" / "checkpoint-100")
+    assert [p.name for p in newest_first(tmp_path)] == ["checkpoint-100", "checkpoint-2"]
+    assert sorted(p.name for p in tmp_path.glob("aside-*/checkpoint-*")) == [f"checkpoint-{n}" for n in (200, 3, 4)]
+
+
+def test_a_run_has_one_identity(tmp_path: Path) -> None:
+    assert run_of(tmp_path) is None
+    identity = begun_run(tmp_path)
+    assert begun_run(tmp_path) == identity == run_of(tmp_path) != begun_run(tmp_path / "other")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"^output_dir: .*/run.json cannot be read .*: remove it, and resume with --tr"
+    ):
+        run_of(tmp_path)
 
 
 def test_find_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
@@ -64,3 +120,42 @@ def test_find_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
         find(str(tmp_path / "x"), tmp_path)
     with pytest.raises(ValueError, match=r"^resume: no checkpoint-N in .*; leave --resume out to start a new run$"):
         find("latest", tmp_path)
+
+
+def test_auto_starts_or_goes_on(tmp_path: Path) -> None:
+    assert find(None, tmp_path) == find("auto", tmp_path) == []
+    checkpoint(tmp_path, 3, None)
+    assert find("auto", tmp_path) == [tmp_path / "checkpoint-3"] and find(None, tmp_path) == []
+
+
+def test_what_the_newest_checkpoint_keeps_is_read(tmp_path: Path) -> None:
+    """Of the first one in which it can be read."""
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, text in zip(folders, ("{", '{"progress": 1}', "{}"), strict=True):
+        folder.mkdir()
+        (folder / PROGRESS_FILE).write_text(text)
+    assert kept(folders) == (tmp_path / "b", {"progress": 1}) and kept(folders[:1]) is None
+
+
+def test_what_a_resume_changes_is_written_down(tmp_path: Path) -> None:
+    """config.yaml is what holds now, with the changes and the step from which they hold above; earlier ones stay with
+    a number. A resume that changes nothing leaves it as it is; every command has its line."""
+    out = tmp_path / "out"
+    words = ["--algo", "sft", "--output_dir", str(out)]
+    new_folder(parse(words, world_size=1).config, "one")
+    first = (out / "config.yaml").read_text()
+    again = [*words, "--resume", "auto"]
+    record(parse(again, world_size=1).config, "two", 4, [])
+    assert (out / "config.yaml").read_text() == first and not (out / "config.1.yaml").exists()
+    for number, rate in ((1, "0.1"), (2, "0.2")):
+        config = parse([*again, "--lr", rate], world_size=1).config
+        record(config, f"lr {rate}", 4, [f"--learning_rate was it, is {rate}"])
+        lines = (out / "config.yaml").read_text().splitlines()
+        assert lines[:2] == ["# from step 5 on:", f"# --learning_rate was it, is {rate}"]
+        found = parse(["--config", str(out / "config.yaml")], world_size=1).config
+        assert (found.optim.learning_rate, found.output.resume) == (float(rate), None)
+        assert (out / f"config.{number}.yaml").exists()
+    assert (out / "config.1.yaml").read_text() == first
+    assert "learning_rate: 0.1\n" in (out / "config.2.yaml").read_text()
+    assert (out / "command.txt").read_text().splitlines() == ["one", "two", "lr 0.1", "lr 0.2"]
+    assert not list(out.glob(".*"))

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from dsalign.checkpoint.random_state import random_state, restore_random_state
+from dsalign.checkpoint.random_state import random_state, restore_random_state, seed_random_state
 
 
 def test_the_generators_go_on_where_they_were() -> None:
@@ -16,3 +16,14 @@ def test_the_generators_go_on_where_they_were() -> None:
     drawn = (random.gauss(0.0, 1.0), random.random(), torch.rand(3).tolist())
     restore_random_state(state)
     assert (random.gauss(0.0, 1.0), random.random(), torch.rand(3).tolist()) == drawn
+
+
+def test_other_ranks_draw_what_seed_step_and_rank_say() -> None:
+    """The same again for the same three, and something else where one of them differs."""
+
+    def drawn(*where: int) -> tuple[float, ...]:
+        seed_random_state(*where)
+        return (random.random(), *torch.rand(2).tolist())
+
+    assert drawn(42, 6, 1) == drawn(42, 6, 1)
+    assert len({drawn(42, 6, 1), drawn(42, 6, 0), drawn(42, 7, 1), drawn(1, 6, 1)}) == 4

@@ -11,15 +11,16 @@ from dsalign.config.schema import RUN_OPTIONS
 
 
 def test_help_has_the_comments_of_an_algorithm(duel: type[Any]) -> None:
-    text = help_text(flags.split(["--algo", "duel", "--help"], ALIASES))
+    text = help_text(flags.split(["--algo", "duel", "--help"], ALIASES), {"duel": "two of them"})
     assert "--kinds                        one or several [[sword]]" in text
     assert f"see {duel.__module__} [3]" in text
-    general = help_text(flags.split(["--help"], ALIASES))
+    general = help_text(flags.split(["--help"], ALIASES), {"duel": "two of them"})
+    assert "commands\n  duel            two of them\n" in general
     assert "--kinds" not in general and "dsalign --algo NAME --help" in general
 
 
 def test_help_names_every_option_once_with_its_choices() -> None:
-    text = help_text(flags.split(["sft", "--help"], ALIASES))
+    text = help_text(flags.split(["sft", "--help"], ALIASES), {"duel": "two of them"})
     assert all(text.count(f"  --{name} ") + text.count(f"  --{name},") == 1 for name in RUN_OPTIONS)
     assert "--tuner, --sft_type            train LoRA adapters or every weight: lora, full [lora]" in text
     assert "per_device_train_batch_size" in text

@@ -315,7 +315,7 @@ def test_an_output_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_checkpoint_to_resume_must_be_there(tmp_path: Path) -> None:
     assert told("--algo", "sft", "--resume", "checkpoint-5") == [
-        "--resume: expected `latest` or the folder of a checkpoint, got 'checkpoint-5', which is no folder; "
+        "--resume: expected latest, auto or the folder of a checkpoint, got 'checkpoint-5', which is no folder; "
         "checkpoints are output_dir/checkpoint-N"
     ]
     (line,) = told("--algo", "sft", "--resume_from_checkpoint", str(tmp_path))

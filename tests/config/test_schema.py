@@ -6,6 +6,7 @@ import pytest
 from commands import made
 from pydantic import ValidationError
 
+from dsalign.config import schema
 from dsalign.config.schema import HEADINGS, RUN_OPTIONS, SECTIONS, OptimOptions, RunConfig
 
 
@@ -36,3 +37,23 @@ def test_an_option_is_in_one_section_and_shown_where_it_is_looked_for() -> None:
         *(("algo", "what"), ("model", "models"), ("dataset", "data"), ("deepspeed", "optimisation")),
         ("eval_steps", "run"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("55m", 3300.0),
+        ("3h", 10800.0),
+        ("1.5h", 5400.0),
+        ("3300s", 3300.0),
+        ("3300", 3300.0),
+        (3300, 3300.0),
+        ("2d", 172800.0),
+    ],
+)
+def test_a_time_in_seconds(text: str, wanted: float) -> None:
+    assert schema.seconds(text) == wanted
+
+
+def test_no_time_is_none() -> None:
+    assert schema.seconds(None) is None

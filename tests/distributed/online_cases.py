@@ -191,7 +191,7 @@ def logged(folder: Path) -> list[dict[str, float]]:
     trainer = build(folder, algorithm, stage="0", tuner="full", batch_size=4, steps=3, recorded=True, rate=0.05)
     seen: list[dict[str, float]] = []
     spread = Spread()
-    trainer.fit(lambda metrics: seen.append({**metrics, **spread.of(metrics, last=trainer.at_boundary)}))
+    trainer.fit(lambda metrics: seen.append({**metrics, **spread.of(metrics, last=trainer.progress.prepared is None)}))
     return seen
 
 

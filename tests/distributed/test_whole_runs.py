@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         whole_runs.train, [*words, "--save_steps", "2", "--save_total_limit", "9", "--output_dir", str(whole)]
     )
     checkpoint = min(whole.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    two_ranks.run(whole_runs.train, [*words, "--resume", str(checkpoint), "--output_dir", str(resumed)])
+    two_ranks.run(
+        whole_runs.train,
+        [*words, "--resume", str(checkpoint), "--output_dir", str(resumed), "--trust_checkpoint", "true"],
+    )
     step = int(checkpoint.name.rpartition("-")[2])
     timed = ("tokens_per_s", *(f"time/{phase}" for phase in PHASES))
     want = [{k: v for k, v in line.items() if k not in timed} for line in metrics(whole) if line["step"] > step]
@@ -130,7 +134,8 @@ def test_evaluation_keeps_the_best_checkpoint(tiny: Path, two_ranks: RankPool, t
 def test_max_steps_ends_a_run_within_the_passes_over_a_rollout(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
     """Six steps in four passes a rollout are a whole rollout and half of one. The rate falls from 1 to 0 over six
     steps: 1 - 3/6 at the fourth, 1 - 5/6 at the last, which is logged, evaluated and saved. A resumed run has nothing
-    left to do; one with another max_steps is refused."""
+    left to do. One of more steps goes on with the rest of that rollout, here at another ZeRO stage: both engines' state
+    is dealt anew, and what has changed is written down."""
     words = f"--algo ppo --model {tiny} --dataset demo:prompts#24 --tuner full --batch_size 4 --max_new_tokens 6 "
     words += "--gradient_accumulation_steps 1 --num_ppo_epochs 4 --max_steps 6 --split_dataset_ratio 0.25 "
     words += "--lr_scheduler_type linear --warmup_ratio 0 --learning_rate 1e-3 --logging_steps 4 --save_steps 4 "
@@ -149,12 +154,43 @@ def test_max_steps_ends_a_run_within_the_passes_over_a_rollout(tiny: Path, two_r
     two_ranks.run(whole_runs.train, [*words.split(), "--resume", "--output_dir", str(out)])
     again = load_file(out / "final" / "model.safetensors")
     assert metrics(out) == lines and all(torch.equal(last[name], again[name]) for name in last)
-    longer = [*words.replace("--max_steps 6", "--max_steps 7").split(), "--resume", "--output_dir", str(out)]
-    assert (
-        two_ranks.run(whole_runs.refusal, longer)
-        .partition("with other settings: ")[2]
-        .startswith("--max_steps was 6, is 7; resume with what it was, or start a new run from its model with --model ")
-    )
+    more = words.replace("--max_steps 6", "--max_steps 8 --deepspeed zero3")
+    two_ranks.run(whole_runs.train, [*more.split(), "--resume", "--output_dir", str(out)])
+    assert [(line["step"], line["lr"]) for line in metrics(out) if "lr" in line][2:] == [
+        (8, pytest.approx(1e-3 * (1 - 7 / 8)))
+    ]
+    assert (out / "config.yaml").read_text().splitlines()[:3] == [
+        "# from step 7 on:", "# --deepspeed was zero2, is zero3", "# --max_steps was 6, is 8"
+    ]  # fmt: skip
+    assert "max_steps: 6\n" in (out / "config.1.yaml").read_text()
+
+
+def test_a_resume_with_other_inputs_is_refused(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    """As many rows of other text, one bit of the model's weights, another template: each was trained on in silence.
+    The run itself goes on, also when its rows have moved."""
+    rows, model, jinja, out = (tmp_path / name for name in ("rows.jsonl", "model", "t.jinja", "out"))
+    lines = [json.dumps({"prompt": f"count to {i}", "completion": "one"}) for i in range(8)]
+    rows.write_text("\n".join(lines))
+    shutil.copytree(tiny, model)
+    turns = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    jinja.write_text(turns + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    base = f"--algo sft --tuner full --batch_size 2 --gradient_accumulation_steps 1 --save_steps 1 --output_dir {out} "
+    words = [*base.split(), "--model", str(model), "--template", str(jinja), "--dataset", str(rows)]
+    two_ranks.run(whole_runs.train, [*words, "--max_steps", "1", "--save_total_limit", "9"])
+    two_ranks.run(whole_runs.train, [*words, "--resume", "auto"])  # one epoch, two steps: more than one
+    assert {p.name for p in out.glob("checkpoint-*")} >= {"checkpoint-1", "checkpoint-2"}
+    words.append("--resume")
+    rows.write_text("\n".join([*lines[:7], lines[7].replace("one", "two")]))
+    said = two_ranks.run(whole_runs.refusal, words)
+    assert "other settings: rows of dataset: was 8 rows " in said and ", is 8 rows " in said
+    rows.write_text("\n".join(lines))
+    jinja.write_text(jinja.read_text() + "{# the same rows, but not the same where completions are scored #}")
+    assert "other settings: template: was " in two_ranks.run(whole_runs.refusal, words)
+    jinja.write_text(jinja.read_text().partition("{#")[0])
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[len(weights) // 3] ^= 1
+    (model / "model.safetensors").write_bytes(bytes(weights))
+    assert "other settings: files of the policy model: was " in two_ranks.run(whole_runs.refusal, words)
 
 
 def test_errors_of_a_run_are_said_in_one_sentence(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:

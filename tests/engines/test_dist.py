@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from support import RankPool
 
+from dsalign import endings
 from dsalign.engines import dist
 
 
@@ -28,6 +29,26 @@ def one_rank_fails(failing: int) -> list[str]:
     return [dist.from_rank_0(said), said]
 
 
+def one_rank_is_stopped(rank: int, also_fails: bool) -> list[tuple[str, int, str]]:
+    """(name, exit code, text) of what each rank raises where ranks agree, while `rank` has a reason to stop."""
+
+    def build() -> None:
+        if also_fails and dist.rank() == rank:
+            raise ValueError("no such file")
+
+    def pending() -> Exception | None:
+        return endings.Stopped("stopped by SIGTERM") if dist.rank() == rank else None
+
+    said = ("", 0, "")
+    try:
+        with dist.stoppable(pending):
+            dist.together(build)
+    except Exception as error:
+        said = (type(error).__name__, getattr(error, "code", 2), str(error))
+    dist.together(lambda: None)  # no place to stop any more
+    return dist.everyones(said)
+
+
 def gathered() -> tuple[list[float], list[float], int]:
     """Collectives over ranks that bring 0 and 1 numbers, 1 and 2 as numbers."""
     rank = dist.rank()
@@ -41,6 +62,15 @@ def test_an_error_on_one_rank_stops_all_and_is_said_once(two_ranks: RankPool) ->
     assert two_ranks.run(one_rank_fails, 1)[0] == "ElsewhereError: rank 1 stopped: no such file: rows.jsonl"
     assert two_ranks.run(one_rank_fails, 0)[0] == "ValueError: no such file: rows.jsonl"
     assert two_ranks.run(one_rank_fails, 9)[0] == "built 0"
+
+
+def test_a_reason_to_stop_on_one_rank_stops_all_with_its_exit_code(two_ranks: RankPool) -> None:
+    """The rank that was told says it; an error of its own comes first."""
+    elsewhere = ("ElsewhereError", 75, "rank 1 stopped: stopped by SIGTERM")
+    assert two_ranks.run(one_rank_is_stopped, 1, False) == [elsewhere, ("Stopped", 75, "stopped by SIGTERM")]
+    first, second = two_ranks.run(one_rank_is_stopped, 1, True)
+    assert (first[:2], second) == (("ElsewhereError", 2), ("ValueError", 2, "no such file"))
+    assert two_ranks.run(one_rank_is_stopped, 9, False) == [("", 0, "")] * 2
 
 
 def test_collectives(two_ranks: RankPool) -> None:

@@ -10,6 +10,7 @@ from support import RankPool, random_groups, tiny_folder
 from transformers import AutoTokenizer
 
 from dsalign.config.parse import parse
+from dsalign.contract.groups import Group
 from dsalign.data.tokens.templates import load_template
 from dsalign.engines import dist, identity
 from dsalign.models.names import Source
@@ -30,7 +31,7 @@ def test_a_changed_option_or_file_changes_its_key(tmp_path: Path) -> None:
     (tmp_path / "r.py").write_text("def f(completions): 1")
     (tmp_path / "ds.json").write_text("{ }")
     again = identity.of_run(parse(words, world_size=2).config)
-    assert changed(first, again) == {"content of deepspeed", f"content of {tmp_path}/r.py:f"}
+    assert changed(first, again) == {"content of deepspeed", "content of r.py:f"}
     assert {"version of torch", "code of dsalign"} <= set(first)
 
 
@@ -53,6 +54,40 @@ def test_changed_rows_weights_or_tokenizers_change_their_key(tmp_path: Path) -> 
     assert changed(first, identity.of_inputs(inputs, {"policy": Source(str(folder))}, template)) == {
         "files of the policy model"
     }
+
+
+def test_one_bit_anywhere_changes_a_digest(tmp_path: Path) -> None:
+    """Of rows: a token, a label, a further column, a mask, whichever row; its place does not count, as files move. Of a
+    file of weights: each byte up to WHOLE, and beyond that those of 64 blocks with the first and the last one."""
+    (folder := tmp_path / "m").mkdir()
+    groups = random_groups("labels", 40)
+    template, _ = load_template(AutoTokenizer.from_pretrained(tiny_folder(tmp_path / "t")), "chatml", (2,))
+
+    def rows(changed: Group, at: int = 17) -> str:
+        some = [*groups[:at], changed, *groups[at + 1 :]]
+        return identity.of_inputs({"dataset": some}, {}, template)["rows of dataset"]
+
+    one = groups[17]
+    (completion,) = one.completions
+    others = [
+        replace(one, prompt=(*one.prompt[:-1], 3)), replace(one, completions=((*completion, 2),)),
+        replace(one, label=not one.label), replace(one, columns={"solution": 4}),
+        replace(one, masks=(tuple(i > 0 for i in range(len(completion))),)),
+    ]  # fmt: skip
+    assert len({rows(one), *map(rows, others)}) == 6
+    assert rows(replace(one, where="elsewhere.jsonl:3")) == rows(one)
+
+    def weights(size: int, at: int | None) -> str:
+        with (folder / "model.safetensors").open("wb") as file:
+            file.truncate(size)  # a file of zeros that takes no space
+            if at is not None:
+                file.seek(at)
+                file.write(b"x")
+        return identity.of_inputs({}, {"policy": Source(str(folder))}, template)["files of the policy model"]
+
+    assert len({weights(2_500_000, at) for at in (None, 0, 1_100_000, 2_499_999)}) == 4
+    last = 3 * identity.WHOLE - 1
+    assert len({weights(last + 1, at) for at in (None, 0, last)}) == 3
 
 
 def differing(key: str) -> list[str]:

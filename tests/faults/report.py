@@ -1,0 +1,28 @@
+"""docs/reliability.md from the rows that the tests of tests/faults keep: python tests/faults/report.py ROWS PAGE."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+HEAD = """# Reliability
+
+What happens where something breaks, as `make test-faults` finds it, which writes this page. Seconds: from the end of
+the first rank to the end of the last one.
+
+| kind | fault | what happens | seconds |
+|---|---|---|---|
+"""
+
+
+def page(rows: list[dict[str, str | float]]) -> str:
+    """The page with a line for each row, by kind and fault."""
+    ordered = sorted(rows, key=lambda row: (str(row["kind"]), str(row["fault"])))
+    lines = [f"| {r['kind']} | {r['fault']} | {r['happens']} | {float(r['seconds']):.1f} |\n" for r in ordered]
+    return HEAD + "".join(lines)
+
+
+if __name__ == "__main__":
+    given, written = map(Path, sys.argv[1:])
+    written.write_text(page([json.loads(line) for line in given.read_text(encoding="utf-8").splitlines()]))
