@@ -71,7 +71,6 @@ def _built(
         sources = build.with_critic_of_ids(sources, template, retemplate.template)
     screen.stage("reading and tokenising the rows")
     data = dist.together(lambda: data_of(config, template))
-    screen.stage("comparing rows and models")
     dist.together(
         lambda: compare_models(
             config, sources, template.tokenizer, chain(data.train, data.held_out),
