@@ -29,6 +29,7 @@ with lazy.put_off("torch"):  # algorithm files name torch at their top, but only
 
 PACKAGE = Path(__file__).parent
 SET = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # for the libraries
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 WAIT_S = 2.0  # a launcher ends the other ranks sooner where rank 0 failed
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The environment is as before when it returns, so that a second run in one Python process starts as the first did.
     """
-    before = {name: os.environ.get(name) for name in SET}
+    before = {name: os.environ.get(name) for name in (*SET, LOG_LEVEL)}
     try:
         return _main(sys.argv[1:] if argv is None else argv, typed=argv is None)
     except parse.ConfigError as error:
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"error: {_rank()}{error}", *_place(error))
         return int(getattr(error, "code", endings.INPUT))
     except endings.Ending as ending:
-        _say_once(*str(ending).splitlines())
+        if str(ending):  # else it is said: by guard/watchdog.py, or by another rank
+            _say_once(*str(ending).splitlines())
         return ending.code
     except BrokenPipeError:  # `--print_config | head` has seen enough; without this Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,6 +115,7 @@ def _main(given: Sequence[str], typed: bool) -> int:
     with preflight.listening(started, alone=alone), ready, screen.opened(process.rank):
         screen.stage("importing torch, DeepSpeed and transformers")
         # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
+        os.environ.setdefault(LOG_LEVEL, "ERROR")  # else the stacks of broken connections hide what broke them
         logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
         run = importlib.import_module("dsalign.verbs.train")
         logging.disable(logging.NOTSET)

@@ -266,7 +266,7 @@ def _serve(pipe: Any, rank: int, world: int, port: int) -> None:
     from dsalign.report.run_log import quiet  # noqa: PLC0415
 
     quiet(rank)
-    dist.init(rank, timeout_s=120)
+    dist.init(rank, peer_timeout=60)
     while True:
         try:
             function, args = pipe.recv()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from dsalign import faults
-from dsalign.checkpoint import fingerprint, folders, prepared_file, reshard, shards, staged, verify
+from dsalign.checkpoint import fingerprint, prepared_file, reshard, run_folders, shards, staged, verify
 from dsalign.checkpoint.export import written
 from dsalign.checkpoint.manifest import Entry, Manifest
 from dsalign.checkpoint.progress import Progress
@@ -20,7 +20,9 @@ from dsalign.checkpoint.random_state import random_state, restore_random_state, 
 from dsalign.checkpoint.verify import Checkpoint
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions, RunConfig
+from dsalign.endings import Diverged
 from dsalign.engines import dist
+from dsalign.engines.finite import non_finite
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +55,21 @@ class Checkpoints:
         """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. An earlier
         `folder` is replaced when the new one is whole. step: optimizer steps taken. Collective.
 
-        Raises NotSavedError as `staged.write` does.
+        Raises NotSavedError as `staged.write` does, and Diverged as `refuse_non_finite` does.
         """
+        self.refuse_non_finite(str(folder))
         staged.write(folder, self._models, lambda files: self._about(files, step))
+
+    def refuse_non_finite(self, what: str) -> None:
+        """Raise Diverged on every rank where a trained weight or a number of an optimizer is not finite on any, so that
+        none is ever written. Collective. what: that is not written, for the message."""
+        if broken := non_finite(self.engines):
+            last = next(iter(run_folders.newest_first(self.output_dir)), None)
+            back = "start again" if last is None else f"go on from {last} with --resume"
+            raise Diverged(
+                f"{what} is not written, as numbers of the model are no longer finite: {broken}; {back} and a lower "
+                "--learning_rate"
+            )
 
     def _models(self, parts: staged.Parts) -> None:
         for i, (role, engine) in enumerate(self.engines.items()):
@@ -68,7 +82,9 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> Path:
         """Write checkpoint-<step> and return its folder, which gets this name when every rank's part is in it; then
-        remove old checkpoints. Collective. Raises NotSavedError as `staged.write` does."""
+        remove old checkpoints. Collective. Raises NotSavedError as `staged.write` does, and Diverged as
+        `refuse_non_finite` does."""
+        self.refuse_non_finite(f"checkpoint-{progress.step}")
         final = self.output_dir / f"checkpoint-{progress.step}"
 
         def fill(parts: staged.Parts) -> None:
@@ -91,14 +107,14 @@ class Checkpoints:
         return final
 
     def _about(self, files: Mapping[str, Entry], step: int) -> Manifest:
-        run, serial = folders.begun_run(self.output_dir), folders.last_serial(self.output_dir) + 1
+        run, serial = run_folders.begun_run(self.output_dir), run_folders.last_serial(self.output_dir) + 1
         return Manifest(files, run=run, serial=serial, step=step)
 
     def _rotate(self, progress: Progress) -> None:
         """Remove all checkpoints but the `keep` that were written last and the one with the lowest evaluation loss. A
         checkpoint that cannot be removed is left, with a warning: the run has lost nothing."""
         best = self.output_dir / f"checkpoint-{progress.best_step}"
-        for folder in folders.newest_first(self.output_dir)[self.keep :]:
+        for folder in run_folders.newest_first(self.output_dir)[self.keep :]:
             if folder != best:
                 try:
                     staged.discard(folder)
@@ -155,19 +171,19 @@ def begin(config: RunConfig, store: Checkpoints, command: str) -> Progress:
 
     A new run gets a new folder with its configuration and command. In the folder of a resumed run, what it wrote after
     the step from which it goes on is set aside, and what changes is written down. Raises ValueError as `verify.choose`,
-    `Checkpoints.restore`, `folders.find` and `move_aside` do. Collective.
+    `Checkpoints.restore`, `run_folders.find` and `move_aside` do. Collective.
     """
     output_dir, resume, lead = store.output_dir, config.output.resume, dist.rank() == 0
     dist.together(lambda: staged.purge(output_dir) if lead else None)
-    found = dist.from_rank_0(dist.together(lambda: folders.find(resume, output_dir) if lead else []))
+    found = dist.from_rank_0(dist.together(lambda: run_folders.find(resume, output_dir) if lead else []))
     if not found:
-        dist.together(lambda: folders.new_folder(config, command) if lead else None)
+        dist.together(lambda: run_folders.new_folder(config, command) if lead else None)
         return Progress()
-    chosen = verify.choose(found, output_dir, latest=resume in folders.NEWEST, trusted=store.trusted)
+    chosen = verify.choose(found, output_dir, latest=resume in run_folders.NEWEST, trusted=store.trusted)
     progress = store.restore(chosen)
     for line in store.changes:
         logger.warning("resume: %s", line)
     faults.at("before_aside")
-    dist.together(lambda: folders.set_aside(output_dir, progress.step, chosen.folder) if lead else None)
-    dist.together(lambda: folders.record(config, command, progress.step, store.changes) if lead else None)
+    dist.together(lambda: run_folders.set_aside(output_dir, progress.step, chosen.folder) if lead else None)
+    dist.together(lambda: run_folders.record(config, command, progress.step, store.changes) if lead else None)
     return progress

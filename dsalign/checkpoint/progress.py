@@ -18,6 +18,8 @@ class Progress:
     batches: int = 0  # global batches prepared
     step: int = 0  # optimizer steps taken
     num_tokens: int = 0  # input tokens of all ranks without padding, a group's prompt counted once
+    bad_steps: int = 0  # optimizer steps that were skipped, as a loss or a gradient was not finite
+    bad_in_a_row: int = 0  # of these, the ones since a step was last taken
     best_step: int | None = None  # optimizer step of the lowest evaluation loss
     best_loss: float | None = None  # that loss
     state: dict[str, Any] = field(default_factory=dict)  # `Context.state` of the algorithm

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dsalign.checkpoint import fingerprint, folders
+from dsalign.checkpoint import fingerprint, run_folders
 from dsalign.config.parse import ConfigError
 from dsalign.config.schema import RunConfig
 
@@ -27,9 +27,9 @@ def check(config: RunConfig, mine: dict[str, Any]) -> None:
     """Compare settings of a run that --resume continues with those of its checkpoint; nothing happens for a new run.
 
     mine: some of `fingerprint.settings`. A checkpoint that cannot be read is passed over: loading it says so.
-    Raises ValueError as `fingerprint.compare` and `folders.find` do.
+    Raises ValueError as `fingerprint.compare` and `run_folders.find` do.
     """
-    read = folders.kept(folders.find(config.output.resume, Path(config.output.output_dir)))
+    read = run_folders.kept(run_folders.find(config.output.resume, Path(config.output.output_dir)))
     if read is None:
         return
     folder, content = read

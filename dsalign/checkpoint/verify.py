@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dsalign.checkpoint import folders, manifest, shards
+from dsalign.checkpoint import manifest, run_folders, shards
 from dsalign.checkpoint.manifest import MANIFEST, BrokenError, Entry, Manifest
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.engines import dist
@@ -44,7 +44,7 @@ def choose(found: Iterable[Path], output_dir: Path, *, latest: bool, trusted: bo
             return _usable(folder, output_dir, trusted=trusted)
         except BrokenError as error:
             if not latest:
-                others = [path.name for path in folders.newest_first(output_dir) if path != folder]
+                others = [path.name for path in run_folders.newest_first(output_dir) if path != folder]
                 more = f"; in {output_dir} are {', '.join(others)} too: --resume takes the newest whole one"
                 raise _refused(f"resume: {folder} cannot be used: {error}{more if others else ''}") from None
             reasons.append(f"{folder.name}: {error}")
@@ -73,7 +73,7 @@ def _usable(folder: Path, output_dir: Path, *, trusted: bool) -> Checkpoint:
     if PROGRESS_FILE not in listed.files:
         raise BrokenError(f"{MANIFEST} lists no {PROGRESS_FILE}")
     inside = folder.resolve().is_relative_to(output_dir.resolve())
-    run = dist.together(lambda: folders.run_of(output_dir) if inside and dist.rank() == 0 else None)
+    run = dist.together(lambda: run_folders.run_of(output_dir) if inside and dist.rank() == 0 else None)
     if not dist.from_rank_0(run == listed.run) and not trusted:
         raise BrokenError(
             f"it is no checkpoint of the run in {output_dir}, and DeepSpeed's files may run code when they are opened; "

@@ -138,6 +138,9 @@ class OptimOptions(_Frozen):
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of the gradient's square, in [0, 1)")
     adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the square, > 0")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm here, >= 0; 0 is off")
+    max_bad_steps: int = Field(
+        3, ge=0, description="steps in a row that may be skipped as not finite, >= 0; one more ends the run"
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="the learning rate after warm-up"
     )
@@ -160,6 +163,9 @@ class OutputOptions(_Frozen):
     )
     trust_checkpoint: bool = Field(
         False, description="resume from a checkpoint of another run, whose pickles may run code"
+    )
+    peer_timeout: float = Field(
+        1800, ge=0, description="seconds without progress after which a rank is given up, >= 0; 0 = wait for ever"
     )
     guard: Literal["warn", "stop", "off"] = Field(
         "warn", description="what to do where the metrics take a course that is known to end badly"

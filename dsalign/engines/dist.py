@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
@@ -18,6 +19,10 @@ from torch import Tensor
 from dsalign.endings import INPUT
 
 T = TypeVar("T")
+UNWATCHED_S, NEVER_S = 60.0, 7 * 24 * 3600.0
+WAITING = ("wait", "barrier", "synchronize")  # functions of DeepSpeed that wait for a collective begun before
+LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (td, deepspeed.comm))
+DEEPSPEED = str(Path(str(deepspeed.__file__)).parent)
 
 
 def threads(cores: int, local_size: int) -> int:
@@ -26,11 +31,12 @@ def threads(cores: int, local_size: int) -> int:
     return max(1, cores // local_size)
 
 
-def init(local_rank: int, local_size: int = 1, timeout_s: float = 1800.0) -> torch.device:
+def init(local_rank: int, local_size: int = 1, *, peer_timeout: float) -> torch.device:
     """Join the process group that the environment describes; returns this rank's device. Collective.
 
     local_rank, local_size: this rank among the ranks of this machine, and their number; on a CPU they share its cores,
-    unless OMP_NUM_THREADS says otherwise. timeout_s: seconds after which a collective without all ranks is an error.
+    unless OMP_NUM_THREADS says otherwise. peer_timeout: seconds without progress after which a rank is given up, 0 =
+    never; a collective without all ranks is an error of its own a little later, where nobody watches.
     """
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
@@ -44,9 +50,10 @@ def init(local_rank: int, local_size: int = 1, timeout_s: float = 1800.0) -> tor
         accelerator.set_device(local_rank)
     if not td.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        seconds = peer_timeout + UNWATCHED_S if peer_timeout else NEVER_S
         backend = "gloo" if on_cpu else accelerator.communication_backend_name()
         try:
-            deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+            deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=seconds), verbose=False)
         except td.DistNetworkError as error:
             raise ValueError(_unreachable(str(error))) from error
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
@@ -178,7 +185,25 @@ def agree(error: Exception | None) -> None:
             elsewhere.code = code
             raise elsewhere
     if error is not None:
+        vars(error)["agreed"] = True
         raise error
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Whether every rank ends by this error, as `agree` raised it or the one that it was made from."""
+    while error is not None:
+        if isinstance(error, ElsewhereError) or "agreed" in vars(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_collective(filename: str, function: str, *, innermost: bool) -> bool:
+    """Whether a frame of a thread's stack tells that the thread waits for other ranks. innermost: the frame is the last
+    one; only there is this file such a place, as `together` calls what may take long and waits for nobody."""
+    if filename.startswith(LIBRARIES):
+        return True
+    return innermost and (filename == __file__ or (filename.startswith(DEEPSPEED) and function in WAITING))
 
 
 def same_everywhere(mine: Mapping[str, str]) -> None:
@@ -200,9 +225,11 @@ def same_everywhere(mine: Mapping[str, str]) -> None:
     if lines:
         more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
         text = "ranks: expected the same on every rank, got a difference: " + "; ".join(lines[:10] + more)
-        raise (ValueError if rank() == 0 else ElsewhereError)(
+        error = (ValueError if rank() == 0 else ElsewhereError)(
             f"{text}. Start all ranks with one command, and with the same files and versions on every machine"
         )
+        vars(error)["agreed"] = True
+        raise error
 
 
 def together(build: Callable[[], T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,9 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from torch import nn
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+from torch import Tensor, nn
 
 from dsalign import cpu
 from dsalign.config import ds_files
@@ -116,33 +118,112 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
+def take_steps(engines: Sequence[Any], max_grad_norm: float) -> list[float]:
+    """Take the optimizer step of every engine for the gradients accumulated so far, or of none: where the gradient norm
+    of one is not finite, the gradients of all are dropped. Returns the norms as `take_step` does. Collective.
+
+    In float16 each engine decides alone, as a norm that is not finite there says that its loss scale is too high.
+    """
+    if len(engines) == 1 or any(engine.fp16_enabled() for engine in engines):
+        return [take_step(engine, max_grad_norm) for engine in engines]
+    norms = [_norm_ahead(engine) for engine in engines]
+    if not all(map(usable, norms)):
+        for engine in engines:
+            drop_gradients(engine)
+        return norms
+    for engine, norm in zip(engines, norms, strict=True):
+        if isinstance(engine.optimizer, torch.optim.Optimizer):
+            _clip(engine.module, norm, max_grad_norm)
+        engine.step()
+        _forget_norm(engine)
+    return norms
+
+
 def take_step(engine: Any, max_grad_norm: float) -> float:
     """Take the optimizer step for the gradients accumulated so far; returns their global norm before clipping, NaN
-    where DeepSpeed has none. max_grad_norm: 0 = no clipping. Collective.
+    where DeepSpeed has none. Where the norm is not `usable`, weights and optimizer state stay as they are and the
+    gradients are dropped. max_grad_norm: 0 = no clipping. Collective.
 
     At stage 0 in float32 DeepSpeed would step on a NaN, spoil every weight and keep the norm to itself: there the norm
-    is computed and clipped here, and a step whose norm is not finite is left out. Elsewhere DeepSpeed does both itself.
+    is computed and clipped here. Elsewhere DeepSpeed does all of it itself.
     """
     if isinstance(engine.optimizer, torch.optim.Optimizer):
-        norm = _clip(engine.module, max_grad_norm or math.inf)
-        if math.isfinite(norm):
-            engine.step()
+        norm = _norm_ahead(engine)
+        if not usable(norm):
+            engine.zero_grad()
+            return norm
+        _clip(engine.module, norm, max_grad_norm)
+        engine.step()
         return norm
     engine.step()
-    norm = engine.get_global_grad_norm()
-    return math.nan if norm is None else float(norm)
+    found = engine.get_global_grad_norm()
+    return math.nan if found is None else float(found)
+
+
+def usable(norm: float) -> bool:
+    """Whether a step was taken for a gradient of this norm; DeepSpeed also writes -1 for one that is not finite."""
+    return math.isfinite(norm) and norm >= 0
+
+
+def drop_gradients(engine: Any) -> None:
+    """Drop the gradients accumulated so far; weights and optimizer state stay as they are. Collective.
+
+    ZeRO keeps gradients in buffers of its own, which its step over a norm that is not finite is the one way to empty.
+    In float16 the loss scale falls with it.
+    """
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        engine.zero_grad()
+        return
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        engine.optimizer.zero_grad()
+        return
+    _hold_norm(engine, torch.tensor(math.inf, device=engine.device))
+    engine.step()
+    _forget_norm(engine)
 
 
 @torch.no_grad()
-def _clip(module: nn.Module, most: float) -> float:
-    """Scale the module's gradients so that their global norm is at most `most`; returns the norm before that."""
-    gradients = [cpu.gradient_values(p) for p in module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    scale = most / (norm + 1e-6)
+def _norm_ahead(engine: Any) -> float:
+    """The global norm of an engine's gradients before its step, which of ZeRO then uses it and computes none."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        gradients = [cpu.gradient_values(p) for p in engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+    if isinstance(optimizer, BF16_Optimizer):
+        return float(get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=optimizer.mpu))
+    if engine.zero_optimization_stage() == 3:
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+    else:
+        optimizer._wait_for_offload_copies()
+        norm = optimizer.scaled_global_norm()
+    _hold_norm(engine, norm)
+    return float(norm)
+
+
+def _hold_norm(engine: Any, norm: Tensor) -> None:
+    """Let the next step of a ZeRO optimizer find this norm in place of the one that it would compute."""
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer._get_norm_groups = lambda: [norm]
+    else:
+        engine.optimizer.scaled_global_norm = lambda norm_type=2: norm
+
+
+def _forget_norm(engine: Any) -> None:
+    """Undo `_hold_norm`."""
+    for name in ("_get_norm_groups", "scaled_global_norm"):
+        vars(engine.optimizer).pop(name, None)
+
+
+@torch.no_grad()
+def _clip(module: nn.Module, norm: float, most: float) -> None:
+    """Scale the module's gradients, whose global norm is `norm`, so that it is at most `most`; 0 = no limit."""
+    scale = (most or math.inf) / (norm + 1e-6)
     if scale < 1:
-        for gradient in gradients:
-            gradient.mul_(scale)
-    return norm
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                cpu.gradient_values(parameter).mul_(scale)
 
 
 @contextmanager

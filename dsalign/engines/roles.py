@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from dsalign import phases
 from dsalign.contract.groups import Group, Output
 from dsalign.data.batches.packing import Inputs, bins, chunks, joined, num_computed, packed, padded
 from dsalign.engines import dist
@@ -157,6 +158,7 @@ class Roles:
         whole, members = joined(groups)
         with torch.no_grad():
             for positions in self.micro_batches(role, whole, range(len(whole)), batch_size):
+                phases.mark()
                 out = self.forward(role, [whole[i] for i in positions])
                 inside = [member for i in positions for member in members[i]]
                 sizes = [out.size(groups[i]) for i in inside]

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dsalign import phases
+
 PHASES = ("rollout", "score", "reference", "train", "wait")
 
 
@@ -24,7 +26,8 @@ class Clock:
         """A context whose time counts for the phase called `name`; contexts do not lie in one another."""
         start = time.perf_counter()
         try:
-            yield
+            with phases.within(name):
+                yield
         finally:
             self._seconds[name] += time.perf_counter() - start
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dsalign import phases
 from dsalign.checkpoint.random_state import random_state, restore_random_state
 from dsalign.contract.groups import Batch, Group, Sampled, Scores
 from dsalign.contract.rollouts import RolloutOptions
@@ -119,10 +120,17 @@ class RunContext:
         if role not in self._engines:
             self._engines[role] = Sampler(self._roles, role, self.rollout, self.end_ids)
         rollout = self._engines[role]
-        with self.clock.phase("rollout"):
-            filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)
+        where = "vLLM" if self.rollout.rollout == "vllm" else "rollout"  # that one may wait for a server
+        error: ValueError | None = None
+        with self.clock.phase("rollout"), phases.within(where):
+            try:
+                filled, logps, versions = rollout.sample(groups, samples, keys, self.rollout)
+            except ValueError as caught:  # the other ranks are done with theirs, and wait for this one
+                error = caught
         with self.clock.phase("wait"):
-            self.total([])
+            (failed,) = self.total([float(error is not None)])
+        if failed:
+            dist.agree(error)
         with self.clock.phase("rollout"):
             return rollout.probed(filled, logps, versions, self.rollout)
 

@@ -6,17 +6,18 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from dsalign import endings
+from dsalign import endings, phases
 from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Prepared
 from dsalign.data.batches.loader import Loader
 from dsalign.data.checks import Survey
 from dsalign.engines import dist
-from dsalign.guard import signals
+from dsalign.guard import resources, signals
 from dsalign.guard.trends import Watch
 from dsalign.loop.context import Interrupted
 from dsalign.loop.evaluate import evaluate
@@ -28,7 +29,7 @@ from dsalign.report.story import duration
 logger = logging.getLogger(__name__)
 GRACE_S = 30  # seconds that deepspeed, torchrun and Slurm give a rank between SIGTERM and SIGKILL
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
-COUNTERS = ("num_tokens", "episode")  # metrics of which a log line has the last value in place of a mean
+COUNTERS = ("num_tokens", "episode", "bad_steps")  # metrics of which a log line has the last value in place of a mean
 
 
 class Session:
@@ -52,15 +53,18 @@ class Session:
         self.command, self.wishes = command, trainer.ctx.wishes
         self.progress, self.total = trainer.progress, trainer.total_steps
         self.output_dir = Path(config.output.output_dir)
-        self.report = RunLog(
-            self.output_dir,
-            config.output.report_to,
-            rank=dist.rank(),
-            total_steps=self.total,
-            resumed=config.output.resume is not None,
+        self.report = dist.together(
+            lambda: RunLog(
+                self.output_dir,
+                config.output.report_to,
+                rank=dist.rank(),
+                total_steps=self.total,
+                resumed=config.output.resume is not None,
+            )
         )
         self._watch = Watch() if config.output.guard != "off" else None
         self._bad_trends: list[str] = []
+        self._needs = resources.needs_of(store.engines, config)
         log = self.progress.log
         self._window, self._spread = Window(log.setdefault("window", {})), Spread(log.setdefault("spread", {}))
         self._last: dict[str, float] = {}
@@ -99,7 +103,10 @@ class Session:
             self._stop()
         if self.progress.step > self._saved_step:
             self._save()
-        self.store.export(self.output_dir / "final", self.progress.step)
+        phases.mark("export", self.progress.step)
+        with resources.writing("final", self.output_dir, self._needs.weights):
+            self.store.export(self.output_dir / "final", self.progress.step)
+        phases.mark("report")
         self.report.say(f"done: {self.progress.step} steps")
         return self._last
 
@@ -151,12 +158,15 @@ class Session:
         progress.owes_evaluation = True
         if self.wishes.stop:
             raise Interrupted
-        found = evaluate(self.config.algorithm, self.trainer.roles, self.trainer.ctx, self.held_out)
+        with phases.within("evaluate"):
+            found = evaluate(self.config.algorithm, self.trainer.roles, self.trainer.ctx, self.held_out)
         progress.owes_evaluation = False
         self._evaluated_step = progress.step
         self.report.log(self.progress.step, found)
         self._last |= found
-        if progress.best_loss is None or found["eval/loss"] < progress.best_loss:
+        if not isfinite(found["eval/loss"]):
+            self.report.say(f"warning: eval/loss is {found['eval/loss']} at step {progress.step}, and no best one")
+        elif progress.best_loss is None or found["eval/loss"] < progress.best_loss:
             progress.best_loss, progress.best_step = found["eval/loss"], progress.step
             if 0 < progress.step < self.total:
                 self._save()
@@ -164,7 +174,9 @@ class Session:
     def _save(self) -> None:
         start = time.monotonic()
         self.wishes.saved()
-        self.store.save(self.progress)
+        name = f"checkpoint-{self.progress.step}"
+        with phases.within("save"), resources.writing(name, self.output_dir, self._needs.checkpoint):
+            self.store.save(self.progress)
         self._saved_step, self._save_s = self.progress.step, time.monotonic() - start
         if self._save_s > GRACE_S and not self._said_slow:
             self._said_slow = True

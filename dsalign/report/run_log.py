@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class RunLog:
         self._first_step: int | None = None
         self._last_tokens: float | None = None
         self._trackers: dict[str, Tracker] = {}
+        self._waiting: dict[str, list[str]] = {}  # name of a file -> its lines that could not be written
+        self._warned: set[str] = set()
         if rank == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._resumed = resumed
@@ -124,7 +127,7 @@ class RunLog:
         numbers = self._shown(step, metrics)
         if "tokens_per_s" in numbers:
             self._last, self._last_tokens = time.monotonic(), numbers["num_tokens"]
-        _append(self._output_dir / METRICS, json.dumps({"step": step, **numbers}))
+        self._append(METRICS, [json.dumps({"step": step, **numbers})])
         system = {f"system/{name.lower().replace(' ', '_')}_gib": amount for name, amount in memory_gib().items()}
         self._tell(lambda tracker: tracker.numbers(step, {**numbers, **system}))
 
@@ -152,8 +155,7 @@ class RunLog:
         samples.jsonl and the trackers."""
         if self._rank != 0 or not samples:
             return
-        for one in samples:
-            _append(self._output_dir / SAMPLES, json.dumps({"step": step, **one}, ensure_ascii=False))
+        self._append(SAMPLES, [json.dumps({"step": step, **one}, ensure_ascii=False) for one in samples])
         texts = [json.dumps(one["completion"][:SHORT], ensure_ascii=False) for one in samples]
         lines = [
             f"sample at step {step} | reward {number(one['score'])} | {text}"
@@ -170,6 +172,24 @@ class RunLog:
             except Exception as error:  # a tracker is somebody else's code: whatever it raises, training goes on
                 logger.warning("report_to %s failed and is left out from here: %s", name, error)
                 del self._trackers[name]
+
+    def _append(self, name: str, lines: list[str]) -> None:
+        """Append whole lines to a file. Where the disk takes them not, training goes on: they are kept, and written
+        with the next ones that it takes; one warning says so."""
+        waiting = self._waiting.setdefault(name, [])
+        waiting += lines
+        path = self._output_dir / name
+        try:
+            append(path, "".join(f"{line}\n" for line in waiting).encode("utf-8", "surrogatepass"))
+            waiting.clear()
+        except OSError as error:
+            if name not in self._warned:
+                room = shutil.disk_usage(self._output_dir).free / 2**20
+                logger.warning(
+                    "warning: %s: %s (errno %s, %.1f MiB free): its lines are kept in memory until the disk takes "
+                    "them; make room before the next checkpoint", path, error.strerror, error.errno, room,
+                )  # fmt: skip
+            self._warned.add(name)
 
 
 def line(step: int, total: int, numbers: Mapping[str, float]) -> str:
@@ -193,20 +213,20 @@ def _made(name: str, output_dir: Path) -> Tracker | None:
         return None
 
 
-def _append(path: Path, line: str) -> None:
-    """Append a line to a file by one write, so that no other writer's line ends up inside it. Raises OSError where the
-    disk is full; a part that was written is taken back."""
-    content = f"{line}\n".encode(errors="replace")
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def append(path: Path, content: bytes) -> None:
+    """Append bytes to a file, all of them or, where that raises OSError, none."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        before = os.fstat(file).st_size
-        count = os.write(file, content)
-        if count < len(content):
-            if os.fstat(file).st_size == before + count:
-                os.ftruncate(file, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        before, left = os.fstat(handle).st_size, memoryview(content)
+        try:
+            while left:
+                left = left[os.write(handle, left) :]
+        except OSError:
+            with suppress(OSError):  # the first error says more
+                os.ftruncate(handle, before)
+            raise
     finally:
-        os.close(file)
+        os.close(handle)
 
 
 def _cut(path: Path, keep: Callable[[int], bool]) -> None:

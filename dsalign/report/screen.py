@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dsalign import phases
+
 
 @dataclass(frozen=True)
 class Now:
@@ -82,6 +84,18 @@ class Plain:
         pass
 
 
+STAGES = {  # phase of a run before its first step -> what a user is told
+    "names of models": "finding the models",
+    "data": "reading and tokenising the rows",
+    "models": "loading the models",
+    "self-check": "checking that packed rows are computed as rows alone",
+    "reference cache": "computing the reference's log-probabilities",
+    "reward models": "loading the rewards",
+    "resume": "reading the checkpoint",
+    "new folder": "making the first step ready",
+}
+
+
 class _Current:
     """The screen of this process; until a command opens one, lines are printed and stages are not."""
 
@@ -103,6 +117,11 @@ def progress(done: float, total: float | None) -> None:
     _Current.screen.progress(done, total)
 
 
+def _heard(phase: str) -> None:
+    if phase in STAGES:
+        stage(STAGES[phase])
+
+
 def is_live() -> bool:
     """Whether standard output is a terminal that a screen can be drawn on."""
     with suppress(ValueError, AttributeError):  # closed, or replaced by something that is no file
@@ -121,8 +140,10 @@ def opened(rank: int) -> Iterator[Screen]:
 
         screen = Live()
     _Current.screen = screen
+    phases.listeners.append(_heard)
     try:
         yield screen
     finally:
+        phases.listeners.remove(_heard)
         screen.close()
         _Current.screen = before

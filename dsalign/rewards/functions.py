@@ -20,6 +20,7 @@ from dsalign.assets.rewards import FUNCTIONS
 
 RewardFunction = Callable[..., Sequence[float]]
 ALWAYS = ("prompts", "completions")
+NAMED = 5  # rows that a message names
 LARGEST = 3.4028234663852886e38  # of float32, in which rewards are added up
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -96,9 +97,11 @@ def call(
     prompts: Sequence[str],
     completions: Sequence[str],
     columns: dict[str, list[Any]],
+    rows: Sequence[str] = (),
 ) -> list[float]:
     """function(prompts=, completions=, **columns) as floats, of these the parameters that the function names; all where
     it has **. A column of either name is not passed; one that the function needs and no row here has is a list of None.
+    rows: the row of each completion, for messages.
 
     Raises ValueError where it does not give one finite number a completion, raises, or ends the process.
     """
@@ -108,23 +111,34 @@ def call(
         missing = {one: [None] * len(completions) for one in required(function) - offered.keys()}
         names = {one.name for one in parameters if one.kind in _NAMED}
         offered = {key: value for key, value in offered.items() if key in names} | missing
-    with _guarded(name, f"called with {len(completions)} completions"):
+    of = f" of {named_rows(rows)}" if rows else ""
+    with _guarded(name, f"called with {len(completions)} completions{of}"):
         given = function(**offered)
-        found = _numbers(name, given)
+        found = _numbers(name, given, of)
     if len(found) != len(completions):
-        raise ValueError(f"{name}: expected one reward for each of {len(completions)} completions, got {len(found)}")
-    for completion, reward in zip(completions, found, strict=True):
+        count = len(completions)
+        raise ValueError(f"{name}: expected one reward for each of {count} completions{of}, got {len(found)}")
+    for i, (completion, reward) in enumerate(zip(completions, found, strict=True)):
         if not math.isfinite(reward) or abs(reward) > LARGEST:
-            raise ValueError(f"{name}: expected a finite reward, got {reward} for {completion[:200]!r}")
+            row = f" of {rows[i]}" if rows else ""
+            raise ValueError(f"{name}: expected a finite reward, got {reward} for {completion[:200]!r}{row}")
     return found
+
+
+def named_rows(rows: Iterable[str]) -> str:
+    """The first few of the rows by file and line, each once, and how many more there are."""
+    once = list(dict.fromkeys(rows))
+    return ", ".join([*once[:NAMED], *([f"and {len(once) - NAMED} more"] if len(once) > NAMED else [])])
 
 
 class _NoNumbersError(ValueError):
     """The error of a function that gives something else than numbers: ours, not one that it raised."""
 
 
-def _numbers(name: str, given: Any) -> list[float]:
-    wrong = _NoNumbersError(f"{name}: expected a list of numbers, got {str(given)[:200]!r}")
+def _numbers(name: str, given: Any, of: str) -> list[float]:
+    wrong = _NoNumbersError(
+        f"{name}: expected a list of numbers, got {str(given)[:200]!r}{of and ' for completions'}{of}"
+    )
     if isinstance(given, (str, bytes, Mapping, Set)) or not isinstance(given, Iterable):
         raise wrong
     values = list(given)  # a generator runs the function's own code here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from dsalign.contract.groups import Group, Scores
 from dsalign.data.tokens.templates import Template
 from dsalign.engines import dist
 from dsalign.models.tokenizer import decoder
-from dsalign.rewards.functions import RewardFunction, call, check_columns, load_function
+from dsalign.rewards.functions import RewardFunction, call, check_columns, load_function, named_rows
 
 if TYPE_CHECKING:
     from dsalign.engines.roles import Roles
@@ -48,19 +49,26 @@ class Rewards:
     def __call__(self, groups: Sequence[Group], batch_size: int) -> Scores:
         """What the groups' completions are worth; batch_size: groups in a forward of the reward model. Collective.
 
-        Raises ValueError on every rank where a function fails on any.
+        Raises ValueError on every rank where a source fails on any: it raises, or does not give one finite number a
+        completion. The message names the source and the rows.
         """
         sources: dict[str, list[Tensor]] = {}
         if self._has_model:
-            read = self._reading(groups) if self._reading else groups
+            reading = self._reading
+            read = dist.together(lambda: reading(groups)) if reading else groups
             sources["reward_model"] = self._roles.each_group("reward", read, batch_size)
-        if self._functions:  # a function that fails on one rank ends all
-            found = dist.together(lambda: [self._call(name, function, groups) for name, function in self._functions])
-            for (name, _), rewards in zip(self._functions, found, strict=True):
-                short = name.rpartition(":")[2]
-                sources[name if short in sources else short] = rewards
+        return dist.together(lambda: self._scores(groups, sources))  # a source that fails on one rank ends all
+
+    def _scores(self, groups: Sequence[Group], sources: dict[str, list[Tensor]]) -> Scores:
+        """The scores of this rank's groups. sources: of the reward model, where there is one."""
+        for name, each in sources.items():
+            _refuse(name, "a finite score", groups, each)
+        for name, function in self._functions:
+            short = name.rpartition(":")[2]
+            sources[name if short in sources else short] = self._call(name, function, groups)
         parts = zip(*sources.values(), strict=True)
         total = [sum((w * x for w, x in zip(self._weights, p, strict=True)), torch.zeros(())) for p in parts]
+        _refuse("reward_weights", "a sum of rewards that is finite", groups, total)
         return Scores(total, sources)
 
     def _call(self, name: str, function: Any, groups: Sequence[Group]) -> list[Tensor]:
@@ -69,9 +77,17 @@ class Rewards:
             return [torch.zeros(0) for _ in groups]
         columns = {key: [g.columns.get(key) for g, _ in each] for key in sorted({k for g in groups for k in g.columns})}
         texts = [self._decode(c) for _, c in each]
-        rewards = call(name, function, [g.prompt_text for g, _ in each], texts, columns)
+        rewards = call(name, function, [g.prompt_text for g, _ in each], texts, columns, [g.where for g, _ in each])
         sizes = [len(g.completions) for g in groups]
         return list(torch.split(torch.tensor(rewards, dtype=torch.float32), sizes))
+
+
+def _refuse(name: str, wanted: str, groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
+    """Raise ValueError where a score of a completion is not finite, with the number and the rows."""
+    if not scores or bool(torch.isfinite(torch.cat(list(scores))).all()):
+        return
+    bad = [(g.where, float(x)) for g, each in zip(groups, scores, strict=True) for x in each if not math.isfinite(x)]
+    raise ValueError(f"{name}: expected {wanted}, got {bad[0][1]} for {named_rows(row for row, _ in bad)}")
 
 
 def functions_of(config: RunConfig, groups: Sequence[Group]) -> list[tuple[str, RewardFunction]]:

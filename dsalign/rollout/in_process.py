@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.engines.engine import version
+from dsalign.engines.memory import out_of_memory
 from dsalign.models import attention
 from dsalign.rollout import local, plain
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.view import generation_view
+
+logger = logging.getLogger(__name__)
 
 
 class InProcess:
@@ -29,11 +36,39 @@ class InProcess:
     def generate(
         self, requests: Sequence[Request], options: RolloutOptions, end_ids: frozenset[int]
     ) -> list[list[Completion]]:
-        """Sample the completions of each request, as `dsalign.rollout.api.Rollout` says. Collective."""
+        """Sample the completions of each request, as `dsalign.rollout.api.Rollout` says. Collective.
+
+        Where memory is not enough, fewer completions run at a time from then on: the same ones, as a sample is a
+        function of its key. Raises ValueError where it is not enough for one.
+        """
         with generation_view(self.engine) as model:
             if self.name == "local" or (self.name == "auto" and attention.share(model)):  # of the view, not the model
-                found = local.decode(local.prepare(model), requests, options, end_ids, self.rows)
+                model = local.prepare(model)
+                found = self._fitting(lambda rows: local.decode(model, requests, options, end_ids, rows))
             else:
-                found = plain.decode(model, requests, options, end_ids, self.rows)
+                found = self._fitting(lambda rows: plain.decode(model, requests, options, end_ids, rows))
         now = version(self.engine)
         return [[replace(one, version=now) for one in answer] for answer in found]
+
+    def _fitting(self, sample: Callable[[int], list[list[Completion]]]) -> list[list[Completion]]:
+        """What `sample` returns for as many rows at a time as memory holds. A rank decides alone, as it samples."""
+        while True:
+            try:
+                return sample(self.rows)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).strip().splitlines()[0][:200]
+            if self.rows == 1:  # behind the except clause, which would keep what the pass held alive
+                raise ValueError(
+                    f"rollout: out of memory with one completion at a time: {reason}; lower --max_new_tokens or "
+                    "--max_length, or free memory with --tuner lora, --deepspeed zero3 or zero3_offload"
+                )
+            before, self.rows = self.rows, self.rows // 2
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            logger.warning(
+                "warning: rollout: out of memory with %d completions at a time, from here on %d, which are the same "
+                "samples; --local_rollout_forward_batch_size %d begins there", before, self.rows, self.rows,
+            )  # fmt: skip

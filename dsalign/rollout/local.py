@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsalign import cpu
+from dsalign import cpu, phases
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.last_layer import skip_unread_mlp
@@ -113,6 +113,7 @@ class _Run:
                 self._retire()
             if not self.schedule.running:
                 return [[one for one in row if one is not None] for row in self.found]
+            phases.mark()
             for _ in range(self.machine.read_every):
                 self._step()
             self._retire()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from dsalign import phases
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.pick import Pick, signed
@@ -53,6 +54,7 @@ def _batch(
     lengths = torch.zeros(len(each), dtype=torch.int64, device=device)
     tokens, logps, cache = [], [], None
     for t in range(int(most.max())):
+        phases.mark()
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsalign.checkpoint import folders
+from dsalign.checkpoint import run_folders
 from dsalign.config import flags, parse
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.config.secrets import HIDDEN
@@ -38,8 +38,8 @@ def words(argv: Sequence[str], world_size: int) -> list[str]:
             f"resume: expected no --{wrong[0]}, as a run goes on in its folder; see dsalign train for others"
         )
     run, resume = _run(Path(command.words[0]).expanduser())
-    read = folders.kept(folders.find(resume, run))
-    file = run / folders.CONFIG
+    read = run_folders.kept(run_folders.find(resume, run))
+    file = run / run_folders.CONFIG
     layer, problems = flags.read_yaml(str(file), parse.ALIASES)
     if problems:
         raise parse.ConfigError(problems)
@@ -64,9 +64,9 @@ def _run(folder: Path) -> tuple[Path, str]:
     run, resume = folder, "latest"
     if (folder / PROGRESS_FILE).is_file():
         run, resume = folder.parent, str(folder)
-    if not (run / folders.CONFIG).is_file():
+    if not (run / run_folders.CONFIG).is_file():
         there = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
-        what = "which is no folder" if not folder.is_dir() else f"which has no {folders.CONFIG}"
+        what = "which is no folder" if not folder.is_dir() else f"which has no {run_folders.CONFIG}"
         advice = flags.nearest(folder.name, there) if not folder.is_dir() else ""
         raise ValueError(
             f"resume: expected the folder of a run, its --output_dir, got {folder}, {what}"

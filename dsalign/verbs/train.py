@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import chain
+from pathlib import Path
 
 import torch
 
+from dsalign import phases
 from dsalign.checkpoint import checkpoints, fingerprint, resuming
 from dsalign.config.schema import RunConfig, seconds
 from dsalign.data.dataset import data_of
 from dsalign.engines import build, dist, identity, reference_cache
 from dsalign.engines.engine import layout
 from dsalign.engines.self_check import self_check
+from dsalign.guard import resources, stale_locks, watchdog
 from dsalign.guard.parents import Launchers
 from dsalign.guard.wishes import Wishes
 from dsalign.loop.plan import batches_of, context_of, loader_of
@@ -24,7 +28,6 @@ from dsalign.models.compare import compare_models
 from dsalign.models.load import resolve_dtype
 from dsalign.models.tokenizer import stop_at, template_of
 from dsalign.ranks import Process
-from dsalign.report import screen
 from dsalign.report.run_log import quiet
 from dsalign.rewards.retemplate import retemplate_of
 from dsalign.rewards.sources import functions_of, rewards_of
@@ -43,17 +46,20 @@ def train(
     Raises ValueError for input that cannot be used, with what to do, and `endings.Stopped` where it was asked to stop.
     """
     quiet(process.rank)
-    device = dist.init(process.local_rank, process.local_size)
+    if process.local_rank == 0 and (left := stale_locks.warning(os.environ)):
+        print(left, file=sys.stderr)
+    device = dist.init(process.local_rank, process.local_size, peer_timeout=config.output.peer_timeout)
     try:
-        with ExitStack() as held:
+        with ExitStack() as held, watchdog.watched(Path(config.output.output_dir), config.output.peer_timeout):
             if process.world_size > 1:  # a process alone did it before it imported torch
                 lead = process.rank == 0
                 dist.together(lambda: held.enter_context(preflight.ready(config)) if lead else None)
             wishes = Wishes(seconds(config.output.max_wall), Launchers.of(os.getpid()))
-            with dist.stoppable(lambda: preflight.unbegun(wishes.reason(), command) if wishes.reason() else None):
-                dist.same_everywhere(identity.of_run(config))
-                session = _built(config, device, command, wishes, origins)
-            return session.run()
+            with resources.told(config):
+                with dist.stoppable(lambda: preflight.unbegun(wishes.reason(), command) if wishes.reason() else None):
+                    dist.same_everywhere(identity.of_run(config))
+                    session = _built(config, device, command, wishes, origins)
+                return session.run()
     finally:
         dist.shutdown()
 
@@ -63,13 +69,13 @@ def _built(
 ) -> Session:
     """A run that is ready for its first step. Collective; every `dist.agree` in it is a place to stop."""
     torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
-    screen.stage("finding the models")
+    phases.mark("names of models")
     sources = build.sources(config)
+    phases.mark("data")
     template = dist.together(lambda: template_of(config, sources[config.algorithm.traits.main]))
     retemplate = dist.together(lambda: retemplate_of(config, sources, template))
     if retemplate is not None:
         sources = build.with_critic_of_ids(sources, template, retemplate.template)
-    screen.stage("reading and tokenising the rows")
     data = dist.together(lambda: data_of(config, template))
     dist.together(
         lambda: compare_models(
@@ -93,17 +99,17 @@ def _built(
     )
     dist.together(lambda: resuming.check(config, settings))  # before the time that weights take
 
+    phases.mark("models")
     cache = reference_cache.cache_of(config, loader, held_out, total_batches, sources.get("reference"), device)
     if cache is not None and cache.complete(device):
         del sources["reference"]  # the cache has every log-probability it would give
-    screen.stage("loading the models")
     roles = build.roles_of(config, sources, device)
-    screen.stage("checking that packed rows are computed as rows alone")
+    phases.mark("self-check")
     self_check(roles, data.train)
     if cache is not None:
-        screen.stage("computing the reference's log-probabilities")
+        phases.mark("reference cache")
         reference_cache.fill(cache, roles)
-    screen.stage("making the first step ready")
+    phases.mark("reward models")
     rewards = dist.together(lambda: rewards_of(config, roles, template, retemplate, functions))
 
     trained = {role: roles.engines[role] for role in config.algorithm.traits.trained}
@@ -111,10 +117,13 @@ def _built(
         stop_at(engine.module.model, template.end_ids)
     bases = {role: sources[role].weights for role in trained}
     adapters_only = config.models.tuner == "lora"
-    store = checkpoints.Checkpoints(
-        config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only
-    )
+    kept = config.output
+    store = checkpoints.Checkpoints(kept, trained, template.tokenizer, bases, settings, adapters_only=adapters_only)
+    needs = resources.needs_of(trained, config)
+    lead = dist.rank() == 0
+    dist.together(lambda: resources.refuse_full_disk(needs, config, total_batches) if lead else None)
+    phases.mark("resume" if config.output.resume else "new folder")
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state, wishes)
-    trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress)
+    trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress, Path(config.output.output_dir))
     return Session(config, trainer, store, held_out, command, origins)

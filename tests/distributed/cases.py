@@ -77,16 +77,18 @@ class ActorCritic(Algorithm):
 
 
 class Recording(Trainer):
-    """A trainer that keeps the whole gradient of each step."""
+    """A trainer that keeps the whole gradient of each step: `gradients` of the last engine, `by_engine` of each."""
 
     gradients: dict[str, torch.Tensor]
+    by_engine: dict[str, dict[str, torch.Tensor]]
 
-    def _step(self, name: str, result: dict[str, float]) -> None:
-        module = self.roles.engines[name].module
-        self.gradients = {
-            n: safe_get_full_grad(p).float().clone() for n, p in module.named_parameters() if p.requires_grad
-        }
-        super()._step(name, result)
+    def _step(self, wanted: bool, loss: float) -> tuple[dict[str, float], str]:
+        self.by_engine = {}
+        for name in self.stepped:
+            named = self.roles.engines[name].module.named_parameters()
+            self.gradients = {n: safe_get_full_grad(p).float().clone() for n, p in named if p.requires_grad}
+            self.by_engine[name] = self.gradients
+        return super()._step(wanted, loss)
 
 
 def build(
@@ -235,23 +237,6 @@ def learn(name: str, folder: Path, stage: str, tuner: str) -> tuple[float, float
     losses: list[float] = []
     trainer.fit(lambda metrics: losses.append(metrics["loss"]))
     return sum(losses[:3]) / 3, sum(losses[-3:]) / 3
-
-
-def nan_margin(folder: Path) -> tuple[str, bool]:
-    """(the message, whether the weights are as before) of a run whose third row has a NaN margin."""
-    groups = [dataclasses.replace(g, margin=float("nan") if g.index == 2 else 0.0) for g in random_groups("pairs", 4)]
-    trainer = build("rm", folder, stage="0", groups=groups, global_batch=4)
-    engine = trainer.roles.engines["reward"]
-    before = whole_state(engine, trained_only=True)
-    message = ""
-    try:
-        trainer.fit(lambda metrics: None)
-    except ValueError as error:
-        message = str(error)
-    messages: list[Any] = [None, None]
-    torch.distributed.all_gather_object(messages, message)
-    after = whole_state(engine, trained_only=True)
-    return " / ".join(messages), all(torch.equal(before[n], after[n]) for n in before)
 
 
 def actor_critic(folder: Path, stage: str, batch_size: int, max_steps: int | None = None) -> Any:

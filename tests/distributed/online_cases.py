@@ -139,9 +139,10 @@ def gradient(name: str, folder: Path, stage: str, tuner: str, batch_size: int, e
             engine.module.double().shares = False
     plain_step = trainer._step
 
-    def step(role: str, result: dict[str, float]) -> None:
-        plain_step(role, result)
-        found.update({f"{role}/{n}": g.numpy() for n, g in trainer.gradients.items()})
+    def step(wanted: bool, loss: float) -> tuple[dict[str, float], str]:
+        result = plain_step(wanted, loss)
+        found.update({f"{role}/{n}": g.numpy() for role, all_ in trainer.by_engine.items() for n, g in all_.items()})
+        return result
 
     trainer._step = step  # type: ignore[method-assign]
     seen: list[dict[str, float]] = []

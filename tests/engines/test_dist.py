@@ -83,3 +83,32 @@ def test_one_rank_needs_no_agreement(one_rank: RankPool, failing: int) -> None:
     """A single process raises its own error or returns."""
     said = one_rank.run(one_rank_fails, failing)[1]
     assert said == ("ValueError: no such file: rows.jsonl" if failing == 0 else "built 0")
+
+
+def agreed_or_not() -> list[bool]:
+    """Whether errors are known to every rank: one that `agree` raised, one made from it, one of this rank alone."""
+    found = [dist.is_agreed(ValueError("alone")), dist.is_agreed(None)]
+    try:
+        try:
+            dist.agree(ValueError("rows") if dist.rank() == 0 else None)
+        except ValueError as error:
+            found.append(dist.is_agreed(error))
+            raise KeyError from error
+    except KeyError as error:
+        found.append(dist.is_agreed(error))
+    return found
+
+
+def test_an_agreed_error_is_known_as_one(two_ranks: RankPool) -> None:
+    assert two_ranks.run(agreed_or_not) == [False, False, True, True]
+
+
+def test_frames_that_wait_for_other_ranks() -> None:
+    """torch's collectives anywhere in the stack; this file and DeepSpeed's handles only where they are innermost."""
+    torch_file = str(dist.td.distributed_c10d.__file__)
+    deepspeed_file = f"{dist.DEEPSPEED}/runtime/zero/partition_parameters.py"
+    assert dist.is_collective(torch_file, "all_reduce", innermost=False)
+    assert dist.is_collective(deepspeed_file, "wait", innermost=True)
+    assert not dist.is_collective(deepspeed_file, "forward", innermost=True)
+    assert dist.is_collective(dist.__file__, "total", innermost=True)
+    assert not dist.is_collective(dist.__file__, "together", innermost=False), "what it calls may take long"

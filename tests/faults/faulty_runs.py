@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support import section, tiny_tokenizer
 
 from dsalign import cli, faults
-from dsalign.checkpoint import checkpoints, folders, staged, verify
+from dsalign.checkpoint import checkpoints, run_folders, staged, verify
 from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.checkpoint.export import whole_state
 from dsalign.checkpoint.progress import Progress
@@ -156,7 +156,7 @@ def chosen(output_dir: Path, resume: str, trusted: bool = False) -> tuple[str, l
     lines: list[str] = []
     with mock.patch.object(verify.logger, "warning", lambda text, *a: lines.append(text % a)):
         try:
-            found = folders.find(resume, output_dir)
+            found = run_folders.find(resume, output_dir)
             one = verify.choose(found, output_dir, latest=resume == "latest", trusted=trusted)
             return one.folder.name, lines
         except ValueError as error:

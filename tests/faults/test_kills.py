@@ -10,7 +10,7 @@ from faulty_runs import actor_and_critic, command, learnt, leftovers, on_a_disk_
 from forks import GRACE_S, Ended, Forks
 from support import quick_if
 
-from dsalign.checkpoint import folders, manifest
+from dsalign.checkpoint import manifest, run_folders
 
 Record = Callable[[str, str, str, float], None]
 # (point, rank, files of the rank in a save at stage 2 and at 3 or None where a save comes there once, steps that are
@@ -40,7 +40,7 @@ WHOLE = [
 def whole_checkpoints(output_dir: Path) -> dict[int, list[str]]:
     """Step -> what is wrong with its checkpoint's files."""
     found = {}
-    for path in folders.newest_first(output_dir):
+    for path in run_folders.newest_first(output_dir):
         listed = manifest.read(path)
         faults = [manifest.fault_of(path, name, entry) for name, entry in listed.files.items()]
         found[listed.step] = [one for one in faults if one]

@@ -250,14 +250,6 @@ def test_loss_falls_on_a_learnable_task(name: str, stage: str, tuner: str, tiny:
     assert last < 0.8 * first, f"{first:.3f} -> {last:.3f}"
 
 
-def test_a_nan_is_not_stepped_and_names_the_row(tiny: Path, two_ranks: RankPool) -> None:
-    """A margin of NaN in row 3: every rank stops before the step, the rank that has it names file and line."""
-    message, unchanged = two_ranks.run(cases.nan_margin, tiny)
-    assert "step 1: the loss is nan" in message
-    assert "rows.jsonl:3" in message
-    assert unchanged
-
-
 def test_two_trained_roles_several_passes_and_mini_batches(tiny: Path, one_rank: RankPool, two_ranks: RankPool) -> None:
     """7 and 4 groups, 2 passes of 3 mini-batches each: 12 optimizer steps that hold the same groups on one rank and on
     two, at ZeRO 0 and 3, so that policy and critic end with the same weights."""

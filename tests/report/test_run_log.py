@@ -204,3 +204,19 @@ def test_a_report_that_cannot_be_written_hides_no_error(tmp_path: Path, caplog: 
         report.close(ValueError("the real one"))
     (said,) = (record.message for record in caplog.records)
     assert said.startswith("report.html was not written (") and f"`dsalign report {tmp_path}` tries again" in said
+
+
+def test_a_full_disk_ends_nothing_and_loses_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two lines while the disk takes none (/dev/full is such a disk), with one warning; both come with the third."""
+    log = RunLog(tmp_path, (), rank=0, total_steps=3, resumed=False)
+    path = tmp_path / "metrics.jsonl"
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with caplog.at_level("WARNING", "dsalign.report.run_log"):
+        log.log(1, {"loss": 1.0})
+        log.log(2, {"loss": 2.0})
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert f"{path}: No space left on device (errno 28, " in warning and "MiB free" in warning
+    path.unlink()
+    log.log(3, {"loss": 3.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dsalign import phases
 from dsalign.report import screen
 from dsalign.report.live import Live
 from dsalign.report.screen import Now, Plain
@@ -39,7 +40,9 @@ def test_stages_are_said_once_a_command_opened_the_screen(capsys: pytest.Capture
         with screen.opened(rank):
             screen.stage(f"loading on {rank}")
             screen.progress(1, 2)
-    assert capsys.readouterr().out == "loading on 0 ...\n"
+            phases.mark("self-check")
+            phases.mark("prepare")
+    assert capsys.readouterr().out == ("loading on 0 ...\nchecking that packed rows are computed as rows alone ...\n")
     assert isinstance(screen.current(), Plain)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import groups_of
+from support import RankPool, groups_of
 
 from dsalign.contract.groups import Scores
+from dsalign.engines import dist
 from dsalign.rewards.functions import load_function
 from dsalign.rewards.sources import Rewards
 
@@ -68,13 +71,16 @@ def test_a_rank_without_rows_calls_nothing(file: Path) -> None:
     assert of(f"{file}:length", scores=[])([], 4).total == []
 
 
+BOTH = " of rows.jsonl:1, rows.jsonl:2"
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [
-        ("short", "expected one reward for each of 4 completions, got 1"),
-        ("broken", "expected a finite reward, got nan for 'h'"),
-        ("nothing", "expected a list of numbers, got 'None'"),
-        ("words", "expected a list of numbers, got \"['good', 'good', 'good', 'good']\""),
+        ("short", f"expected one reward for each of 4 completions{BOTH}, got 1"),
+        ("broken", "expected a finite reward, got nan for 'h' of rows.jsonl:1"),
+        ("nothing", f"expected a list of numbers, got 'None' for completions{BOTH}"),
+        ("words", f"expected a list of numbers, got \"['good', 'good', 'good', 'good']\" for completions{BOTH}"),
     ],
 )
 def test_what_a_function_may_not_give(function: str, text: str, file: Path) -> None:
@@ -114,6 +120,53 @@ def test_a_reward_model_reads_in_its_own_way() -> None:
     rewards = of(scores=[[1.0, 2.0]], reading=lambda some: read)
     assert numbers(rewards(RAGGED[:1], 4)) == [[1.0, 2.0]]
     assert rewards._roles.given == [read]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_reward_model_that_is_not_finite_is_named_with_its_rows(number: float) -> None:
+    with pytest.raises(ValueError) as caught:
+        of(scores=[[1.5, 0.0], [0.25, number]])(RAGGED, 4)
+    assert str(caught.value) == f"reward_model: expected a finite score, got {number} for rows.jsonl:2"
+
+
+def test_a_sum_that_overflows_is_named_with_its_rows(file: Path) -> None:
+    """1e38 x 100 is no float32."""
+    with pytest.raises(ValueError) as caught:
+        of(f"{file}:one", weights=(100.0, 1.0), scores=[[1e38, 0.0], [0.0, 0.0]])(RAGGED, 4)
+    assert str(caught.value) == "reward_weights: expected a sum of rewards that is finite, got inf for rows.jsonl:1"
+
+
+def broken_on_rank_1(kind: str) -> list[str]:
+    """The message of each rank where a source fails on the second one only."""
+
+    def function(prompts: Any, completions: Any) -> Any:
+        if dist.rank() == 1:
+            return {"raises": lambda: 1 / 0, "exits": lambda: sys.exit(0), "nothing": lambda: None}[kind]()
+        return [0.0] * len(completions)
+
+    model = models([[1.0, 1.0], [1.0, math.nan if dist.rank() == 1 else 0.0]]) if kind == "model" else models()
+    functions = [] if kind == "model" else [("f.py:mine", function)]
+    try:
+        Rewards(model, functions, (), decode)(RAGGED, 4)
+        message = "nothing was raised"
+    except ValueError as error:
+        message = str(error)
+    return dist.everyones(message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("raises", f"f.py:mine: called with 4 completions{BOTH}, it raised ZeroDivisionError: division by zero"),
+        ("exits", f"f.py:mine: called with 4 completions{BOTH}, it tried to end the process SystemExit: 0"),
+        ("nothing", f"f.py:mine: expected a list of numbers, got 'None' for completions{BOTH}"),
+        ("model", "reward_model: expected a finite score, got nan for rows.jsonl:2"),
+    ],
+)
+def test_a_source_that_fails_on_one_rank_ends_all(kind: str, text: str, two_ranks: RankPool) -> None:
+    """With one message, of the rank on which it failed; the other one says whose it is."""
+    first, second = two_ranks.run(broken_on_rank_1, kind)
+    assert first == f"rank 1 stopped: {second}" and second.startswith(text)
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0)])

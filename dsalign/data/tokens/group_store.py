@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -143,14 +144,16 @@ def write_store(parts: Iterable[Stored], tally: Tally, skipped: Skipped, folder:
     staging = folder.with_name(f".staging-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)  # what a run that was stopped left
     staging.mkdir(parents=True)
-    start = np.zeros((1, 2), dtype=np.int64)  # in ids and in bytes
-    with (staging / IDS).open("wb") as a, (staging / KNOWN).open("wb") as b, (staging / INDEX).open("wb") as c:
-        c.write(start.tobytes())
-        for part in parts:
-            ends = start + np.frombuffer(part.sizes, dtype=np.int64).reshape(-1, 2).cumsum(0)
-            for file, content in ((a, part.ids), (b, part.known), (c, ends.tobytes())):
-                file.write(content)
-            start = ends[-1:] if len(ends) else start
+    try:
+        _fill(parts, staging)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # of a file that is read, perhaps
+            raise
+        written = sum(file.stat().st_size for file in staging.iterdir())
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(
+            error.errno, f"{error.strerror}, after {written / 2**20:.1f} MiB of tokens", str(folder)
+        ) from error
     manifest = {
         "format": STORE_FORMAT,
         "num_rows": tally.num_rows,
@@ -165,6 +168,18 @@ def write_store(parts: Iterable[Stored], tally: Tally, skipped: Skipped, folder:
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
     return GroupStore(folder)
+
+
+def _fill(parts: Iterable[Stored], staging: Path) -> None:
+    """Write the ids, the rest and the index of groups to the files of a store."""
+    start = np.zeros((1, 2), dtype=np.int64)  # in ids and in bytes
+    with (staging / IDS).open("wb") as a, (staging / KNOWN).open("wb") as b, (staging / INDEX).open("wb") as c:
+        c.write(start.tobytes())
+        for part in parts:
+            ends = start + np.frombuffer(part.sizes, dtype=np.int64).reshape(-1, 2).cumsum(0)
+            for file, content in ((a, part.ids), (b, part.known), (c, ends.tobytes())):
+                file.write(content)
+            start = ends[-1:] if len(ends) else start
 
 
 def _kept(group: Group) -> dict[str, Any]:

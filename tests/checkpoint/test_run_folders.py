@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsalign.checkpoint import manifest
-from dsalign.checkpoint.folders import (
+from dsalign.checkpoint.manifest import Manifest
+from dsalign.checkpoint.run_folders import (
     begun_run,
     find,
     kept,
@@ -20,7 +21,6 @@ from dsalign.checkpoint.folders import (
     run_of,
     set_aside,
 )
-from dsalign.checkpoint.manifest import Manifest
 from dsalign.config.parse import parse
 from dsalign.config.rules import PROGRESS_FILE
 

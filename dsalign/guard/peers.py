@@ -1,0 +1,158 @@
+"""When a rank takes another one for lost or hung, from what it last heard of each. It has no thread and no clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+from dsalign.guard.vitals import Card, State
+
+SILENT_S = 5.0  # without a heartbeat, or stopped: then the process is looked for
+GONE_S = 8.0  # without a heartbeat, and nothing answers on its machine
+TIMES = 10.0  # the longest interval that a phase had
+IDLE_S, BUSY_S = 8.0, 180.0  # the least limit of a rank that computes nothing, and of one that computes
+FULL_STEP = "optimizer step"  # once a rank has taken one, phases that only compute have shown how long they last
+JUDGES = (0, 1)  # ranks that watch all others, who watch these two: the work grows with the number of ranks alone
+COMPUTES = frozenset({"micro-batch", FULL_STEP, "train", "reference", "rollout", "wait"})  # wait for nothing outside
+
+
+class Beat(NamedTuple):
+    """What a rank says of itself every second."""
+
+    beats: int
+    phase: str
+    step: int
+    marks: int
+    age: float  # seconds since its main thread last made progress
+    limit: float  # seconds without progress after which it hangs
+    waits: bool  # its main thread waits in a collective for other ranks
+    ended: bool  # it ends for a reason that it knows
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The first cause of a run's end that is not agreed on: a rank that is lost, hangs, or failed by an error."""
+
+    kind: Literal["lost", "hung", "failed"]
+    rank: int  # -1 where it is none of them
+    text: str  # a sentence that names rank, host, phase and step
+    error: str = ""  # of a failed rank, without the place
+
+    def dump(self) -> str:
+        """The loss as a line of JSON."""
+        return json.dumps(asdict(self))
+
+
+def limit_of(
+    phase: str, seconds: Mapping[str, Sequence[float]], *, idle: bool, waits: bool, peer_timeout: float
+) -> float:
+    """The seconds without progress after which a rank hangs.
+
+    seconds: phase -> how long its last intervals took. Phases that wait for disks, servers or one rank alone have no
+    other limit than peer_timeout; the others get it from their own intervals, and more where something still computes.
+    """
+    seen = seconds.get(phase, ())
+    if phase not in COMPUTES or len(seen) < 2 or not seconds.get(FULL_STEP):
+        return peer_timeout
+    least = IDLE_S if idle and not waits else BUSY_S
+    return min(max(TIMES * max(seen), least), peer_timeout)
+
+
+class Peers:
+    """The other ranks as one rank sees them.
+
+    mine: its own card. cards: every rank's, by rank. state_of, answers: see vitals.py.
+    """
+
+    def __init__(
+        self,
+        mine: Card,
+        cards: Sequence[Card],
+        peer_timeout: float,
+        state_of: Callable[[Card, Card], State],
+        answers: Callable[[Card], State],
+    ) -> None:
+        self.mine, self.cards, self.peer_timeout = mine, cards, peer_timeout
+        self._state_of, self._answers = state_of, answers
+        watched = range(len(cards)) if mine.rank in JUDGES else JUDGES
+        self.others = [rank for rank in watched if rank != mine.rank]
+        self.beats: dict[int, Beat] = {}
+        self.quiet = dict.fromkeys(self.others, 0.0)  # seconds awake since its heartbeat last changed
+        self._stopped = dict.fromkeys(self.others, 0.0)
+        self._looks = dict.fromkeys(self.others, 0)  # at a process that is gone
+
+    def hear(self, beats: Mapping[int, Beat] | None, passed: float) -> None:
+        """Take in what the store has, None where it did not answer. passed: seconds that this rank was awake since."""
+        for rank in self.others:
+            old, new = self.beats.get(rank), (beats or {}).get(rank)
+            self.quiet[rank] += passed
+            if new is not None and (old is None or new.beats != old.beats):
+                self.quiet[rank] = 0.0
+                self.beats[rank] = new
+            state = self._state_of(self.cards[rank], self.mine)
+            self._stopped[rank] = self._stopped[rank] + passed if state == "stopped" else 0.0
+            self._looks[rank] = self._looks[rank] + 1 if state == "gone" else 0
+
+    @property
+    def all_left(self) -> bool:
+        """Whether every other rank is gone, or ends for a reason that it knows."""
+        return all(self._looks[rank] or (rank in self.beats and self.beats[rank].ended) for rank in self.others)
+
+    def lost(self) -> Loss | None:
+        """The first rank whose process is gone, stopped or out of reach; None where there is none.
+
+        A process that is gone is looked at twice, so that its last words are read before.
+        """
+        for rank in self.others:
+            if rank in self.beats and self.beats[rank].ended:
+                continue
+            what = self._what_is_wrong(rank)
+            if what:
+                return Loss(
+                    "lost", rank, f"{self.place(rank)} was lost: {what}, last heartbeat {self.quiet[rank]:.0f} s ago"
+                )
+        return None
+
+    def _what_is_wrong(self, rank: int) -> str:
+        card, quiet = self.cards[rank], self.quiet[rank]
+        state = self._state_of(card, self.mine)
+        if state == "gone":
+            return "its process has ended" if self._looks[rank] > 1 else ""
+        if state == "stopped":
+            return "its process is stopped" if self._stopped[rank] >= SILENT_S else ""
+        if quiet >= self.peer_timeout:
+            return "its process lives and runs no Python"
+        if state == "runs" or quiet < SILENT_S:
+            return ""
+        answer = self._answers(card)
+        if answer == "gone":
+            return "its process has ended"
+        return "its machine or process does not answer" if answer == "unknown" and quiet >= GONE_S else ""
+
+    def hung(self, mine: Beat) -> Loss | None:
+        """The rank that keeps all ranks from going on, where none has made progress for the limit of those that do not
+        wait for others; None where there is none. mine: this rank's own beat."""
+        every = {self.mine.rank: mine}
+        for rank, beat in self.beats.items():
+            silent = self.quiet[rank] >= SILENT_S
+            late = beat._replace(age=beat.age + self.quiet[rank], limit=self.peer_timeout, waits=False)
+            every[rank] = late if silent else beat
+        if len(every) < len(self.cards) or any(beat.ended for beat in every.values()):
+            return None
+        suspects = {rank: beat for rank, beat in every.items() if not beat.waits} or every
+        limit = max(beat.limit for beat in suspects.values())
+        if min(beat.age for beat in every.values()) < limit:
+            return None
+        rank = min(suspects, key=lambda r: (suspects[r].step, suspects[r].marks, r))
+        more = "" if len(suspects) < len(every) else " (every rank waits; this one is furthest behind)"
+        hint = "; a longer --peer_timeout waits longer" if limit >= self.peer_timeout else ""
+        text = f"{self.place(rank, suspects[rank])} hangs: no progress for {suspects[rank].age:.0f} s"
+        return Loss("hung", rank, f"{text}, its limit is {limit:.0f} s{more}{hint}")
+
+    def place(self, rank: int, beat: Beat | None = None) -> str:
+        """The words that name a rank, its host, its phase and its step."""
+        beat = beat or self.beats.get(rank)
+        where = f" in {beat.phase}, step {beat.step}," if beat else ""
+        return f"rank {rank} on {self.cards[rank].host}{where}"

@@ -1,0 +1,135 @@
+"""Signs of life: the state of a process, whether the main thread waits for other ranks or for nothing that runs, and
+whether a process on another machine answers. Of a system without /proc nothing is known."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from dsalign.engines.board import Pulse
+from dsalign.engines.dist import is_collective
+
+PROC = Path("/proc")
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+IDLE = 0.2  # a process that takes less of a core than this computes nothing
+DEPTH = 12  # frames from the innermost one in which a collective is looked for
+ANSWER_S = 2.0  # a process that lives answers in a millisecond
+
+State = Literal["runs", "stopped", "gone", "unknown"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """Who a rank is, as it tells the others once."""
+
+    rank: int
+    host: str
+    pid: int
+    born: str  # when the process began, so that a pid is not taken for another process that has it later
+    space: str  # the machine's boot and the pid namespace: pids of one space can be compared
+    address: str  # where its pulse answers
+    port: int
+
+
+def card_of(rank: int, address: str, port: int) -> Card:
+    """The card of this process. address, port: of its pulse."""
+    try:
+        boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+        space = f"{boot} {os.readlink(PROC / 'self/ns/pid')}"
+    except OSError:
+        space = ""
+    return Card(rank, socket.gethostname(), os.getpid(), _stat(os.getpid())[1], space, address, port)
+
+
+def _stat(pid: int, thread: int | None = None) -> tuple[str, str, float]:
+    """(state, time of birth, CPU seconds) of a process or of one of its threads; state "" where there is none."""
+    path = PROC / str(pid) / (f"task/{thread}/stat" if thread else "stat")
+    try:
+        words = path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", "", 0.0
+    return words[0], words[19], (int(words[11]) + int(words[12])) / TICKS
+
+
+def state_of(card: Card, mine: Card) -> State:
+    """What the process of another rank does; "unknown" where it is on another machine than this rank's card `mine`."""
+    if not card.space or card.space != mine.space:
+        return "unknown"
+    state, born, _ = _stat(card.pid)
+    if born != card.born or state in ("Z", "X", "x"):
+        return "gone"
+    return "stopped" if state in ("T", "t") else "runs"
+
+
+def answers(card: Card) -> State:
+    """What a process on another machine does, as its pulse tells: "runs", "gone" (the machine answers and the process
+    does not), "unknown" (nothing came back within ANSWER_S)."""
+    try:
+        socket.create_connection((card.address, card.port), timeout=ANSWER_S).close()
+    except ConnectionRefusedError:
+        return "gone"
+    except OSError:
+        return "unknown"
+    found: list[bool] = []
+    asking = threading.Thread(target=lambda: found.append(Pulse.beats(card.address, card.port, ANSWER_S)), daemon=True)
+    asking.start()  # the kernel takes a connection for a stopped process too, and then no time limit holds
+    asking.join(ANSWER_S)
+    return "runs" if found == [True] else "unknown"
+
+
+def waits(frame: FrameType | None) -> bool:
+    """Whether a thread with this innermost frame waits inside a collective for other ranks."""
+    innermost = True
+    for _ in range(DEPTH):
+        if frame is None:
+            return False
+        if is_collective(frame.f_code.co_filename, frame.f_code.co_name, innermost=innermost):
+            return True
+        frame, innermost = frame.f_back, False
+    return False
+
+
+class Idleness:
+    """A watch over this process: for how long neither it nor a process that it started has computed anything.
+
+    thread: the native id of the main thread. children: the CPU seconds of the processes below this one.
+    """
+
+    def __init__(self, thread: int, children: Callable[[], float] | None = None) -> None:
+        self._thread, self._children = thread, children or _of_children
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, as the main thread has made progress."""
+        self._cpu, self._below, self._at, self.seconds = time.process_time(), -1.0, time.monotonic(), 0.0
+
+    def look(self) -> float:
+        """The seconds of idleness up to now, 0 where there is none; to be called about once a second."""
+        at, cpu = time.monotonic(), time.process_time()
+        passed = max(at - self._at, 1e-3)
+        state = _stat(os.getpid(), self._thread)[0]
+        below = self._children() if cpu - self._cpu < IDLE * passed and state == "S" else -1.0
+        same = self._below >= 0 and below >= 0 and below - self._below < IDLE * passed
+        self.seconds = self.seconds + min(passed, 2.0) if same else 0.0
+        self._cpu, self._at, self._below = cpu, at, below
+        return self.seconds
+
+
+def _of_children() -> float:
+    """CPU seconds of the processes below this one that are still there."""
+    total, parents = 0.0, [str(os.getpid())]
+    while parents:
+        for listed in PROC.glob(f"{parents.pop()}/task/*/children"):
+            with suppress(OSError):
+                found = listed.read_text().split()
+                total += sum(_stat(int(pid))[2] for pid in found)
+                parents += found
+    return total

@@ -1,0 +1,129 @@
+"""What ranks do in tests/guard/test_watchdog.py: steps that sum a number over all ranks, and a fault in one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from guard.forked_ranks import stamp
+
+from dsalign import phases
+from dsalign.engines import dist
+from dsalign.guard import watchdog
+
+CPU = torch.device("cpu")
+LAST_STAMP = 29  # at micro-batch 30 a fault comes, from which the seconds are counted
+BURN = "import time; end = time.time() + 11\nwhile time.time() < end: pass"
+
+
+def steps(rank: int, folder: Path, count: int = 10**6, first: int = 0) -> None:
+    """Optimizer steps of 50 ms."""
+    for step in range(first, first + count):
+        with phases.within("train"):
+            phases.mark("micro-batch", step)
+            time.sleep(0.05)
+            phases.mark("optimizer step")
+            dist.total([1.0], CPU)
+        if step < LAST_STAMP:
+            stamp(rank, folder)
+        if step == 10:
+            at_step_10(rank, folder)
+
+
+def at_step_10(rank: int, folder: Path) -> None:
+    """What a case does on rank 1: the name of its folder says it."""
+    name = folder.name
+    if rank != 1:
+        return
+    with phases.within("score"):
+        if name == "key_error":
+            raise KeyError("x")
+        if name == "value_error":
+            raise ValueError("rewards: expected 4 numbers, got 3")
+        if name == "sys_exit":
+            sys.exit(0)
+        if name == "os_exit":
+            os._exit(0)
+
+
+def train(rank: int, folder: Path) -> None:
+    """Steps until a fault ends them."""
+    join(rank)
+    with watchdog.watched(folder, 600.0):
+        steps(rank, folder)
+
+
+def join(rank: int) -> None:
+    """Join the process group."""
+    dist.init(rank, peer_timeout=600.0)
+
+
+def same_error(rank: int, folder: Path) -> None:
+    """Every rank finds the same and nobody agreed on it."""
+    join(rank)
+    with watchdog.watched(folder, 600.0):
+        steps(rank, folder, 5)
+        raise ValueError("step 5: the loss is nan")
+
+
+def agreed(rank: int, folder: Path) -> None:
+    """Rank 1 has an error, all agree on it, and rank 1 takes three seconds to leave."""
+    join(rank)
+    with watchdog.watched(folder, 600.0):
+        steps(rank, folder, 5)
+        try:
+            dist.agree(ValueError("no such file: rows.jsonl") if rank == 1 else None)
+        finally:
+            if rank == 1:
+                time.sleep(3)
+
+
+def early(rank: int, folder: Path) -> None:
+    """Rank 1 is done 12 s before rank 0, which writes a report."""
+    join(rank)
+    with watchdog.watched(folder, 600.0):
+        steps(rank, folder, 20)
+        phases.mark("report")
+        if rank == 0:
+            time.sleep(12)
+    stamp(rank, folder)
+
+
+def long_phase(rank: int, folder: Path) -> None:
+    """What takes far longer than a step and is no hang: 11 s on one rank, as the name of the folder says."""
+    join(rank)
+    with watchdog.watched(folder, 600.0):
+        if folder.name == "data":  # on rank 0 alone, before any step
+            phases.mark("data")
+            time.sleep(11 if rank == 0 else 0)
+            dist.barrier()
+        steps(rank, folder, 20)
+        if folder.name in ("save", "score"):  # a large checkpoint on rank 0, a slow reward server on rank 1
+            with phases.within(folder.name):
+                time.sleep(11 if rank == (folder.name == "score") else 0)
+                dist.barrier()
+        with phases.within("train"):
+            phases.mark("micro-batch")
+            if folder.name == "compile" and rank == 1:  # a kernel, in a process below the rank
+                subprocess.run([sys.executable, "-S", "-c", BURN], check=True)
+            if folder.name == "no_python" and rank == 1:  # PyDLL, unlike CDLL, keeps Python from running meanwhile
+                ctypes.PyDLL(None).usleep(11_000_000)
+            dist.barrier()
+        steps(rank, folder, 20, 40)
+
+
+def suspended(rank: int, folder: Path) -> None:
+    """All ranks stop for 12 s, as a suspended job, and go on."""
+    join(rank)
+    with watchdog.watched(folder, 600.0):
+        steps(rank, folder, 20)
+        helper = f"sleep 12; kill -CONT {os.getpid()}"
+        subprocess.Popen(["sh", "-c", helper], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        steps(rank, folder, 40, 30)
