@@ -24,7 +24,7 @@ setup(
     # kernels/ is a folder of scripts around one package, so its package is mapped, as are the JSON files.
     packages=[*find_packages(include=["dsalign", "dsalign.*"]), *find_packages("kernels"), "dsalign.ds_configs"],
     package_dir={"dsalign_kernels": "kernels/dsalign_kernels", "dsalign.ds_configs": "ds_configs"},
-    package_data={"dsalign.ds_configs": ["*.json"], "dsalign.assets": ["*.jsonl", "README.md"]},
+    package_data={"dsalign.ds_configs": ["*.json"], "dsalign.assets": ["*.jsonl", "README.md", "report/*"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19,<0.20",

@@ -25,6 +25,7 @@ from dsalign.config import lazy
 with lazy.put_off("torch"):  # algorithm files name torch at their top, but only their methods use it
     from dsalign import launcher, ranks, verbs
     from dsalign.config import flags, help, parse
+    from dsalign.report import screen
 
 PACKAGE = Path(__file__).parent
 SET = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # for the libraries
@@ -110,13 +111,15 @@ def _main(given: Sequence[str], typed: bool) -> int:
         os.execve(launch.command[0], launch.command, launcher.environment(os.environ, sys.argv[0]))
     process = ranks.process(env)
     alone = process.world_size == 1
-    with preflight.listening(started, alone=alone), preflight.ready(parsed.config) if alone else nullcontext():
+    ready = preflight.ready(parsed.config) if alone else nullcontext()
+    with preflight.listening(started, alone=alone), ready, screen.opened(process.rank):
+        screen.stage("importing torch, DeepSpeed and transformers")
         # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
         os.environ.setdefault(LOG_LEVEL, "ERROR")  # else the stacks of broken connections hide what broke them
         logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it
         run = importlib.import_module("dsalign.verbs.train")
         logging.disable(logging.NOTSET)
-        run.train(parsed.config, process, started)
+        run.train(parsed.config, process, started, parsed.origins)
     return endings.DONE
 
 

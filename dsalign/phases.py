@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ class Now(NamedTuple):
 
 now = Now("start", 0, 0, time.monotonic())
 seconds: dict[str, deque[float]] = {}  # phase -> how long its last intervals took
+listeners: list[Callable[[str], None]] = []  # told the name of each phase that begins; quick, as the loop waits
 
 
 def mark(phase: str | None = None, step: int | None = None) -> None:
@@ -41,6 +42,8 @@ def mark(phase: str | None = None, step: int | None = None) -> None:
     seconds[now.phase].append(time_now - now.since)
     now = Now(phase or now.phase, now.step if step is None else step, now.marks + 1, time_now)
     if phase is not None:
+        for tell in listeners:
+            tell(phase)
         faults.at(f"phase {phase}")
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, Process, s
 def replace_train(monkeypatch: pytest.MonkeyPatch, then: Callable[[], Any]) -> list[tuple[RunConfig, Process, str]]:
     calls: list[tuple[RunConfig, Process, str]] = []
 
-    def train(config: RunConfig, process: Process, command: str) -> None:
+    def train(config: RunConfig, process: Process, command: str, origins: Mapping[str, str]) -> None:
         calls.append((config, process, command))
         then()
 

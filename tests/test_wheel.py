@@ -57,6 +57,7 @@ def test_everything_is_in_it(wheel: Path) -> None:
     expected |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels/dsalign_kernels").rglob("*.py")}
     expected |= {f"dsalign/ds_configs/{name}.json" for name in ds_files.names()}
     expected |= {f"dsalign/assets/{assets.find(name).name}" for name in assets.names()} | {"dsalign/assets/README.md"}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "dsalign/assets/report").iterdir()}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected

@@ -167,6 +167,9 @@ class OutputOptions(_Frozen):
     peer_timeout: float = Field(
         1800, ge=0, description="seconds without progress after which a rank is given up, >= 0; 0 = wait for ever"
     )
+    guard: Literal["warn", "stop", "off"] = Field(
+        "warn", description="what to do where the metrics take a course that is known to end badly"
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="trackers beside the log")
 
 

@@ -174,6 +174,7 @@ def sample(ctx: Context, batch: Batch, num_generations: int, *, overlong_buffer:
         "objective/scores": (_sum(scores), count),
         **{f"objective/scores/{name}": (_sum(of), count) for name, of in by_source.items()},
         "val/num_eos_tokens": (with_end, 1),  # of all ranks, said by each
+        "rollout/length": (sum(len(c) for g in groups for c in g.completions), count),
         "rollout/logp_gap": gap,
         **of_weights,
         "episode": ((batch.seen + len(batch.groups)) * num_generations, 1),  # completions so far

@@ -30,6 +30,7 @@ from dsalign.data.tokens.encoder import Encoder, Tally, Tokenized, tokenize_rows
 from dsalign.data.tokens.group_store import GroupStore, Part, Stored, write_store
 from dsalign.data.tokens.processes import num_processes, tokenised_chunks
 from dsalign.data.tokens.templates import Template
+from dsalign.report import screen
 
 logger = logging.getLogger(__name__)
 STORE_FROM = 10_000  # rows: fewer are tokenised again in less time than it takes to say so
@@ -206,6 +207,7 @@ def _counted(
         tally.add(counted)
         skipped.merge(counted.refused)
         some = some or bool(part.sizes)
+        screen.progress(tally.num_rows, total)
         yield part
         now = time.monotonic()
         if now - said >= SAID_EVERY_S:

@@ -29,6 +29,7 @@ from dsalign.engines import dist
 from dsalign.engines.roles import Roles
 from dsalign.models.load import resolve_dtype
 from dsalign.models.names import Source
+from dsalign.report import screen
 
 logger = logging.getLogger(__name__)
 PART = 1024  # groups a file
@@ -233,6 +234,7 @@ class _CachedSet:
             flat = torch.cat([torch.empty(0), *found]).double()
             self._write(part, dist.gather(flat, roles.device).float())
             computed += count
+            screen.progress(first + count, len(self._groups))
         return computed
 
     def _write(self, part: int, flat: Tensor) -> None:

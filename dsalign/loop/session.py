@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from dsalign import endings, phases
 from dsalign.checkpoint.checkpoints import Checkpoints
@@ -15,13 +18,15 @@ from dsalign.data.batches.loader import Loader
 from dsalign.data.checks import Survey
 from dsalign.engines import dist
 from dsalign.guard import resources, signals
+from dsalign.guard.trends import Watch
 from dsalign.loop.context import Interrupted
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
-from dsalign.report.page import write_report
-from dsalign.report.run_log import RunLog, duration, number
+from dsalign.report.run_log import RunLog
+from dsalign.report.story import duration
 
+logger = logging.getLogger(__name__)
 GRACE_S = 30  # seconds that deepspeed, torchrun and Slurm give a rank between SIGTERM and SIGKILL
 CHECKED = 1000  # the first groups, which are surveyed for flaws when a run starts
 COUNTERS = ("num_tokens", "episode", "bad_steps")  # metrics of which a log line has the last value in place of a mean
@@ -31,12 +36,19 @@ class Session:
     """One run of a trainer with everything around its steps: logs, evaluates, saves checkpoints, and writes final/.
 
     store: the run's checkpoints. held_out: batches to evaluate on, None = no evaluation. command: the one that started
-    the run. Every method is collective.
+    the run. origins: option -> where its value is from, for the report. Every method is collective.
     """
 
     def __init__(
-        self, config: RunConfig, trainer: Trainer, store: Checkpoints, held_out: Loader | None, command: str
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        store: Checkpoints,
+        held_out: Loader | None,
+        command: str,
+        origins: Mapping[str, str] | None = None,
     ) -> None:
+        self.origins = origins or {}
         self.config, self.trainer, self.store, self.held_out = config, trainer, store, held_out
         self.command, self.wishes = command, trainer.ctx.wishes
         self.progress, self.total = trainer.progress, trainer.total_steps
@@ -50,6 +62,8 @@ class Session:
                 resumed=config.output.resume is not None,
             )
         )
+        self._watch = Watch() if config.output.guard != "off" else None
+        self._bad_trends: list[str] = []
         self._needs = resources.needs_of(store.engines, config)
         log = self.progress.log
         self._window, self._spread = Window(log.setdefault("window", {})), Spread(log.setdefault("spread", {}))
@@ -60,10 +74,20 @@ class Session:
         self._save_s, self._said_slow = 0.0, False  # how long the last save took
 
     def run(self) -> dict[str, float]:
-        """Train to the end and write final/ and report.html; returns the last value of every metric.
+        """Train to the end and write final/; returns the last value of every metric. report.html is written however the
+        run ends.
 
         Raises Stopped on rank 0, and ElsewhereError on the others, where the run was asked to stop; then it is saved.
         """
+        try:
+            last = self._run()
+        except BaseException as error:
+            self.report.close(error)
+            raise
+        self.report.close(None)
+        return last
+
+    def _run(self) -> dict[str, float]:
         self._open()
         signals.begun()
         if dist.rank() == 0:
@@ -83,11 +107,7 @@ class Session:
         with resources.writing("final", self.output_dir, self._needs.weights):
             self.store.export(self.output_dir / "final", self.progress.step)
         phases.mark("report")
-        best = self.progress.best_loss
-        tail = "" if best is None else f", best eval/loss {number(best)} at step {self.progress.best_step}"
-        curves = self._report() if dist.rank() == 0 else ""
-        final = self.output_dir / "final"
-        self.report.say(f"done: {self.progress.step} steps{tail}; model in {final}, {curves}")
+        self.report.say(f"done: {self.progress.step} steps")
         return self._last
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
@@ -96,11 +116,19 @@ class Session:
         self._now = {name: x for name, x in metrics.items() if name in COUNTERS or name.endswith("lr")}
         if step % config.output.logging_steps == 0 or step == self.total:
             self._log()
+        elif step == 1:
+            self.report.show(step, metrics)
         if self.held_out is not None and (step == self.total or _due(step, config.output.eval_steps)):
             self._evaluate()
         due = step < self.total and step != self._saved_step and _due(step, config.output.save_steps)
         if due or self.wishes.save:
             self._save()
+        if self._bad_trends and config.output.guard == "stop" and step < self.total:
+            if step != self._saved_step:
+                self._save()
+            raise endings.Stopped(
+                f"{self._bad_trends[0]}; saved at step {step}; resume with --guard warn to go on all the same"
+            )
         if self.wishes.stop:
             raise Interrupted
 
@@ -112,6 +140,9 @@ class Session:
         self._last |= means
         epoch = self.progress.batches / self.trainer.loader.steps_per_epoch
         self.report.log(self.progress.step, {**means, "epoch": epoch})
+        for text in self._watch.add(means) if self._watch is not None else ():
+            self._bad_trends.append(text)
+            logger.warning(text)
 
     def _end_early(self) -> None:
         """Log and evaluate as after a last step, for a run whose last batches had no groups to learn from."""
@@ -139,17 +170,6 @@ class Session:
             progress.best_loss, progress.best_step = found["eval/loss"], progress.step
             if 0 < progress.step < self.total:
                 self._save()
-
-    def _report(self) -> str:
-        """Write report.html; returns where the curves are. The run is done, so a disk that is full ends nothing."""
-        try:
-            write_report(self.output_dir, f"{self.config.algo} of {self.config.models.model}")
-        except OSError as error:
-            room = resources.amount(resources.free(self.output_dir))
-            return (
-                f"report.html could not be written ({error.strerror}; {room} free): curves are in metrics.jsonl alone"
-            )
-        return "curves in report.html"
 
     def _save(self) -> None:
         start = time.monotonic()
@@ -190,7 +210,7 @@ class Session:
         config, trainer, report = self.config, self.trainer, self.report
         engine = trainer.roles.engines[next(iter(trainer.stepped))]
         parameters = [getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad]
-        report.say(
+        report.title(
             f"{config.algo} {config.models.tuner} of {config.models.model}: "
             f"{sum(parameters) / 1e6:.2f} M trained parameters, "
             f"{config.optim.deepspeed} on {dist.world_size()} rank(s), {trainer.roles.device.type}, "
@@ -207,7 +227,9 @@ class Session:
             report.say(f"reward: {' + '.join([*filter(None, [model]), *functions])}")
         groups = trainer.loader.groups
         first = [groups[i] for i in range(min(len(groups), CHECKED))]
-        for finding in Survey(first, trainer.ctx.end_ids, None).findings():
+        survey = Survey(first, trainer.ctx.end_ids, None)
+        self._begin(survey)
+        for finding in survey.findings():
             report.say(f"{finding.line()} (dsalign data check says more)")
         module = engine.module
         if module.balancing is not None:
@@ -219,6 +241,24 @@ class Session:
             report.say(line)
         if trainer.loader.dropped:
             report.say(f"warning: the last {trainer.loader.dropped} row(s) of each epoch are too few and left out")
+
+    def _begin(self, survey: Survey) -> None:
+        """Note for the report what the run begins with. survey: of the first training groups."""
+        loader, held_out = self.trainer.loader, len(self.held_out.groups) if self.held_out else 0
+        data: dict[str, Any] = {"data sets": " ".join(self.config.data.dataset), "rows": len(loader.groups)}
+        data |= {"rows held out": held_out} if held_out else {}
+        data |= {"rows a batch": loader.global_batch}
+        data |= {"rows left out at the end of an epoch": loader.dropped} if loader.dropped else {}
+        data |= {"lengths measured on": f"the first {CHECKED}"} if len(loader.groups) > CHECKED else {}
+        self.report.begin(
+            self.config.options(),
+            rows=len(loader.groups),
+            held_out=held_out,
+            ranks=dist.world_size(),
+            device=self.trainer.roles.device.type,
+            data={**data, "lengths": {name: asdict(of) for name, of in survey.lengths().items()}},
+            origins=self.origins,
+        )
 
 
 def _due(step: int, every: int | None) -> bool:

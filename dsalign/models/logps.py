@@ -154,7 +154,7 @@ class Head:
         )  # fmt: skip
         rows = chunk_rows(vocabulary, hidden.element_size(), size)
         if gradient:
-            _say(f"head: {plan.name}, {plan.products} matrix products (--head_memory {size // 2**20})")
+            logger.debug("head: %s, %d matrix products, --head_memory %d", plan.name, plan.products, size // 2**20)
         return whole_groups(sizes, rows) if plan.name == "local" else None
 
 

@@ -15,35 +15,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dsalign.report.trackers import TRACKERS
+from dsalign.config.secrets import redacted
+from dsalign.report import screen
+from dsalign.report.environment import environment, memory_gib
+from dsalign.report.events import BEGIN, DONE, END, KEEPER, WARNING, Events, ending
+from dsalign.report.hints import last_lines
+from dsalign.report.history import METRICS, SAMPLES, read
+from dsalign.report.metric_names import EVAL, label, on_the_line
+from dsalign.report.page import write_report
+from dsalign.report.screen import Now
+from dsalign.report.story import duration, number
+from dsalign.report.trackers import TRACKERS, Tracker
 
 logger = logging.getLogger(__name__)
-FIRST = (
-    "loss",
-    "eval/loss",
-    "objective/scores",
-    "objective/kl",
-    "rewards/accuracies",
-    "rewards/margins",
-    "kl",
-    "nll_loss",
-    "log_odds_ratio",
-    "grad_norm",
-    "lr",
-)
-NOT_ON_THE_LINE = (  # only in metrics.jsonl
-    "num_tokens",
-    "time/",
-    "epoch",
-    "tokens_per_s",
-    "logps/",
-    "objective/",
-    "policy/",
-    "loss/",
-    "val/",
-    "rollout/",
-)
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+SHORT = 200  # characters of a sample on the console
+WARNED = ("warning: ", "error: ")  # how a line begins that belongs among the warnings of the report
 
 
 class RunLog:
@@ -61,24 +47,62 @@ class RunLog:
         self._started = self._last = time.monotonic()
         self._first_step: int | None = None
         self._last_tokens: float | None = None
+        self._trackers: dict[str, Tracker] = {}
         self._waiting: dict[str, list[str]] = {}  # name of a file -> its lines that could not be written
         self._warned: set[str] = set()
-        self._trackers: dict[str, Callable[[int, Mapping[str, float]], None]] = {}
         if rank == 0:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._resumed = resumed
             if not resumed:
                 (output_dir / METRICS).write_bytes(b"")
-            self._trackers = {name: TRACKERS[name](output_dir) for name in trackers}
+            self._events = Events(output_dir, resumed=resumed)
+            self._step = 0
+            self._trackers = {name: made for name in trackers if (made := _made(name, output_dir)) is not None}
 
-    def say(self, text: str) -> None:
-        """Print one line, on rank 0."""
+    def begin(self, settings: Mapping[str, Any], **facts: Any) -> None:
+        """Note that the run begins, with what its report tells of it: rows, held_out, ranks, device, data (a table),
+        origins (option -> where its value is from); and every warning so far and to come. settings: option -> value,
+        for the trackers."""
+        if self._rank == 0:
+            shown = {name: value if isinstance(value, (int, float)) else redacted(str(value)) for name, value in
+                     settings.items()}  # fmt: skip
+            self._tell(lambda tracker: tracker.settings(shown))
+            self._events.write(BEGIN, total=self._total, **facts, environment=environment())
+            KEEPER.follow(lambda text: self._events.write(WARNING, step=self._step, text=text))
+
+    def close(self, error: BaseException | None) -> None:
+        """Note how the run ended, by an error or, with None, by its last step, write report.html, and say where
+        everything is and how to go on. Never raises: the reason why a run ended is not to be lost over its report."""
         if self._rank != 0:
             return
         try:
-            print(text, flush=True)
-        except OSError:  # whoever read the console is gone, or the terminal is; metrics.jsonl has it all
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            ended = ending(error)
+            self._events.write(END, step=self._step, **ended)
+            KEEPER.restart()
+            self._tell(lambda tracker: tracker.finish())
+            write_report(self._output_dir)
+            screen.current().close()
+            if ended["how"] != DONE:
+                self.say(f"{ended['how']} at step {self._step} of {self._total}")
+            for text in last_lines(read(self._output_dir), ended["how"]):
+                self.say(text)
+        except (Exception, KeyboardInterrupt) as problem:
+            logger.warning(
+                "report.html was not written (%s); `dsalign report %s` tries again", problem, self._output_dir
+            )
+
+    def title(self, text: str) -> None:
+        """Name the run, on rank 0: in the first line of a live screen, else as a line."""
+        if self._rank == 0:
+            screen.current().title(text)
+
+    def say(self, text: str) -> None:
+        """Show one line, on rank 0; a line that begins with a word of WARNED is kept for the report."""
+        if self._rank != 0:
+            return
+        if text.startswith(WARNED):
+            self._events.write(WARNING, step=self._step, text=text)
+        screen.current().say(text)
 
     def start(self, step: int, num_tokens: float) -> None:
         """Training begins behind optimizer step `step`, with num_tokens trained on before: rates and the time left
@@ -92,45 +116,62 @@ class RunLog:
             _cut(self._output_dir / SAMPLES, lambda at: at < step)  # of the rollout that comes next
         self._started = self._last = time.monotonic()
         self._first_step, self._last_tokens = step, num_tokens
+        self._step = step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of an optimizer step: a line on the console, one in metrics.jsonl, a point in every tracker. With
         num_tokens among them tokens/s and the time left are added."""
         if self._rank != 0:
             return
-        now = time.monotonic()
-        numbers = dict(metrics)
-        tail = ""
+        self._step = step
+        numbers = self._shown(step, metrics)
+        if "tokens_per_s" in numbers:
+            self._last, self._last_tokens = time.monotonic(), numbers["num_tokens"]
+        self._append(METRICS, [json.dumps({"step": step, **numbers})])
+        system = {f"system/{name.lower().replace(' ', '_')}_gib": amount for name, amount in memory_gib().items()}
+        self._tell(lambda tracker: tracker.numbers(step, {**numbers, **system}))
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a step on the console alone, as the first one, of which nobody wants to wait for the next log line."""
+        if self._rank == 0:
+            self._step = step
+            self._shown(step, metrics)
+
+    def _shown(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Show a step; returns its metrics, with the rate where there is one."""
+        numbers, left, tail = dict(metrics), None, ""
         if "num_tokens" in numbers and self._first_step is not None:
+            now = time.monotonic()
             numbers["tokens_per_s"] = (numbers["num_tokens"] - (self._last_tokens or 0)) / max(now - self._last, 1e-9)
             left = (now - self._started) / max(1, step - self._first_step) * (self._total - step)
             rate = numbers["tokens_per_s"]  # 0 in a later pass over rows that are counted already
             tail = (f" | {rate:,.0f} tok/s" if rate else "") + f" | ETA {duration(left)}"
-            self._last, self._last_tokens = now, numbers["num_tokens"]
-        self._append(METRICS, [json.dumps({"step": step, **numbers})])
-        split = {n.removeprefix("time/"): x for n, x in numbers.items() if n.startswith("time/")}
-        if split:
-            tail = " | " + ", ".join(f"{name} {seconds:.1f}s" for name, seconds in split.items()) + tail
-        rest = [n for n in numbers if n not in FIRST and not n.removeprefix("eval/").startswith(NOT_ON_THE_LINE)]
-        ordered = [n for n in FIRST if n in numbers] + rest
-        text = " | ".join(f"{name} {number(numbers[name])}" for name in ordered)
-        self.say(f"step {step}/{self._total} | {text}{tail}")
-        for name, track in list(self._trackers.items()):
-            try:
-                track(step, numbers)
-            except Exception as error:  # a tracker is somebody else's code: whatever it raises, training goes on
-                logger.warning("report_to %s failed and is left out from here: %s", name, error)
-                del self._trackers[name]
+        state = Now(step, self._total, numbers, left, memory_gib())
+        screen.current().now(state, f"{line(step, self._total, numbers)}{tail}")
+        return numbers
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Sampled completions of the rollout at `step`, each with its score: a line each on the console, and whole in
-        samples.jsonl."""
+        samples.jsonl and the trackers."""
         if self._rank != 0 or not samples:
             return
         self._append(SAMPLES, [json.dumps({"step": step, **one}, ensure_ascii=False) for one in samples])
-        for one in samples:
-            text = json.dumps(one["completion"][:200], ensure_ascii=False)
-            self.say(f"sample at step {step} | score {number(one['score'])} | {text}")
+        texts = [json.dumps(one["completion"][:SHORT], ensure_ascii=False) for one in samples]
+        lines = [
+            f"sample at step {step} | reward {number(one['score'])} | {text}"
+            for one, text in zip(samples, texts, strict=True)
+        ]
+        screen.current().samples(step, samples, lines)
+        self._tell(lambda tracker: tracker.samples(step, samples))
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """Tell every tracker; one that fails is left out from here on."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                what(tracker)
+            except Exception as error:  # a tracker is somebody else's code: whatever it raises, training goes on
+                logger.warning("report_to %s failed and is left out from here: %s", name, error)
+                del self._trackers[name]
 
     def _append(self, name: str, lines: list[str]) -> None:
         """Append whole lines to a file. Where the disk takes them not, training goes on: they are kept, and written
@@ -149,6 +190,27 @@ class RunLog:
                     "them; make room before the next checkpoint", path, error.strerror, error.errno, room,
                 )  # fmt: skip
             self._warned.add(name)
+
+
+def line(step: int, total: int, numbers: Mapping[str, float]) -> str:
+    """A logged step in one line: the algorithm's main numbers."""
+    words = []
+    for name in on_the_line(numbers):
+        short_name = label(name.removeprefix(EVAL))
+        words.append(f"{'held-out ' if name.startswith(EVAL) else ''}{short_name} {number(numbers[name])}")
+    return " | ".join([f"step {step}/{total}", *words])
+
+
+def _made(name: str, output_dir: Path) -> Tracker | None:
+    """The tracker called `name`; None, with a warning, where it cannot begin. Raises ValueError where it is not
+    installed."""
+    try:
+        return TRACKERS[name](output_dir)
+    except ValueError:
+        raise
+    except Exception as error:  # no login, no network: training does without
+        logger.warning("report_to %s failed and is left out from here: %s", name, error)
+        return None
 
 
 def append(path: Path, content: bytes) -> None:
@@ -188,18 +250,6 @@ def _cut(path: Path, keep: Callable[[int], bool]) -> None:
     beside.replace(path)
 
 
-def number(x: float) -> str:
-    """A number for people: four decimals at most, with an exponent where it is tiny or huge."""
-    return f"{x:.2e}" if x and not 1e-3 <= abs(x) < 1e5 else f"{x:.4f}".rstrip("0").rstrip(".")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 1h02m, 3m05s or 12s."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
 def quiet(rank: int) -> None:
     """Let DeepSpeed, transformers, datasets and their like log errors alone, and dsalign lines of information on rank 0
     alone."""
@@ -208,4 +258,6 @@ def quiet(rank: int) -> None:
     for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "peft", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|deepspeed")
+    KEEPER.restart()
+    logging.getLogger("dsalign").addHandler(KEEPER)
     importlib.import_module("transformers").logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -35,10 +36,13 @@ from dsalign.verbs import preflight
 SUMMARY = "train a model; what a command without a verb is"
 
 
-def train(config: RunConfig, process: Process, command: str) -> dict[str, float]:
+def train(
+    config: RunConfig, process: Process, command: str, origins: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Run one training as `config` says; returns the last value of every metric. Collective.
 
-    process: this rank and its place on this machine. command: the command line, kept in the output folder.
+    process: this rank and its place on this machine. command: the command line, kept in the output folder. origins:
+    option -> where its value is from, which the report tells.
     Raises ValueError for input that cannot be used, with what to do, and `endings.Stopped` where it was asked to stop.
     """
     quiet(process.rank)
@@ -54,13 +58,15 @@ def train(config: RunConfig, process: Process, command: str) -> dict[str, float]
             with resources.told(config):
                 with dist.stoppable(lambda: preflight.unbegun(wishes.reason(), command) if wishes.reason() else None):
                     dist.same_everywhere(identity.of_run(config))
-                    session = _built(config, device, command, wishes)
+                    session = _built(config, device, command, wishes, origins)
                 return session.run()
     finally:
         dist.shutdown()
 
 
-def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes) -> Session:
+def _built(
+    config: RunConfig, device: torch.device, command: str, wishes: Wishes, origins: Mapping[str, str] | None
+) -> Session:
     """A run that is ready for its first step. Collective; every `dist.agree` in it is a place to stop."""
     torch.manual_seed(config.seed + dist.rank())  # dropout differs between ranks, as their rows do
     phases.mark("names of models")
@@ -111,9 +117,8 @@ def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes
         stop_at(engine.module.model, template.end_ids)
     bases = {role: sources[role].weights for role in trained}
     adapters_only = config.models.tuner == "lora"
-    store = checkpoints.Checkpoints(
-        config.output, trained, template.tokenizer, bases, settings, adapters_only=adapters_only
-    )
+    kept = config.output
+    store = checkpoints.Checkpoints(kept, trained, template.tokenizer, bases, settings, adapters_only=adapters_only)
     needs = resources.needs_of(trained, config)
     lead = dist.rank() == 0
     dist.together(lambda: resources.refuse_full_disk(needs, config, total_batches) if lead else None)
@@ -121,4 +126,4 @@ def _built(config: RunConfig, device: torch.device, command: str, wishes: Wishes
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state, wishes)
     trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress, Path(config.output.output_dir))
-    return Session(config, trainer, store, held_out, command)
+    return Session(config, trainer, store, held_out, command, origins)

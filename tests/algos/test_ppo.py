@@ -107,7 +107,7 @@ def test_metrics_of_a_rollout(world: int, options: dict[str, Any], penalty: floa
         cliprange_value=ppo.cliprange_value,
     )
     found = means(prepared_from(ppo, world=world, rollout=paying(penalty)))
-    counted = {"val/num_eos_tokens": 5, "episode": 8, "rollout/logp_gap": 0}
+    counted = {"val/num_eos_tokens": 5, "episode": 8, "rollout/logp_gap": 0, "rollout/length": 22 / 8}
     assert found == pytest.approx({**want, **counted}, rel=1e-6, abs=1e-7)
 
 

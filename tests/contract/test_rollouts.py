@@ -152,6 +152,7 @@ def test_the_missing_end_is_paid_for_by_completions_without_one() -> None:
     assert paid == [[0, 0], [2, 0], [2, 0], [2, 0]]
     assert [x.tolist() for x in rollouts.ended(ctx, rolled.groups)] == [[1, 1], [0, 1], [0, 1], [0, 1]]
     assert rolled.metrics["val/num_eos_tokens"] == (5.0, 1)
+    assert rolled.metrics["rollout/length"] == (4 + 1 + 1 + 2 + 5 + 3 + 2 + 4, 8)
 
 
 def test_advantages_within_a_group_by_hand() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from dsalign.report import run_log
-from dsalign.report.run_log import RunLog, duration, number
+from dsalign.report import events, history, run_log
+from dsalign.report.run_log import RunLog
+from dsalign.report.trackers import Tracker
 
 
 @pytest.fixture
@@ -38,16 +39,32 @@ def test_a_line_by_hand(tmp_path: Path, clock: SimpleNamespace, capsys: pytest.C
     clock.now += 4
     metrics = {"entropy": 1.25, "lr": 5e-5, "loss": 0.69314718, "num_tokens": 500, "epoch": 0.5}
     shown.log(4, metrics)
-    line = "step 4/10 | loss 0.6931 | lr 5.00e-05 | entropy 1.25 | 100 tok/s | ETA 12s\n"
+    line = "step 4/10 | loss 0.6931 | 100 tok/s | ETA 12s\n"
     assert capsys.readouterr().out == line
     assert lines(tmp_path) == [{"step": 4, **metrics, "tokens_per_s": 100.0}]
 
 
-def test_seconds_of_phases_stand_behind_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = {"loss": 0.5, "time/rollout": 3.14, "time/train": 0.96}
+def test_a_line_has_the_main_numbers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of many numbers five at most, in words; all are in metrics.jsonl."""
+    metrics = {"loss": 0.5, "time/rollout": 3.14, "objective/scores": 1.5, "objective/kl": 2.0, "val/ratio": 1.0}
     of(tmp_path).log(4, metrics)
-    assert capsys.readouterr().out == "step 4/10 | loss 0.5 | rollout 3.1s, train 1.0s\n"
+    assert capsys.readouterr().out == "step 4/10 | reward 1.5 | KL 2 | loss 0.5\n"
     assert lines(tmp_path) == [{"step": 4, **metrics}]
+
+
+def test_the_first_step_is_shown_and_not_logged(
+    tmp_path: Path, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next log line's rate counts from the start: 60 tokens in 3 s."""
+    shown = of(tmp_path)
+    shown.start(0, 0)
+    for step, tell in ((1, shown.show), (3, shown.log)):
+        clock.now = 100 + step
+        tell(step, {"loss": 0.5, "num_tokens": 20 * step})
+    assert capsys.readouterr().out == (
+        "step 1/10 | loss 0.5 | 20 tok/s | ETA 9s\nstep 3/10 | loss 0.5 | 20 tok/s | ETA 7s\n"
+    )
+    assert [one["step"] for one in lines(tmp_path)] == [3]
 
 
 def test_rates_count_from_the_line_before(tmp_path: Path, clock: SimpleNamespace) -> None:
@@ -63,7 +80,7 @@ def test_rates_count_from_the_line_before(tmp_path: Path, clock: SimpleNamespace
 def test_an_evaluation_has_no_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = of(tmp_path)
     shown.log(0, {"eval/nll_loss": 2.0, "eval/loss": 1e6})
-    assert capsys.readouterr().out == "step 0/10 | eval/loss 1.00e+06 | eval/nll_loss 2\n"
+    assert capsys.readouterr().out == "step 0/10 | held-out loss 1.00e+06\n"
     assert lines(tmp_path) == [{"step": 0, "eval/nll_loss": 2.0, "eval/loss": 1e6}]
 
 
@@ -103,45 +120,41 @@ def test_other_ranks_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_tracker_that_fails_is_left_out_and_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    got: list[tuple[int, Any]] = []
+    got: list[tuple[Any, ...]] = []
 
-    def broken(step: int, numbers: Any) -> None:
+    def broken(*told: Any) -> None:
         raise ConnectionError("no route")
 
-    trackers = {"trackio": lambda folder: broken, "wandb": lambda folder: lambda *point: got.append(point)}
+    def keep(*told: Any) -> None:
+        got.append(told)
+
+    def refused(folder: Path) -> Tracker:
+        raise RuntimeError("no login")
+
+    monkeypatch.setattr(run_log, "memory_gib", lambda: {"GPU memory": 2.0})
+    made = {"trackio": Tracker(broken, broken, broken, broken), "wandb": Tracker(keep, keep, keep, keep)}
+    trackers = {name: (lambda folder, one=one: one) for name, one in made.items()} | {"tensorboard": refused}
     monkeypatch.setattr(run_log, "TRACKERS", trackers)
-    shown = of(tmp_path, ("trackio", "wandb"))
     with caplog.at_level(logging.WARNING):
+        shown = of(tmp_path, ("trackio", "wandb", "tensorboard"))
+        shown.begin({"beta": 0.1, "model": "hf_abcdefghijklmnopqrstuv"})
         shown.log(1, {"loss": 1.0})
         shown.log(2, {"loss": 2.0})
-    assert [r.message for r in caplog.records] == ["report_to trackio failed and is left out from here: no route"]
-    assert got == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
+        shown.samples(2, [{"completion": "a", "score": 1.0}])
+        shown.close(None)
+    assert [r.message for r in caplog.records] == [
+        "report_to tensorboard failed and is left out from here: no login",
+        "report_to trackio failed and is left out from here: no route",
+    ]
+    memory = {"system/gpu_memory_gib": 2.0}
+    assert got == [
+        ({"beta": 0.1, "model": "[redacted]"},),
+        (1, {"loss": 1.0} | memory),
+        (2, {"loss": 2.0} | memory),
+        (2, [{"completion": "a", "score": 1.0}]),
+        (),
+    ]
     assert len(lines(tmp_path)) == 2
-
-
-@pytest.mark.parametrize(
-    ("x", "text"),
-    [
-        (0.0, "0"),
-        (1.0, "1"),
-        (-0.25, "-0.25"),
-        (0.123456, "0.1235"),
-        (100.0, "100"),
-        (5e-5, "5.00e-05"),
-        (-123456.0, "-1.23e+05"),
-        (float("nan"), "nan"),
-        (float("inf"), "inf"),
-    ],
-)
-def test_number(x: float, text: str) -> None:
-    assert number(x) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.9, "0s"), (59.9, "59s"), (60, "1m00s"), (185, "3m05s"), (3600, "1h00m"), (90061, "25h01m")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_training_outlives_its_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +172,38 @@ def test_training_outlives_its_console(tmp_path: Path, monkeypatch: pytest.Monke
     report.log(1, {"loss": 2.0})
     report.log(2, {"loss": 1.0})
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_report_is_written_however_a_run_ends(tmp_path: Path) -> None:
+    """Ctrl-C at step 3, after a warning of a library call before the folder was open, and one that was printed."""
+    events.KEEPER.restart()
+    events.KEEPER.emit(logging.LogRecord("dsalign.data", logging.WARNING, "", 0, "%d rows dropped", (2,), None))
+    (tmp_path / "config.yaml").write_text("algo: dpo\nmodel: tiny\n")
+    report = of(tmp_path)
+    report.begin({}, rows=8, held_out=0, ranks=1, device="cpu", data={}, origins={})
+    report.log(3, {"loss": 1.0})
+    report.say("warning: the last 3 row(s) are left out")
+    report.close(KeyboardInterrupt())
+    found = [(e["kind"], e.get("step"), e.get("text")) for e in history.lines(tmp_path / "events.jsonl")]
+    assert found == [
+        ("begin", None, None),
+        ("warning", 0, "2 rows dropped"),
+        ("warning", 3, "warning: the last 3 row(s) are left out"),
+        ("end", 3, ""),
+    ]
+    assert "took 3 of 10 optimizer steps" in (tmp_path / "report.html").read_text()
+    assert "It was interrupted (Ctrl-C) at step 3" in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_that_cannot_be_written_hides_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder stands in its place: one warning, and nothing raised."""
+    (tmp_path / "report.html").mkdir()
+    report = of(tmp_path)
+    report.begin({}, rows=8, held_out=0, ranks=1, device="cpu", data={}, origins={})
+    with caplog.at_level(logging.WARNING):
+        report.close(ValueError("the real one"))
+    (said,) = (record.message for record in caplog.records)
+    assert said.startswith("report.html was not written (") and f"`dsalign report {tmp_path}` tries again" in said
 
 
 def test_a_full_disk_ends_nothing_and_loses_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,47 +13,88 @@ from dsalign.report.trackers import TRACKERS
 
 
 def fake_trackers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Three packages that note what they are asked to do."""
+    """Three packages, and pandas, that note what they are asked to do."""
     calls: list[tuple[Any, ...]] = []
 
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            calls.append(("tensorboard", Path(folder).name))
+    class Noting:
+        """Something of which every method notes its call under `name`."""
 
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            calls.append(("tensorboard", name, value, step))
+        def __init__(self, name: str) -> None:
+            self._name = name
 
-        def flush(self) -> None:
-            calls.append(("tensorboard", "flush"))
+        def __getattr__(self, method: str) -> Any:
+            return lambda *args, **options: calls.append((self._name, method, *args, options))
 
-    def note(package: str) -> SimpleNamespace:
-        log = lambda numbers, step: calls.append((package, numbers, step))  # noqa: E731
+    def noting(package: str) -> SimpleNamespace:
+        run = Noting(package)
+        run.config = SimpleNamespace(update=run.update)  # type: ignore[attr-defined]
 
-        def init(**options: str) -> SimpleNamespace:
-            calls.append((package, {k: Path(v).name for k, v in options.items()}))
-            return SimpleNamespace(log=log)
+        def init(**options: Any) -> Noting:
+            calls.append(
+                (package, "init", {k: Path(v).name if k in ("dir", "name") else v for k, v in options.items()})
+            )
+            return run
 
-        return SimpleNamespace(init=init, log=log)
+        table = lambda **of: ("table", *of.values())  # noqa: E731
+        return SimpleNamespace(init=init, log=run.log, finish=run.finish, Table=table)
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: Noting("tensorboard"))
+    )
+    frame = lambda data, columns: (columns, data)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=frame))
     for package in ("wandb", "trackio"):
-        monkeypatch.setitem(sys.modules, package, note(package))
+        monkeypatch.setitem(sys.modules, package, noting(package))
     return calls
 
 
-def test_trackers_get_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tell(name: str, folder: Path) -> None:
+    """Tell a tracker of a run from its beginning to its end."""
+    tracker = TRACKERS[name](folder)
+    tracker.settings({"beta": 0.1})
+    tracker.numbers(3, {"loss": 0.5})
+    tracker.samples(3, [{"prompt": "p", "completion": "c", "score": 1.0}])
+    tracker.finish()
+
+
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is indented, so that Markdown leaves it as it is."""
+    calls = fake_trackers(monkeypatch)
+    tell("tensorboard", tmp_path / "run7")
+    sample = '    {\n      "prompt": "p",\n      "completion": "c",\n      "score": 1.0\n    }'
+    assert calls == [
+        ("tensorboard", "add_text", "settings", "    beta: 0.1", 0, {}),
+        ("tensorboard", "add_scalar", "loss", 0.5, 3, {}),
+        ("tensorboard", "flush", {}),
+        ("tensorboard", "add_text", "sample 0", sample, 3, {}),
+        ("tensorboard", "close", {}),
+    ]
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is called after its folder."""
     calls = fake_trackers(monkeypatch)
-    for name in ("tensorboard", "wandb", "trackio"):
-        TRACKERS[name](tmp_path / "run7")(3, {"loss": 0.5})
+    tell("wandb", tmp_path / "run7")
+    table = ("table", ["prompt", "completion", "score"], [["p", "c", 1.0]])
     assert calls == [
-        ("tensorboard", "tensorboard"),
-        ("tensorboard", "loss", 0.5, 3),
-        ("tensorboard", "flush"),
-        ("wandb", {"dir": "run7", "name": "run7"}),
-        ("wandb", {"loss": 0.5}, 3),
-        ("trackio", {"project": "dsalign", "name": "run7"}),
-        ("trackio", {"loss": 0.5}, 3),
+        ("wandb", "init", {"project": "dsalign", "dir": "run7", "name": "run7"}),
+        ("wandb", "update", {"beta": 0.1}, {"allow_val_change": True}),
+        ("wandb", "log", {"loss": 0.5}, {"step": 3}),
+        ("wandb", "log", {"samples": table}, {"step": 3}),
+        ("wandb", "finish", {}),
+    ]
+
+
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes settings when it begins, and a table as a frame."""
+    calls = fake_trackers(monkeypatch)
+    tell("trackio", tmp_path / "run7")
+    table = ("table", (["prompt", "completion", "score"], [["p", "c", 1.0]]))
+    assert calls == [
+        ("trackio", "init", {"project": "dsalign", "name": "run7", "config": {"beta": 0.1}}),
+        ("trackio", "log", {"loss": 0.5}, {"step": 3}),
+        ("trackio", "log", {"samples": table}, {"step": 3}),
+        ("trackio", "finish", {}),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from dsalign.data.rows.iterate import Skipped
 from dsalign.data.rows.records import Row
 from dsalign.data.tokens.templates import Encoded, Template, assistant
 from dsalign.data.tokens.words import Ids
+from dsalign.report import screen
 
 TRUNCATIONS = ("delete", "left", "right", "raise")
 CHUNK = 1024  # rows a tokenizer call: enough for its threads, little memory
@@ -183,6 +184,7 @@ def tokenize_rows(rows: Iterable[Row], template: Template, *, skipped: Skipped |
     with thread_pool(encoder) as pool:
         for found, counted in in_order(pool, encoder, rows, THREADS):
             tally.add(counted)
+            screen.progress(tally.num_rows, len(rows) if isinstance(rows, Sized) else None)
             for group in found:
                 prompt, *completions = (tuple(map(share, x, x)) for x in (group.prompt, *group.completions))
                 groups.append(replace(group, index=len(groups), prompt=prompt, completions=tuple(completions)))

@@ -1,0 +1,55 @@
+"""The last lines of a run: its best step, where everything is, and commands to paste that go on from there."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from dsalign.report import events
+from dsalign.report.history import History
+from dsalign.report.page import REPORT
+from dsalign.report.story import short
+
+VERBS = Path(__file__).parent.parent / "verbs"
+NEXT = {  # verb -> what it does with a run
+    "chat": "talk to it",
+    "eval": "evaluate it",
+    "merge": "merge its adapter into the weights",
+    "export": "export it",
+}
+
+
+def last_lines(run: History, how: str) -> list[str]:
+    """The lines for a run that ended as `how` says, a word of events.ending. Only commands that exist are named."""
+    folder = shlex.quote(str(run.folder))
+    lines = []
+    if run.best is not None:
+        lines.append(f"best: held-out loss {short(run.best[1])} at step {run.best[0]}")
+    if run.has_final and how == events.DONE:
+        lines.append(f"model: {run.folder / 'final'}")
+    if run.checkpoints:
+        lines.append(f"checkpoint: {run.folder / f'checkpoint-{run.checkpoints[-1]}'}")
+    lines.append(f"report: {run.folder / REPORT}")
+    commands = _commands(run, folder, how)
+    width = max(map(len, commands), default=0)
+    return lines + [f"  {command:<{width}}  # {what}" for command, what in commands.items()]
+
+
+def _commands(run: History, folder: str, how: str) -> Mapping[str, str]:
+    """Command -> what it is for."""
+    found = {}
+    if how != events.DONE and run.checkpoints:
+        ranks = run.begin.get("ranks", 1)
+        several = f"NPROC_PER_NODE={ranks} " if isinstance(ranks, int) and ranks > 1 else ""
+        config = shlex.quote(str(run.folder / "config.yaml"))
+        resume = f"dsalign resume {folder}" if exists("resume") else f"dsalign --config {config} --resume"
+        found[several + resume] = "go on from the newest checkpoint"
+    if run.has_final and how == events.DONE:
+        found |= {f"dsalign {verb} {folder}": what for verb, what in NEXT.items() if exists(verb)}
+    return found
+
+
+def exists(verb: str) -> bool:
+    """Whether dsalign has this command."""
+    return (VERBS / f"{verb}.py").exists()
