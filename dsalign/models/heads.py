@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from dsalign.data.batches.packing import Inputs
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.balancing import balancing_of
+from dsalign.models.classifier import classifier_of
 from dsalign.models.logps import Head, HeadLoss, LogitTransform
 from dsalign.models.weights import read_tensors, refuse_broken
 
@@ -119,15 +120,23 @@ class ValueHead(nn.Module):
 
 class ValueModel(Backbone):
     """A causal language model with a value head on its last hidden states. The language-model head stays in the model,
-    so that an export has it, but is neither run nor trained."""
+    so that an export may have it, but is neither run nor trained.
 
-    def __init__(self, model: PreTrainedModel | PeftModel, seed: int, shares: bool = False) -> None:
+    reward: whether it is a reward model. Its bias is not trained then: classifiers of transformers have none, and where
+    scores are compared it changes nothing. classifier: what it is to transformers, None = not known there, or a critic.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, seed: int, shares: bool = False, reward: bool = False
+    ) -> None:
         super().__init__(model, shares)
         inner = unwrap(model)
         head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
         # Not hidden_size: OPT's decoder may project its last state, which is what both heads read.
         width = inner.config.get_text_config().hidden_size if head is None else head.weight.shape[-1]
         self.v_head = ValueHead(width, seed)
+        self.v_head.summary.bias.requires_grad_(not reward)
+        self.classifier = classifier_of(inner, width) if reward else None
         if head is not None and getattr(head, "weight", None) is not embedding.weight:
             head.requires_grad_(False)  # it gets no gradient, and ZeRO-3 would step it with an old one
 
