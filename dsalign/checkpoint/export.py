@@ -20,6 +20,7 @@ from dsalign.models.adapter_files import ROOT
 from dsalign.models.adapters import TRAINED
 from dsalign.models.classifier import SCORE, describe, padded_apart
 from dsalign.models.heads import BIAS, VALUE_HEAD_FILE, WEIGHT, unwrap
+from dsalign.models.names import BASE_FILE, located_base
 
 logger = logging.getLogger(__name__)
 HEAD = "v_head."  # how the names of a value head's parameters begin
@@ -29,8 +30,8 @@ GATHER_BYTES = 1 << 30  # parameters gathered at a time under ZeRO-3
 def whole_state(engine: Any, *, trained_only: bool) -> dict[str, Tensor]:
     """Name -> tensor on the CPU, not sharded, for each parameter of the engine, on rank 0; {} on others. Collective.
 
-    trained_only: take only parameters that require a gradient, as for an adapter, and a value head; if not, all parameters, and the
-    buffers that the model saves with its weights.
+    trained_only: take only parameters that require a gradient, as for an adapter, and a value head; if not, all
+    parameters, and the buffers that the model saves with its weights.
     Raises RuntimeError on every rank where a gathered tensor is empty, which would write a broken file.
     """
     state: dict[str, Tensor] = {}
@@ -87,9 +88,12 @@ def _write(module: Any, state: dict[str, Tensor], folder: Path, tokenizer: Any, 
         weights = {n: t for n, t in weights.items() if n not in classifier.left_out}
         tokenizer = padded_apart(tokenizer, _ends(inner, tokenizer), inner.get_input_embeddings().num_embeddings)
     if isinstance(model, PeftModel):
-        model.peft_config[TRAINED].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+        named, elsewhere = located_base(base, folder)
+        model.peft_config[TRAINED].base_model_name_or_path = named
         model.save_pretrained(str(folder), state_dict=weights, selected_adapters=[TRAINED], save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
+        if elsewhere:
+            (folder / BASE_FILE).write_text(json.dumps(elsewhere, indent=2))
         if inner.generation_config is not None:
             inner.generation_config.save_pretrained(folder)
         if classifier is not None:

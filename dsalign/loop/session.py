@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 from dsalign import endings, phases
+from dsalign.checkpoint.card import write_card
 from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Prepared
@@ -86,6 +87,9 @@ class Session:
         best = self.progress.best_loss
         tail = "" if best is None else f", best eval/loss {number(best)} at step {self.progress.best_step}"
         curves = self._report() if dist.rank() == 0 else ""
+        if dist.rank() == 0:
+            base, rows = next(iter(self.store.bases.values())), len(self.trainer.loader.groups)
+            write_card(self.output_dir / "final", self.config, base, self._last, step=self.progress.step, num_rows=rows)
         final = self.output_dir / "final"
         self.report.say(f"done: {self.progress.step} steps{tail}; model in {final}, {curves}")
         return self._last

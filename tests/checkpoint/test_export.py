@@ -176,6 +176,8 @@ def test_everything_to_prompt_with_is_there(tuner: str, tiny: Path, two_ranks: R
     else:
         adapter = json.loads((tmp_path / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == str(tiny.resolve())
+        beside = json.loads((tmp_path / "base_model.json").read_text())
+        assert (tmp_path / beside["relative"]).resolve() == tiny.resolve()
         assert {n.split(".")[-2] for n in load_file(tmp_path / "adapter_model.safetensors")} == {"lora_A", "lora_B"}
         assert not names & {"model.safetensors", "config.json", "README.md", "default"}
 
