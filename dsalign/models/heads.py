@@ -158,7 +158,10 @@ class ValueModel(Backbone):
         found = {name: tuple(tensor.shape) for name, tensor in given.items()}
         if found != {WEIGHT: want, BIAS: (1,)}:
             if "score.weight" in state and state["score.weight"].shape[0] != 1:
-                raise ValueError(f"reward model: {where} must have one label (its `score` layer one output)")
+                raise ValueError(
+                    f"reward model: {where} must have one label (its `score` layer one output), got "
+                    f"{state['score.weight'].shape[0]}"
+                )
             raise ValueError(f"{where}: its value head holds {found}; expected {WEIGHT} {want} and {BIAS} (1,)")
         with torch.no_grad():
             self.v_head.summary.weight.copy_(given[WEIGHT])
@@ -178,7 +181,9 @@ class ValueModel(Backbone):
             state = read_tensors(file)
         except ValueError as error:
             if isinstance(error.__cause__, pickle.UnpicklingError):
-                raise ValueError(f"{file} holds more than tensors and is not opened") from error
+                raise ValueError(
+                    f"{file} holds more than tensors and is not opened; save its two tensors alone"
+                ) from error
             raise
         self.set_head(state, str(file))
         return True

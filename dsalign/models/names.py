@@ -47,7 +47,9 @@ def resolve(name: str) -> Source:
     if (folder / "adapter_config.json").exists():
         base = _base_of(folder)
         if not base:
-            raise ValueError(f"model: {name}/adapter_config.json names no base model in base_model_name_or_path")
+            raise ValueError(
+                f"model: {name}/adapter_config.json names no base model; write one into its base_model_name_or_path"
+            )
         if (Path(base).expanduser() / "adapter_config.json").exists():
             raise ValueError(
                 f"model: the base of the adapter {name} is an adapter itself, {base}; merge that one first"
@@ -60,7 +62,10 @@ def resolve(name: str) -> Source:
                 f"{folder / 'adapter_config.json'}, base_model_name_or_path"
             ) from error
     if not (folder / "config.json").exists():
-        raise ValueError(f"model: {name} holds neither config.json nor adapter_config.json, so it is no model folder")
+        raise ValueError(
+            f"model: {name} holds neither config.json nor adapter_config.json, so it is no model folder; "
+            "give the folder that from_pretrained opens"
+        )
     return Source(str(folder), value_head=folder)
 
 

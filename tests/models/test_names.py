@@ -133,13 +133,13 @@ def test_a_folder_that_is_not_there_is_refused(name: str) -> None:
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"holds neither config\.json nor adapter_config\.json, so it is no model folder$"
+        ValueError, match=r"holds neither config\.json nor adapter_config\.json, so it is no model folder; give the fo"
     ):
         resolve(str(tmp_path))
 
 
 def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"/adapter_config\.json names no base model in base_model_name_or_path$"):
+    with pytest.raises(ValueError, match=r"/adapter_config\.json names no base model; write one into its base_"):
         resolve(str(adapter(tmp_path, None)))
 
 
