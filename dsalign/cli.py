@@ -103,9 +103,9 @@ def _main(given: Sequence[str], typed: bool) -> int:
     started = shlex.join([sys.argv[0], *given])
     if typed:
         started = preflight.typed(started, env)
-    _ask_the_hub(parsed.config)
     if launch:
         preflight.load_rewards(parsed.config)
+        _ask_the_hub(parsed.config)
         sys.stderr.flush()
         count = [f"NPROC_PER_NODE={env['NPROC_PER_NODE']}"] if env.get("NPROC_PER_NODE") else []
         os.environ[preflight.STARTED_AS] = " ".join([*count, started])
@@ -113,6 +113,7 @@ def _main(given: Sequence[str], typed: bool) -> int:
     process = ranks.process(env)
     alone = process.world_size == 1
     with preflight.listening(started, alone=alone), preflight.ready(parsed.config) if alone else nullcontext():
+        _ask_the_hub(parsed.config)
         # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
         os.environ.setdefault(LOG_LEVEL, "ERROR")  # else the stacks of broken connections hide what broke them
         logging.disable(logging.WARNING)  # the libraries' remarks while they are imported; run sets levels after it

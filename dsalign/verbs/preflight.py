@@ -1,5 +1,5 @@
-"""What a run needs outside its configuration, before torch is imported: the hub, reward files, the output folder, an ear
-for signals, and the command that starts it again."""
+"""What a run needs outside its configuration, before torch is imported: the hub, reward files, the output folder, an
+ear for signals, and the command that starts it again."""
 
 from __future__ import annotations
 
