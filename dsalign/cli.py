@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from dsalign import __version__, endings
 from dsalign.config import lazy
@@ -105,6 +106,7 @@ def _main(given: Sequence[str], typed: bool) -> int:
         started = preflight.typed(started, env)
     if launch:
         preflight.load_rewards(parsed.config)
+        _ask_the_hub(parsed.config)
         sys.stderr.flush()
         count = [f"NPROC_PER_NODE={env['NPROC_PER_NODE']}"] if env.get("NPROC_PER_NODE") else []
         os.environ[preflight.STARTED_AS] = " ".join([*count, started])
@@ -113,6 +115,7 @@ def _main(given: Sequence[str], typed: bool) -> int:
     alone = process.world_size == 1
     ready = preflight.ready(parsed.config) if alone else nullcontext()
     with preflight.listening(started, alone=alone), ready, screen.opened(process.rank):
+        _ask_the_hub(parsed.config)
         screen.stage("importing torch, DeepSpeed and transformers")
         # Not at the top of the file: it imports torch, deepspeed and transformers, which take longer than a typo may.
         os.environ.setdefault(LOG_LEVEL, "ERROR")  # else the stacks of broken connections hide what broke them
@@ -121,6 +124,13 @@ def _main(given: Sequence[str], typed: bool) -> int:
         logging.disable(logging.NOTSET)
         run.train(parsed.config, process, started, parsed.origins)
     return endings.DONE
+
+
+def _ask_the_hub(config: Any) -> None:
+    """Say, or raise, what one question to the hub found, where names on it are needed."""
+    line = importlib.import_module("dsalign.verbs.preflight").ask_the_hub(config)
+    if line and os.environ.get("RANK", "0") == "0":
+        _say(line)
 
 
 def _configure(argv: Sequence[str], env: Mapping[str, str]) -> tuple[parse.Parsed, launcher.Launch | None]:

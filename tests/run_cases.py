@@ -129,10 +129,12 @@ def tokenizer() -> Any:
     return found
 
 
-def exported(run: Run, out: Path, groups: Sequence[Group]) -> list[Any]:
-    """Two steps, an export to `out`, and what the engine itself says about `groups`, one array a group."""
-    trainer = train(run)
-    portable.export(trainer.roles.engines[role_of(trainer)], out, tokenizer(), str(run.folder))
+def exported(run: Run, out: Path, groups: Sequence[Group], pad: int = 0) -> list[Any]:
+    """Two steps, an export to `out` with the tokenizer's pad token `pad`, and what the engine itself says about
+    `groups`, one array a group."""
+    trainer, own = train(run), tokenizer()
+    own.pad_token = own.convert_ids_to_tokens(pad)
+    portable.export(trainer.roles.engines[role_of(trainer)], out, own, str(run.folder))
     return [x.numpy() for x in trainer.roles.each_group(role_of(trainer), groups)]
 
 

@@ -72,7 +72,8 @@ class DPO(Algorithm):
             raise ValueError("loss_type sft and rpo_alpha > 0 both add NLL(chosen); keep one, with --rpo_alpha 0")
         if self.f_divergence_type != "reverse_kl" and (refused := REVERSE_KL_ONLY.intersection(self.loss_type)):
             raise ValueError(
-                f"f_divergence_type: {self.f_divergence_type} is not defined for loss_type {', '.join(sorted(refused))}"
+                f"f_divergence_type: {self.f_divergence_type} is not defined for loss_type "
+                f"{', '.join(sorted(refused))}; leave it out, or take another loss_type"
             )
         if self.ld_alpha < 1 and (refused := BY_LENGTH.intersection(self.loss_type)):
             raise ValueError(

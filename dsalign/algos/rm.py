@@ -17,7 +17,8 @@ from dsalign.contract.maths import logsigmoid, pair, reward_metrics
 class RM(Algorithm):
     """Bradley-Terry reward model: InstructGPT, arXiv:2203.02155, eq. 1, with an optional margin and centring.
 
-    The score s of a completion is the value head at its last token.
+    The score s of a completion is the value head at its last token. The head's bias is not trained: it cancels in
+    s_c - s_r, and classifiers of other libraries, as which the model opens, have none.
     """
 
     center_rewards_coefficient: float = 0.0  # weight of (s_c + s_r)^2, >= 0; keeps scores around 0

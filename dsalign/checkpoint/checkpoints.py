@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,21 @@ class Checkpoints:
         self.settings, self.adapters_only, self.trusted = dict(settings), adapters_only, options.trust_checkpoint
         self.changes: list[str] = []  # of the settings that a resumed run changes, a line each
 
-    def export(self, folder: Path, step: int = 0) -> None:
+    def export(self, folder: Path, step: int = 0, card: Callable[[Path], None] | None = None) -> None:
         """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. An earlier
-        `folder` is replaced when the new one is whole. step: optimizer steps taken. Collective.
+        `folder` is replaced when the new one is whole. step: optimizer steps taken. card: called on rank 0 with the
+        folder in which all is, before it gets its name, to add what describes it. Collective.
 
         Raises NotSavedError as `staged.write` does, and Diverged as `refuse_non_finite` does.
         """
         self.refuse_non_finite(str(folder))
-        staged.write(folder, self._models, lambda files: self._about(files, step))
+
+        def fill(parts: staged.Parts) -> None:
+            self._models(parts)
+            if card is not None and dist.rank() == 0:
+                parts.attempt(lambda: card(parts.folder))
+
+        staged.write(folder, fill, lambda files: self._about(files, step))
 
     def refuse_non_finite(self, what: str) -> None:
         """Raise Diverged on every rank where a trained weight or a number of an optimizer is not finite on any, so that

@@ -40,11 +40,11 @@ def settings(name: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"deepspeed: {path}: expected a file that can be read, got {error.strerror}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed: {path}:{error.lineno}: not JSON: {error.msg}") from None
+        raise ValueError(f"deepspeed: {path}:{error.lineno}: expected JSON, got {error.msg}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"deepspeed: {path}: not JSON: it is no UTF-8 text") from None
+        raise ValueError(f"deepspeed: {path}: expected JSON, got no UTF-8 text") from None
     except RecursionError:
-        raise ValueError(f"deepspeed: {path}: not a DeepSpeed file: it is nested too deeply") from None
+        raise ValueError(f"deepspeed: {path}: expected a DeepSpeed file, got JSON nested too deeply") from None
     except _TwiceError as error:
         raise ValueError(f"deepspeed: {path}: expected each key once, got {error} twice; keep one of them") from None
     if not isinstance(settings, dict):

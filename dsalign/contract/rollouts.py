@@ -57,9 +57,9 @@ class RolloutOptions:
         check_range("vllm_memory", self.vllm_memory, 0, 1, open_low=True)
         check_range("vllm_timeout", self.vllm_timeout, 0, open_low=True)
         if self.rollout != "vllm" and (self.vllm_server or self.vllm_folder):
-            raise ValueError(f"vllm_server, vllm_folder: for --rollout vllm, which was not chosen ({self.rollout} was)")
+            raise ValueError(f"vllm_server, vllm_folder: for --rollout vllm, got {self.rollout}; leave them out")
         if self.vllm_folder and not self.vllm_server:
-            raise ValueError("vllm_folder: without --vllm_server vLLM runs in process and takes weights from memory")
+            raise ValueError("vllm_folder: without --vllm_server weights are taken from memory; leave it out")
         if self.missing_eos_penalty is not None:
             check_range("missing_eos_penalty", self.missing_eos_penalty, 0)
         if self.rollout_is_cap is not None and not self.rollout_is_cap >= 1:
@@ -236,7 +236,7 @@ def check_sampler(ctx: Context, gap: Metric) -> None:
     if not found <= limit:  # NaN too
         raise ValueError(
             f"rollout_logp_limit: the sampler's log-probabilities differ from the trainer's by {found:.3g} nats a "
-            f"token on average, more than {limit}: rollouts do not come from the weights being trained"
+            f"token on average, more than {limit}: not from the weights being trained? Try --rollout plain"
         )
     if found > WARN_GAP:
         ctx.warn(

@@ -55,7 +55,8 @@ def self_check(roles: Roles, groups: Sequence[Group]) -> None:
             if not gap <= limit:
                 raise ValueError(
                     f"{name}: the log-probabilities of {sample[0].where} differ by {gap:.2g} nats from the model's own "
-                    "forward; dsalign does not know what this architecture does between its head and its logits"
+                    "forward; dsalign does not know what this architecture does between its head and its logits: "
+                    "take a model of another architecture"
                 )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsalign import endings, phases
+from dsalign.checkpoint.card import write_card
 from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Prepared
@@ -105,10 +106,16 @@ class Session:
             self._save()
         phases.mark("export", self.progress.step)
         with resources.writing("final", self.output_dir, self._needs.weights):
-            self.store.export(self.output_dir / "final", self.progress.step)
+            self.store.export(self.output_dir / "final", self.progress.step, self._card)
         phases.mark("report")
         self.report.say(f"done: {self.progress.step} steps")
         return self._last
+
+    def _card(self, folder: Path) -> None:
+        """Write the model card of final/ into `folder`, which is to become it."""
+        base, rows = next(iter(self.store.bases.values())), len(self.trainer.loader.groups)
+        at = self.output_dir / "final"
+        write_card(folder, self.config, base, self._last, at=at, step=self.progress.step, num_rows=rows)
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
         config, step = self.config, self.progress.step

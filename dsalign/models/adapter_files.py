@@ -43,7 +43,7 @@ def stored(folder: Path) -> Stored:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder}/adapter_config.json cannot be read: {error}") from error
+        raise ValueError(f"{folder}/adapter_config.json cannot be read: {error}; copy the folder again") from error
     if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING or config.is_prompt_learning:
         kind = config.peft_type and PeftType(config.peft_type).value
         raise ValueError(
@@ -128,7 +128,7 @@ def fill(peft_model: PeftModel, name: str, adapter: Stored, folder: Path) -> Non
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         kind = "has no" if isinstance(error, KeyError) else "does not fit its base:"
         raise ValueError(
-            f"{folder}: the adapter {kind} {' '.join(lines[1:3] or lines)}; is its base the one it was trained on?"
+            f"{folder}: the adapter {kind} {' '.join(lines[1:3] or lines)}; name the base that it was trained on"
         ) from error
     missing = [key for key in found.missing_keys if name in key.split(".")]
     parts = [f"{len(missing)} of its weights are missing ({shown(missing)})"] if missing else []
@@ -137,5 +137,6 @@ def fill(peft_model: PeftModel, name: str, adapter: Stored, folder: Path) -> Non
     if parts:
         raise ValueError(
             f"{folder}: the adapter does not fit its base: {'; '.join(parts)}. adapter_config.json is another "
-            "adapter's, its base is another model, or a wrapper's prefix stands inside the keys"
+            "adapter's, its base is another model, or a wrapper's prefix stands inside the keys: name the base that it "
+            "was trained on"
         )

@@ -31,6 +31,7 @@ def compare_models(
     """Check the models of a run against each other and against its rows, before any weight is read.
 
     tokenizer: the policy's. rows: the groups of the run. own_ids: roles that read rows in ids of their own.
+    A line says where rows are longer than what a model with computed positions was made for.
     Raises ValueError where the reference's token ids mean something else, or a row has more tokens than a model has
     learnt positions.
     """
@@ -47,6 +48,10 @@ def compare_models(
     if known:
         role = min(known, key=lambda name: known[name])
         _fits(rows, sampled, known[role], f"{role} model {readers[role].weights}")
+    else:
+        _warn_beyond(
+            rows, sampled, {role: stated_positions(readers[role], config.models, enough) for role in limits}, readers
+        )
 
 
 def _same_ids(role: str, source: Source, options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,11 +108,49 @@ def learnt_positions(source: Source, options: ModelOptions, enough: float = math
     return limit if any(limit <= size <= limit + BEYOND for size in tables) else None
 
 
+def stated_positions(source: Source, options: ModelOptions, enough: float) -> int | None:
+    """How many positions a model's configuration says it was made for, None where it says nothing or has `enough`.
+
+    Raises ValueError where its configuration cannot be opened.
+    """
+    with named(source):
+        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if found is None or found >= enough else found
+
+
+def _warn_beyond(
+    rows: Iterable[Group], sampled: int, stated: Mapping[str, int | None], sources: Mapping[str, Source]
+) -> None:
+    """Say in one line that rows are longer than the positions that a model was made for, where it computes them for
+    any length. sampled: tokens after a prompt."""
+    known = {role: limit for role, limit in stated.items() if limit is not None}
+    if not known:
+        return  # no model says for how many it was made
+    role = min(known, key=lambda name: known[name])
+    limit, beyond = known[role], dict[str, int]()
+    for row in rows:
+        if (tokens := _tokens(row, sampled)) > limit:
+            beyond[row.where] = tokens
+    if beyond:
+        where, tokens = next(iter(beyond.items()))
+        logger.warning(
+            "%s model %s: it was made for %d positions (max_position_embeddings), %d row(s) may have more, the first "
+            "%s with %d: expect poor answers there, or lower --max_length%s",
+            role, sources[role].weights, limit, len(beyond), where, tokens,
+            " or --max_new_tokens" if sampled else "",
+        )  # fmt: skip
+
+
+def _tokens(row: Group, sampled: int) -> int:
+    """The tokens of a row, or of its prompt and `sampled` more."""
+    return len(row.prompt) + (sampled or max(map(len, row.completions), default=0))
+
+
 def _fits(rows: Iterable[Group], sampled: int, limit: int, where: str) -> None:
     """Raise ValueError for the first row that, with `sampled` tokens after its prompt, has more tokens than `limit`."""
     for row in rows:
-        tokens = len(row.prompt) + (sampled or max(map(len, row.completions), default=0))
-        if tokens > limit:
+        if (tokens := _tokens(row, sampled)) > limit:
             what = f"a prompt of {len(row.prompt)} and up to {sampled} new tokens" if sampled else f"{tokens} tokens"
             flags = f"--max_length or --max_new_tokens ({sampled})" if sampled else f"--max_length to {limit}"
             raise ValueError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from dsalign.data.batches.packing import Inputs
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.balancing import balancing_of
+from dsalign.models.classifier import classifier_of
 from dsalign.models.logps import Head, HeadLoss, LogitTransform
 from dsalign.models.weights import read_tensors, refuse_broken
 
@@ -119,15 +120,23 @@ class ValueHead(nn.Module):
 
 class ValueModel(Backbone):
     """A causal language model with a value head on its last hidden states. The language-model head stays in the model,
-    so that an export has it, but is neither run nor trained."""
+    so that an export may have it, but is neither run nor trained.
 
-    def __init__(self, model: PreTrainedModel | PeftModel, seed: int, shares: bool = False) -> None:
+    reward: whether it is a reward model. Its bias is not trained then: classifiers of transformers have none, and where
+    scores are compared it changes nothing. classifier: what it is to transformers, None = not known there, or a critic.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, seed: int, shares: bool = False, reward: bool = False
+    ) -> None:
         super().__init__(model, shares)
         inner = unwrap(model)
         head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
         # Not hidden_size: OPT's decoder may project its last state, which is what both heads read.
         width = inner.config.get_text_config().hidden_size if head is None else head.weight.shape[-1]
         self.v_head = ValueHead(width, seed)
+        self.v_head.summary.bias.requires_grad_(not reward)
+        self.classifier = classifier_of(inner, width) if reward else None
         if head is not None and getattr(head, "weight", None) is not embedding.weight:
             head.requires_grad_(False)  # it gets no gradient, and ZeRO-3 would step it with an old one
 
@@ -149,7 +158,10 @@ class ValueModel(Backbone):
         found = {name: tuple(tensor.shape) for name, tensor in given.items()}
         if found != {WEIGHT: want, BIAS: (1,)}:
             if "score.weight" in state and state["score.weight"].shape[0] != 1:
-                raise ValueError(f"reward model: {where} must have one label (its `score` layer one output)")
+                raise ValueError(
+                    f"reward model: {where} must have one label (its `score` layer one output), got "
+                    f"{state['score.weight'].shape[0]}"
+                )
             raise ValueError(f"{where}: its value head holds {found}; expected {WEIGHT} {want} and {BIAS} (1,)")
         with torch.no_grad():
             self.v_head.summary.weight.copy_(given[WEIGHT])
@@ -169,7 +181,9 @@ class ValueModel(Backbone):
             state = read_tensors(file)
         except ValueError as error:
             if isinstance(error.__cause__, pickle.UnpicklingError):
-                raise ValueError(f"{file} holds more than tensors and is not opened") from error
+                raise ValueError(
+                    f"{file} holds more than tensors and is not opened; save its two tensors alone"
+                ) from error
             raise
         self.set_head(state, str(file))
         return True

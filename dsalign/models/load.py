@@ -85,7 +85,7 @@ def load_trained(
     else:
         model = adapters.merge(model, source.adapter)
         model.requires_grad_(True)
-    wrapped, _ = _wrap(role, model, source, options, shares, seed)
+    wrapped, _ = _wrap(role, model, source, options, shares, seed, trained=True)
     if device.type == "cpu":
         inner = unwrap(model)
         decoder, embedding = inner.get_decoder(), inner.get_input_embeddings()
@@ -115,13 +115,13 @@ def load_frozen(role: str, source: Source, options: ModelOptions, *, device: tor
 
 
 def _wrap(
-    role: str, model: Any, source: Source, options: ModelOptions, shares: bool, seed: int
+    role: str, model: Any, source: Source, options: ModelOptions, shares: bool, seed: int, trained: bool = False
 ) -> tuple[CausalModel | ValueModel, bool]:
     """The model with the head that its role needs: (wrapped model, whether all weights were read from the source; if
     not, its value head is new). shares: whether the model takes packed rows."""
     if role not in VALUE_ROLES:
         return CausalModel(model, shares, options.head_memory and options.head_memory * 2**20), True
-    wrapped = ValueModel(model, seed, shares)
+    wrapped = ValueModel(model, seed, shares, reward=trained and role == "reward")
     return wrapped, _load_head(wrapped, source, options)
 
 

@@ -49,7 +49,7 @@ def find(model: PreTrainedModel, words: Sequence[str]) -> Targets:
         last = sorted({name.rpartition(".")[2] for name in names})
         raise ValueError(
             f"lora_target_modules: {type(model).__name__} has no layer called {', '.join(missing)} that LoRA can take; "
-            f"it has {', '.join(last)}"
+            f"write ALL, or some of {', '.join(last)}"
         )
     return Targets(list(dict.fromkeys(modules)), list(dict.fromkeys(parameters)))
 

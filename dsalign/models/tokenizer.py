@@ -15,6 +15,7 @@ from dsalign.data.tokens.templates import Template, load_template
 from dsalign.models.adapter_files import num_embeddings
 from dsalign.models.heads import unwrap
 from dsalign.models.names import Source
+from dsalign.models.weights import refuse_other_kinds
 
 logger = logging.getLogger(__name__)
 ANSWER = "an answer"  # what a template is asked to write, to see what stands behind it
@@ -25,6 +26,9 @@ def template_of(config: RunConfig, source: Source) -> Template:
 
     Raises ValueError where tokenizer or chat template cannot be used.
     """
+    with named(source):
+        described = AutoConfig.from_pretrained(source.weights, trust_remote_code=config.models.trust_remote_code)
+    refuse_other_kinds(source.weights, described, trusted=config.models.trust_remote_code)  # before what follows of it
     tokenizer = load_tokenizer(source, config.models)
     template, warning = ended_template(source, tokenizer, config.data.template)
     if config.data.special_tokens_in_text is not None:

@@ -210,7 +210,9 @@ def reading(file: Path | str) -> Iterator[None]:
         yield
     except (SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{file}: its weights cannot be read, the file is cut or damaged: {first}") from error
+        raise ValueError(
+            f"{file}: its weights cannot be read, the file is cut or damaged: {first}; copy it again"
+        ) from error
 
 
 def weight_files(where: str) -> list[Path]:

@@ -31,7 +31,7 @@ def _module(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"report_to: {extra} is not installed: pip install dsalign[{extra}]") from error
+        raise ValueError(f"report_to: {extra} is not installed; run pip install dsalign[{extra}]") from error
 
 
 def _rows(samples: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

@@ -46,7 +46,7 @@ def load_function(name: str) -> RewardFunction:
         spec.loader.exec_module(module)
     found: Any = getattr(module, function, None)
     if not callable(found):
-        raise ValueError(f"reward_funcs: {written} has no function {function!r}")
+        raise ValueError(f"reward_funcs: {written} has no function {function!r}; check the name behind the colon")
     if any(map(inspect.iscoroutinefunction, (found, type(found).__call__))):
         raise ValueError(f"reward_funcs: {name}: expected a function, got an async one; write `def` in place of it")
     if alone := [one.name for one in _parameters(found) if one.kind is inspect.Parameter.POSITIONAL_ONLY]:

@@ -50,7 +50,8 @@ def probe(
     if dist.total([float(len(old))], roles.device)[0]:
         which = f"weights of step {old[0]}" if old else "other weights on another rank"
         raise ValueError(
-            f"rollout: it sampled from {which}, and the trainer is at step {now}: a synchronisation was skipped"
+            f"rollout: it sampled from {which}, and the trainer is at step {now}: a synchronisation was skipped; "
+            "start the run again, or take --rollout local"
         )
     few, sampler = _handful(groups, logps)
     limit = max(limit_of(engine.module), limit_in(dtype))

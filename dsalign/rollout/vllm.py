@@ -124,7 +124,9 @@ class Colocated:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
-            raise ValueError("rollout: vllm kept its prefix cache, whose blocks come from older weights")
+            raise ValueError(
+                "rollout: vllm kept its prefix cache, whose blocks come from older weights; take --rollout local"
+            )
         self._llm.update_weight_version(version)
 
     def deliver(self, version: str, limit: float) -> None:
@@ -139,7 +141,9 @@ class Colocated:
         how = [self._sampling(request.max_new_tokens, key, options, end_ids) for request, key in jobs]
         outputs = self._llm.generate(prompts, how, use_tqdm=False) if jobs else []
         if (found := self._llm.get_weight_version()) != version:
-            raise ValueError(f"rollout: vllm sampled from weights {found}, the trainer's are {version}")
+            raise ValueError(
+                f"rollout: vllm sampled from weights {found}, the trainer's are {version}; take --rollout local"
+            )
         answers = []
         for (request, _), output in zip(jobs, outputs, strict=True):
             one = output.outputs[0]

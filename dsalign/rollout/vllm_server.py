@@ -161,13 +161,16 @@ class Server:
         Every server is asked, as the probe after a rollout sees one completion of each rank and so not every server.
         """
         if not self.call("reset_prefix_cache", {})["success"]:
-            raise ValueError(f"vllm_server: {self.url} kept its prefix cache, whose blocks come from older weights")
+            raise ValueError(
+                f"vllm_server: {self.url} kept its prefix cache, whose blocks come from older weights; start it again"
+            )
         found = one_completion(*self.complete(prompt, 0, 1, RolloutOptions(), frozenset()), 1, frozenset())
         theirs, ours = float(found.logps), float(logps[found.ids[0]])
         if not abs(theirs - ours) <= limit:
             raise ValueError(
                 f"vllm_server: {self.url} took the weights, it said, but computes {theirs:.4g} nats where the trainer "
-                f"has {ours:.4g}: not all were applied (a tied head, an adapter, a sync without effect)"
+                f"has {ours:.4g}: not all were applied (a tied head, an adapter, a sync without effect); "
+                f"{START}"
             )
         self.call("update_weight_version", {"new_version": version})
 
@@ -187,7 +190,9 @@ class Server:
             choice = answer["choices"][0]
             return list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"]), choice["finish_reason"]
         except (KeyError, IndexError, TypeError):
-            raise ValueError(f"vllm_server: {self.url} left out a completion, its tokens or their logprobs") from None
+            raise ValueError(
+                f"vllm_server: {self.url} left out a completion, its tokens or their logprobs; {START}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -341,6 +346,6 @@ class Servers:
             if (found := server.version()) != version:
                 raise ValueError(
                     f"vllm_server: {server.url} sampled from weights {found}, the trainer's are {version}: it was "
-                    "started anew, or another run sends it weights too"
+                    "started anew, or another run sends it weights too; give each run its own"
                 )
         return [[next(answers) for _ in request.keys] for request in requests]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from dsalign.config import flags
 from dsalign.config import parse as config
 from dsalign.config.schema import RunConfig
+from dsalign.verbs import preflight
 
 SUMMARY = "what a data set is to a run: dsalign data check|show"
 USAGE = """usage: dsalign data check|show --algo NAME [options of a run] [--json] [--n N] [--ids]
@@ -66,6 +68,8 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return 0
+    if line := preflight.ask_the_hub(request.config):
+        print(f"dsalign: {line}", file=sys.stderr)
     # Not at the top of the file: transformers takes longer to import than a typo may.
     data_report: Any = importlib.import_module("dsalign.verbs.data_report")
     if request.verb == "show":

@@ -1,5 +1,5 @@
-"""What a run needs outside its configuration, before torch is imported: reward files, the output folder, an ear for
-signals, and the command that starts it again."""
+"""What a run needs outside its configuration, before torch is imported: the hub, reward files, the output folder, an
+ear for signals, and the command that starts it again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 from dsalign import endings
 from dsalign.checkpoint import folder_lock, resuming
+from dsalign.config import hub
 from dsalign.config.schema import RunConfig
+from dsalign.data.rows.registry import REGISTERED
 from dsalign.guard import parents, signals
 from dsalign.rewards.functions import load_function
 
@@ -41,6 +43,14 @@ def unbegun(reason: str, command: str) -> endings.Stopped:
     return endings.Stopped(
         f"stopped by {reason} before the first step; nothing is lost, it starts again with\n{command}"
     )
+
+
+def ask_the_hub(config: RunConfig) -> str | None:
+    """Ask once whether the hub is there, where names on it are needed; returns a line to say, or None.
+
+    Raises ConfigError, a line for each name that cannot be had, where it is not.
+    """
+    return hub.ready(config, {name: known.hub_name for name, known in REGISTERED.items()})
 
 
 def load_rewards(config: RunConfig) -> None:

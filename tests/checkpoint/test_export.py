@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from plain import plain_logps, plain_scores
 from run_cases import Run, export_into_a_file, exported
 from safetensors.torch import load_file
 from support import RankPool, random_groups, section, tiny_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GenerationConfig,
+    LlamaForSequenceClassification,
+)
 
 from dsalign.config.schema import ModelOptions
 from dsalign.data.batches.packing import Inputs
@@ -56,7 +65,7 @@ def test_export_says_what_the_engine_said(
             "v_head.summary.weight": (1, 32),
             "v_head.summary.bias": (1,),
         }
-        assert head["v_head.summary.bias"].abs() > 0  # trained
+        assert head["v_head.summary.bias"] == 0  # a classifier of transformers has none
         want = plain_scores(model, head["v_head.summary.weight"], head["v_head.summary.bias"], groups)
     else:
         assert not (tmp_path / "value_head.safetensors").exists()
@@ -72,19 +81,77 @@ def test_an_exported_reward_model_is_read_again(tuner: str, tiny: Path, two_rank
     """`load_frozen` of the folder as a reward model: backbone, adapter and value head, ZeRO-3 to plain."""
     said = two_ranks.run(exported, Run("rm", tiny, 3, tuner), tmp_path, GROUPS["rm"])
     model = load.load_frozen("reward", resolve(str(tmp_path)), section(ModelOptions), device=torch.device("cpu")).eval()
-    nothing = torch.empty(0, dtype=torch.int64)
     for group, scores in zip(GROUPS["rm"], said, strict=True):
-        rows = [torch.tensor([[*group.prompt, *c]]) for c in group.completions]
-        found = torch.cat([model(Inputs(row, nothing, nothing, torch.tensor([row.shape[1] - 1]))) for row in rows])
+        found = scores_of(model, [[*group.prompt, *completion] for completion in group.completions])
         torch.testing.assert_close(found, torch.from_numpy(scores), atol=1e-5, rtol=0)
+
+
+def classified(folder: Path, tuner: str) -> Any:
+    """The reward model as transformers' or PEFT's users open it, in float32, with the pad token of its tokenizer."""
+    how: dict[str, Any] = {"dtype": torch.float32}
+    if tuner == "lora":
+        how |= {"num_labels": 1, "pad_token_id": AutoTokenizer.from_pretrained(folder).pad_token_id}
+    return AutoModelForSequenceClassification.from_pretrained(folder, **how).eval()
+
+
+def logits(model: Any, rows: Sequence[Sequence[int]], pad: int, side: str) -> torch.Tensor:
+    """Scores of rows of token ids in one batch, padded on the left or on the right."""
+    longest = max(map(len, rows))
+    fill = [[pad] * (longest - len(row)) for row in rows]
+    real = [[0] * len(some) for some in fill], [[1] * len(row) for row in rows]
+    ids, mask = (
+        [a + b for a, b in zip(first, second, strict=True)]
+        for first, second in (((fill, rows), real) if side == "left" else ((rows, fill), real[::-1]))
+    )
+    with torch.no_grad():
+        return model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits[:, 0]
+
+
+@pytest.mark.parametrize(("stage", "tuner", "pad"), [(0, "full", 0), (3, "full", 2), (2, "lora", 0), (3, "lora", 2)])
+def test_a_reward_model_opens_as_a_classifier_of_transformers(
+    stage: int, tuner: str, pad: int, tiny: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """Its one logit is the engine's score, to 1e-5, of rows alone and padded on either side. A tokenizer that pads with
+    the end token (2) would have that token passed over: the exported one pads with another."""
+    said = two_ranks.run(exported, Run("rm", tiny, stage, tuner), tmp_path, GROUPS["rm"], pad)
+    rows = [[*group.prompt, *completion] for group in GROUPS["rm"] for completion in group.completions]
+    want = torch.cat([torch.from_numpy(scores) for scores in said])
+    model, own = classified(tmp_path, tuner), AutoTokenizer.from_pretrained(tmp_path).pad_token_id
+    assert own != 2
+    for side in ("left", "right"):
+        torch.testing.assert_close(logits(model, rows, own, side), want, atol=1e-5, rtol=0)
+    alone = torch.cat([logits(model, [row], own, "right") for row in rows])
+    torch.testing.assert_close(alone, want, atol=1e-5, rtol=0)
+    if tuner == "full":
+        assert type(model) is LlamaForSequenceClassification
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert (config["architectures"], config["id2label"]) == (["LlamaForSequenceClassification"], {"0": "LABEL_0"})
+        _, found = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+    else:
+        opened = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, pad_token_id=own).eval()
+        torch.testing.assert_close(logits(opened, rows, own, "left"), want, atol=1e-5, rtol=0)
+    (tmp_path / "value_head.safetensors").unlink()  # dsalign reads the score where its own file is missing
+    ours = load.load_frozen("reward", resolve(str(tmp_path)), section(ModelOptions), device=torch.device("cpu"))
+    torch.testing.assert_close(scores_of(ours, rows), want, atol=1e-5, rtol=0)
+
+
+def scores_of(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """dsalign's own scores of rows of token ids."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    with torch.no_grad():
+        return torch.cat(
+            [model(Inputs(torch.tensor([row]), nothing, nothing, torch.tensor([len(row) - 1]))) for row in rows]
+        )
 
 
 @pytest.mark.parametrize(("stage", "tuner"), [(0, "full"), (3, "full"), (2, "lora")])
 def test_export_in_bfloat16(stage: int, tuner: str, tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
-    """Weights stay bfloat16, a value head is float32; the scores agree as well as bfloat16 does."""
+    """Weights stay bfloat16, value head and score are float32; the scores agree as well as bfloat16 does."""
     said = two_ranks.run(exported, Run("rm", tiny, stage, tuner, torch.bfloat16), tmp_path, GROUPS["rm"])
     name = "model.safetensors" if tuner == "full" else "adapter_model.safetensors"
-    assert {t.dtype for t in load_file(tmp_path / name).values()} == {torch.bfloat16}
+    dtypes = {key.endswith("score.weight"): tensor.dtype for key, tensor in load_file(tmp_path / name).items()}
+    assert dtypes == {False: torch.bfloat16, True: torch.float32}
     head = load_file(tmp_path / "value_head.safetensors")
     assert {t.dtype for t in head.values()} == {torch.float32}
     scores = plain_scores(
@@ -109,6 +176,8 @@ def test_everything_to_prompt_with_is_there(tuner: str, tiny: Path, two_ranks: R
     else:
         adapter = json.loads((tmp_path / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == str(tiny.resolve())
+        beside = json.loads((tmp_path / "base_model.json").read_text())
+        assert (tmp_path / beside["relative"]).resolve() == tiny.resolve()
         assert {n.split(".")[-2] for n in load_file(tmp_path / "adapter_model.safetensors")} == {"lora_A", "lora_B"}
         assert not names & {"model.safetensors", "config.json", "README.md", "default"}
 

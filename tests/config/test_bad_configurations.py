@@ -123,7 +123,7 @@ FILES = [  # a YAML file or a DeepSpeed file, and how a line of the answer begin
         ": zero_optimization.off",
     ),
     ("d.json", [], " must hold a JSON object"),
-    ("d.json", "{'stage': 1}", ":1: not JSON"),
+    ("d.json", "{'stage': 1}", ":1: expected JSON, got "),
     ("d.json", '{"aio": {}, "aio": {}}', ": expected each key once, got aio twice"),
 ]
 ENVIRONMENTS = [

@@ -44,7 +44,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 def test_what_is_not_json_is_named_with_its_line(tmp_path: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text('{\n"bf16": {},\n}')
-    with pytest.raises(ValueError, match=r"^deepspeed: .*mine\.json:3: not JSON: "):
+    with pytest.raises(ValueError, match=r"^deepspeed: .*mine\.json:3: expected JSON, got "):
         ds_files.settings(str(mine))
 
 
@@ -68,9 +68,9 @@ def test_a_key_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\xfe{", "not JSON: it is no UTF-8 text"),
-        (b"[" * 100_000, "not a DeepSpeed file: it is nested too deeply"),
-        (b"", "1: not JSON: Expecting value"),
+        (b"\xff\xfe{", "expected JSON, got no UTF-8 text"),
+        (b"[" * 100_000, "expected a DeepSpeed file, got JSON nested too deeply"),
+        (b"", "1: expected JSON, got Expecting value"),
     ],
 )
 def test_what_cannot_be_read_is_a_line(content: bytes, said: str, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedConfig,
+    Qwen2VLConfig,
 )
 
 from dsalign.config import parse
@@ -138,6 +139,27 @@ def test_a_reference_with_too_few_embeddings_is_refused(
         assert "lacks 1 tokens of the policy's (<new>)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("algo", "rows", "said"),
+    [("sft", [row(4, 3), row(10, 20)], "1 row(s) may have more, the first rows.jsonl:1 with 30: "),
+     ("sft", [row(10, 10)], None),
+     ("grpo", [row(5, 0), row(4, 0)], "1 row(s) may have more, the first rows.jsonl:1 with 21: ")],
+)  # fmt: skip
+def test_rows_beyond_what_rotary_positions_were_made_for(
+    algo: str, rows: list[Group], said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are computed for any length, so one line says it: 20 positions against rows of 30 tokens, or a prompt of 5
+    and 16 new ones."""
+    model = tiny_folder(tmp_path, num_hidden_layers=1, max_position_embeddings=20)
+    more = ["--max_new_tokens", "16"] if algo == "grpo" else []
+    with caplog.at_level(logging.WARNING, logger="dsalign"):
+        compare_models(run(algo, model, *more), {"policy": Source(str(model))}, tiny_tokenizer(), rows)
+    assert len(caplog.messages) == (said is not None)
+    if said is not None:
+        assert f"policy model {model}: it was made for 20 positions" in caplog.text and said in caplog.text
+        assert caplog.text.strip().endswith("lower --max_length or --max_new_tokens") is (algo == "grpo")
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -169,6 +191,15 @@ def test_an_end_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
         ValueError, match=rf"^model: {model} has embeddings for {VOCABULARY} token ids, but 5000 is to end"
     ):
         template_of(run("sft", model), Source(str(model)))
+
+
+def test_a_vision_model_is_named_as_one_before_anything_else(tmp_path: Path) -> None:
+    """Its end token lies beyond a text tokenizer's, which would be a true fault and the wrong cause."""
+    Qwen2VLConfig(architectures=["Qwen2VLForConditionalGeneration"]).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 151645}')
+    with pytest.raises(ValueError, match=rf"^model: {tmp_path} is Qwen2VLForConditionalGeneration, a vision-language "):
+        template_of(run("sft", tmp_path), Source(str(tmp_path)))
 
 
 def test_a_value_head_is_as_wide_as_what_the_decoder_gives() -> None:

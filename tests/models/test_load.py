@@ -307,7 +307,9 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError) as caught:
             run()
-        assert str(caught.value) == (f"reward model: {folder} must have one label (its `score` layer one output)")
+        assert str(caught.value) == (
+            f"reward model: {folder} must have one label (its `score` layer one output), got 2"
+        )
 
 
 def test_a_policy_is_not_asked_for_a_score_layer(tiny: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsalign.models import names
-from dsalign.models.names import HUB_NAMES, Source, resolve
+from dsalign.models.names import BASE_FILE, HUB_NAMES, Source, located_base, resolve
 
 
 def adapter(folder: Path, base: str | None) -> Path:
@@ -35,7 +35,7 @@ def test_an_adapter_folder_has_the_weights_of_its_base(tiny: Path, tmp_path: Pat
 def test_a_relative_base_is_relative_to_the_working_directory(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in PEFT, and not to the adapter's folder."""
+    """As in PEFT, and then to the adapter's folder."""
     folder = adapter(tmp_path / "deep" / "adapter", f"../{tiny.name}")
     monkeypatch.chdir(tiny)
     assert resolve(str(folder)) == Source(f"../{tiny.name}", folder, folder)
@@ -44,6 +44,49 @@ def test_a_relative_base_is_relative_to_the_working_directory(
         ValueError, match=r"^model: the base of the adapter .*/adapter cannot be used: model: there is no "
     ):
         resolve(str(folder))
+
+
+def moved(folder: Path, named: str, **file: str) -> Path:
+    """A run's adapter with a base beside it, both brought here from /gone; file: what base_model.json says."""
+    adapter(folder / "run" / "final", named)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    if file:
+        (folder / "run" / "final" / BASE_FILE).write_text(json.dumps(file))
+    return folder / "run" / "final"
+
+
+def test_a_run_and_its_base_move_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The base is found from the adapter's folder, a line says so; one that was left behind is named, with the file to
+    correct; the embedded model is found by its name."""
+    gone = "/gone/model"
+    folder = moved(tmp_path / "a", gone, base=gone, relative="../../model")
+    assert resolve(str(folder)) == Source(str(tmp_path / "a" / "model"), folder, folder)
+    assert caplog.messages == [
+        f"{folder}: its base {gone} is not there; taken from {tmp_path / 'a' / 'model'}, beside it"
+    ]
+    folder = moved(tmp_path / "b", "../../model")
+    assert resolve(str(folder)).weights == str(tmp_path / "b" / "model")
+    for n, file in enumerate(({}, {"base": gone, "relative": "../other"}, {"base": "/x", "relative": "../../model"})):
+        folder = moved(tmp_path / str(n), gone, **file)
+        with pytest.raises(ValueError, match=rf"there is no folder {gone}; .*; write where it is into {folder}/adapt"):
+            resolve(str(folder))
+
+
+def test_what_an_adapter_keeps_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absolute for PEFT, which looks from the working directory, relative for a move; a hub name as it is; a short name
+    for the model in the user's cache."""
+    base, final = tmp_path / "x" / "model", tmp_path / "x" / "run" / "final"
+    base.mkdir(parents=True)
+    assert located_base(str(base), final) == (str(base), {"base": str(base), "relative": "../../model"})
+    assert located_base("org/name", final) == ("org/name", {})
+    monkeypatch.setenv("DSALIGN_CACHE", str(tmp_path))
+    (tmp_path / "models" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    whole = str(tmp_path / "models" / "SmolLM2-135M-Instruct")
+    assert located_base(whole, final) == (whole, {"base": whole, "name": "smollm2-135m-instruct"})
+    folder = adapter(tmp_path / "moved", "/gone/SmolLM2")
+    (folder / BASE_FILE).write_text(json.dumps({"base": "/gone/SmolLM2", "name": "smollm2-135m-instruct"}))
+    assert resolve(str(folder)).weights == whole
 
 
 def test_a_home_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,13 +133,13 @@ def test_a_folder_that_is_not_there_is_refused(name: str) -> None:
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"holds neither config\.json nor adapter_config\.json, so it is no model folder$"
+        ValueError, match=r"holds neither config\.json nor adapter_config\.json, so it is no model folder; give the fo"
     ):
         resolve(str(tmp_path))
 
 
 def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"/adapter_config\.json names no base model in base_model_name_or_path$"):
+    with pytest.raises(ValueError, match=r"/adapter_config\.json names no base model; write one into its base_"):
         resolve(str(adapter(tmp_path, None)))
 
 

@@ -103,5 +103,5 @@ def test_a_missing_package_is_named_with_what_to_install(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
-    with pytest.raises(ValueError, match=rf"^report_to: {name} is not installed: pip install dsalign\[{name}\]$"):
+    with pytest.raises(ValueError, match=rf"^report_to: {name} is not installed; run pip install dsalign\[{name}\]$"):
         TRACKERS[name](tmp_path)

@@ -26,7 +26,7 @@ def test_a_file_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest
 def test_a_function_that_is_not_there(function: str, file: Path) -> None:
     with pytest.raises(ValueError) as caught:
         load_function(f"{file}:{function}")
-    assert str(caught.value) == f"reward_funcs: {file} has no function {function!r}"
+    assert str(caught.value) == f"reward_funcs: {file} has no function {function!r}; check the name behind the colon"
 
 
 def test_a_long_completion_is_cut_in_the_message() -> None:

@@ -52,7 +52,7 @@ def transcript(text: str) -> list[dict[str, str]]:
     """
     parts = re.split(r"(?:^|\n)\n(Human|Assistant):", text if text.startswith("\n") else f"\n\n{text}")
     if parts[0].strip() or len(parts) < 3:
-        raise ValueError(f"a transcript begins with a blank line and 'Human:', not with {text[:40]!r}")
+        raise ValueError(f"expected a transcript that begins with a blank line and 'Human:', got {text[:40]!r}")
     return [
         {"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)
     ]

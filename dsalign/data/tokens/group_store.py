@@ -68,9 +68,9 @@ class GroupStore(LazyGroups):
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             files = {name: _digest(folder / name) for name in (IDS, KNOWN, INDEX)}
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: its files cannot be read: {error}") from error
+            raise ValueError(f"{folder}: its files cannot be read: {error}; remove the folder") from error
         if manifest.get("format") != STORE_FORMAT or manifest["files"] != files:
-            raise ValueError(f"{folder}: its files are not those that were written")
+            raise ValueError(f"{folder}: its files are not those that were written; remove the folder")
         skipped = Skipped(*manifest["skipped"])
         self.counts = Counts(
             manifest["num_rows"],

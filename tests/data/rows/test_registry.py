@@ -52,7 +52,9 @@ def test_a_transcript_by_hand():
         ("user", "Bye"),
         ("assistant", ""),
     ]
-    with pytest.raises(ValueError, match=r"^a transcript begins with a blank line and 'Human:', not with 'Hello'$"):
+    with pytest.raises(
+        ValueError, match=r"^expected a transcript that begins with a blank line and 'Human:', got 'Hello'$"
+    ):
         transcript("Hello")
 
 
