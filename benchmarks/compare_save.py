@@ -60,7 +60,7 @@ def main() -> int:
 
 def measure(options: argparse.Namespace) -> int:
     """Save in turn in each way; rank 0 prints one line of JSON."""
-    dist.init(int(os.environ["LOCAL_RANK"]), options.ranks)
+    dist.init(int(os.environ["LOCAL_RANK"]), options.ranks, peer_timeout=600)
     quiet(dist.rank())
     one = trained(int(options.parameters), options.stage, Path(options.folder))
     ways = {"deepspeed": plain, "deepspeed, flushed": flushed, "dsalign": ours}

@@ -123,14 +123,15 @@ def actor_and_critic(output_dir: Path, stage: int, resume: str | None = None, ke
 
 
 def _actor_and_critic(output_dir: Path, stage: int, resume: str | None, keep: int, steps: int) -> int:
-    dist.init(int(os.environ["LOCAL_RANK"]), timeout_s=60)
+    dist.init(int(os.environ["LOCAL_RANK"]), peer_timeout=60)
     quiet(dist.rank())
     engines = {role: engine.trained(Line(), optim(stage), torch.float32) for role in ("policy", "value")}
     options = section(OutputOptions, output_dir=str(output_dir), save_total_limit=keep, resume=resume)
     store = Pair(options, engines, tiny_tokenizer(), dict.fromkeys(engines, ""), {"seed": 1}, adapters_only=False)
     progress = Progress()
     if resume:
-        progress = checkpoints.begin(cast(RunConfig, SimpleNamespace(output=options)), store, "")
+        with mock.patch.object(run_folders, "record"):  # this run has no config.yaml
+            progress = checkpoints.begin(cast(RunConfig, SimpleNamespace(output=options)), store, "")
     while progress.step < steps:
         draw = torch.Generator().manual_seed(100 * progress.step + dist.rank())
         for one in engines.values():

@@ -31,7 +31,7 @@ POINTS: list[tuple[str, int, dict[int, int] | None, int]] = [
     ("before_rename", 0, None, 2),
     ("after_commit", 0, None, 4),
 ]
-QUICK = {("mid_shard", 1), ("after_policy", 0), ("after_manifest", 0), ("after_commit", 0)}
+QUICK = {("mid_shard", 1), ("after_manifest", 0)}
 WHOLE = [
     (algo, stage, tuner) for algo in ("sft", "dpo", "ppo", "grpo") for stage in (2, 3) for tuner in ("full", "lora")
 ]
@@ -78,8 +78,8 @@ def test_a_kill_in_a_save(
     ("fault", "seen"),
     [
         pytest.param("in_rotation:0:kill", {4: []}, id="rotation"),
-        pytest.param("in_export:0:kill:7", {6: []}, id="final"),
-        pytest.param("before_rename:0:kill:4", {6: []}, id="final-before-rename"),
+        pytest.param("in_export:0:kill:7", {6: []}, id="final", marks=pytest.mark.slow),
+        pytest.param("before_rename:0:kill:4", {6: []}, id="final-before-rename", marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_in_rotation_or_in_the_last_export(
@@ -95,6 +95,7 @@ def test_a_kill_in_rotation_or_in_the_last_export(
     record("kill", f"rank 0 killed, {fault.split(':')[0]}", f"resumed from step {max(seen)}, equal", seconds)
 
 
+@pytest.mark.slow
 def test_a_kill_while_final_is_replaced(
     forks: Forks, straight: Callable[[int], str], record: Record, tmp_path: Path
 ) -> None:
