@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,14 +117,17 @@ def _built(
     for engine in trained.values():
         stop_at(engine.module.model, template.end_ids)
     bases = {role: sources[role].weights for role in trained}
-    adapters_only = config.models.tuner == "lora"
-    kept = config.output
+    kept, adapters_only = config.output, config.models.tuner == "lora"
     store = checkpoints.Checkpoints(kept, trained, template.tokenizer, bases, settings, adapters_only=adapters_only)
-    needs = resources.needs_of(trained, config)
-    lead = dist.rank() == 0
-    dist.together(lambda: resources.refuse_full_disk(needs, config, total_batches) if lead else None)
+    _refuse_full_disk(trained, config, total_batches)
     phases.mark("resume" if config.output.resume else "new folder")
     progress = checkpoints.begin(config, store, command)
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state, wishes)
     trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress, Path(config.output.output_dir))
     return Session(config, trainer, store, held_out, command, origins)
+
+
+def _refuse_full_disk(trained: Mapping[str, Any], config: RunConfig, total_batches: int) -> None:
+    """Raise ValueError on every rank where rank 0's disk has no room for what the run will write. Collective."""
+    needs, lead = resources.needs_of(trained, config), dist.rank() == 0
+    dist.together(lambda: resources.refuse_full_disk(needs, config, total_batches) if lead else None)
