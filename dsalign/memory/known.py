@@ -80,7 +80,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"--model: {path.parent} holds no config.json, so it is no model folder") from None
+        raise ValueError(f"--model: {path.parent} holds no config.json; give the folder of a model") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--model: {path}: expected JSON: {error}") from None
     if not isinstance(found, dict):
