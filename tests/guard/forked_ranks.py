@@ -133,7 +133,7 @@ def _fork(rank: int, world: int, port: int, body: Callable[[int, Path], Any], fo
 def _as_command(work: Callable[[], Any]) -> int:
     from dsalign import cli  # noqa: PLC0415
 
-    def as_main(argv: Sequence[str]) -> int:
+    def as_main(argv: Sequence[str], typed: bool) -> int:
         work()
         return 0
 
