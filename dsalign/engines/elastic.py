@@ -88,14 +88,16 @@ def _patient(close: Callable[..., None]) -> Callable[..., None]:
 
     def closing(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
         ranks = self.subprocess_handlers
-        failed = any(one.proc.poll() not in (None, 0) for one in ranks.values())
+        codes = [one.proc.poll() for one in ranks.values()]
+        failed = any(codes)
+        lost = any(code is not None and (code < 0 or code == PEER_LOST) for code in codes)  # nothing is left to save
         until = time.monotonic() + PATIENCE_S
         while failed and time.monotonic() < until:
             running = [local for local, one in ranks.items() if one.proc.poll() is None]
             if not any(Path(f"{self.error_files[local]}.watched").exists() for local in running):
                 break
             time.sleep(0.05)
-        close(self, death_sig, TERM_S if failed else timeout)
+        close(self, death_sig, TERM_S if lost else timeout)
 
     return closing
 
