@@ -15,9 +15,10 @@ MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
     "the length of the run, which may grow": ("num_train_epochs", "max_steps"),
     "how a step is cut, while it has as many rows": ("batch_size", "gradient_accumulation_steps", "max_tokens"),
     "logs, saves and evaluations": (*SECTIONS["output"], "val_dataset", "num_sample_generations"),
+    "when it gives up": ("max_bad_steps", "rollout_logp_limit"),
     "where and how it is computed": (
         "deepspeed", "dtype", "attn_impl", "gradient_checkpointing", "head_memory", "ref_cache", "trust_remote_code",
-        "dataset_num_proc", "streaming", "on_bad_row", "local_rollout_forward_batch_size", "rollout_logp_limit",
+        "dataset_num_proc", "streaming", "on_bad_row", "local_rollout_forward_batch_size",
         "vllm_server", "vllm_folder", "vllm_memory", "vllm_timeout",
     ),
 }  # fmt: skip

@@ -41,7 +41,7 @@ def test_the_same_run_goes_on() -> None:
         ("warmup_ratio", "0.0", "0.05"), ("save_total_limit", "9", "2"),
         ("max_steps", "9", "8"), ("num_train_epochs", "2", "1"), ("save_steps", "7", "500"),
         ("logging_steps", "1", "5"), ("deepspeed", "zero3", "zero2"), ("dtype", "bfloat16", "auto"),
-        ("max_tokens", "512", "null"), ("gradient_checkpointing", "true", "false"),
+        ("max_tokens", "512", "null"), ("gradient_checkpointing", "true", "false"), ("max_bad_steps", "7", "3"),
     ],
 )  # fmt: skip
 def test_what_may_change_is_said_with_both_values(option: str, value: str, was: str) -> None:
