@@ -19,7 +19,7 @@ import pytest
 
 from dsalign import __version__, cli, endings, launcher
 from dsalign.checkpoint import fingerprint, folder_lock
-from dsalign.config import hub, parse
+from dsalign.config import parse, reach_hub
 from dsalign.config.schema import RunConfig
 from dsalign.ranks import Process
 
@@ -46,7 +46,7 @@ print(json.dumps({"code": code, "s": took, "torch": "torch._C" in sys.modules}),
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No launcher and no GPU, a hub that answers, a folder of its own; what a run sets is undone."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(reach_hub, "unreachable", lambda: None)
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in LAUNCHED})
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     monkeypatch.setattr(sys, "argv", ["launch/train.py"])

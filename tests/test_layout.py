@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -360,3 +361,9 @@ def readme_tree() -> list[Path]:
         folders = [*folders[:indent], name]
         found.append(Path(*folders))
     return found
+
+
+def test_no_two_tests_have_one_name() -> None:
+    """pytest imports a test by the name of its file alone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsalign.config.cache import cache_folder
-from dsalign.config.hub import EMBEDDED, HUB_NAMES
+from dsalign.config.reach_hub import EMBEDDED, HUB_NAMES
 from dsalign.models.gguf import EMBEDDED_NAME, import_embedded
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsalign import endings
 from dsalign.checkpoint import folder_lock, resuming
-from dsalign.config import hub
+from dsalign.config import reach_hub
 from dsalign.config.schema import RunConfig
 from dsalign.data.rows.registry import REGISTERED
 from dsalign.guard import parents, signals
@@ -50,7 +50,7 @@ def ask_the_hub(config: RunConfig) -> str | None:
 
     Raises ConfigError, a line for each name that cannot be had, where it is not.
     """
-    return hub.ready(config, {name: known.hub_name for name, known in REGISTERED.items()})
+    return reach_hub.ready(config, {name: known.hub_name for name, known in REGISTERED.items()})
 
 
 def load_rewards(config: RunConfig) -> None:

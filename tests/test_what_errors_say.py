@@ -24,7 +24,7 @@ EXCEPTIONS = {
     ("rollout/vllm_server.py", "vllm_server: {} sampled from weights*"): "two causes, each with its cure",
     ("models/compare.py", "{} model {}: *"): "advice, which each caller gives: give the model that ...",
     ("checkpoint/checkpoints.py", "resume: *"): "the checkpoint that the user named is not whole",
-    ("checkpoint/folders.py", "resume: *"): "rules.py has said before what was expected",
+    ("checkpoint/run_folders.py", "resume: *"): "rules.py has said before what was expected",
 }
 
 

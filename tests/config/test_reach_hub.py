@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dsalign.config import hub
+from dsalign.config import reach_hub
 from dsalign.config.parse import ConfigError, parse
 
 SETS = {"shareai": "org/share", "ultrafeedback-kto": "org/kto"}
@@ -39,7 +39,7 @@ def test_every_name_is_said_at_once() -> None:
     """A misspelt short name, a right one, a data set, each with its option, what is near and the folder form."""
     given = ["--model", "llama3-8b-instuct", "--ref_model", "qwen3-8b", "--tuner", "full", "--dataset", "org/rows#7"]
     with pytest.raises(ConfigError) as caught:
-        hub.ready(config(*given), SETS)
+        reach_hub.ready(config(*given), SETS)
     model, reference, rows = caught.value.problems
     assert model.startswith("model: expected a folder, a short name or a name on the hub, got 'llama3-8b-instuct', ")
     assert "Connection refused" in model and "did you mean" in model and "llama3-8b-instruct" in model
@@ -55,12 +55,12 @@ def test_what_is_cached_is_taken_without_asking_again(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     (tmp_path / "hf" / "datasets" / "org___kto").mkdir(parents=True)
-    line = hub.ready(config("--model", "qwen3-8b", "--dataset", "ultrafeedback-kto"), SETS)
+    line = reach_hub.ready(config("--model", "qwen3-8b", "--dataset", "ultrafeedback-kto"), SETS)
     assert line is not None and line.endswith("taken from the cache: Qwen/Qwen3-8B, org/kto")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    assert hub.ready(config("--model", "qwen3-8b", "--dataset", "ultrafeedback-kto"), SETS) is None  # said before
+    assert reach_hub.ready(config("--model", "qwen3-8b", "--dataset", "ultrafeedback-kto"), SETS) is None  # said before
     with pytest.raises(ConfigError) as caught:
-        hub.ready(config("--model", "qwen3-8b", "--dataset", "shareai"), SETS)
+        reach_hub.ready(config("--model", "qwen3-8b", "--dataset", "shareai"), SETS)
     assert len(caught.value.problems) == 1
     assert "got 'shareai' (on the hub: org/share)" in caught.value.problems[0]
     assert "HF_HUB_OFFLINE is set" in caught.value.problems[0]
@@ -81,19 +81,19 @@ def test_a_hub_that_answers_is_left_to_the_libraries(monkeypatch: pytest.MonkeyP
     server = http.server.HTTPServer(("127.0.0.1", 0), Refusing)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     threading.Thread(target=server.handle_request, daemon=True).start()
-    assert hub.ready(config("--model", "org/none"), SETS) is None
+    assert reach_hub.ready(config("--model", "org/none"), SETS) is None
     assert os.environ["HF_HUB_OFFLINE"] == "0"
     server.server_close()
 
 
 def test_a_silent_hub_costs_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts and says nothing: one question, and the time it was given."""
-    monkeypatch.setattr(hub, "LIMIT_S", 0.2)
+    monkeypatch.setattr(reach_hub, "LIMIT_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert (hub.unreachable() or "").startswith(os.environ["HF_ENDPOINT"])
+        assert (reach_hub.unreachable() or "").startswith(os.environ["HF_ENDPOINT"])
 
 
 def test_what_is_here_is_not_asked_for(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_what_is_here_is_not_asked_for(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "rows.jsonl").write_text("{}")
     here = config("--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "rows.jsonl"), "demo:labels")
-    assert hub.needed_by(here, SETS) == [] and hub.needed_by(config(), SETS) == []
+    assert reach_hub.needed_by(here, SETS) == [] and reach_hub.needed_by(config(), SETS) == []
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     for base, want in (("../model", []), ("/gone/model", []), ("org/base", ["org/base"])):
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-        assert [one.name for one in hub.needed_by(config("--model", str(adapter)), SETS)] == want
+        assert [one.name for one in reach_hub.needed_by(config("--model", str(adapter)), SETS)] == want
