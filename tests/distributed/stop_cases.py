@@ -37,7 +37,7 @@ def stopped_in_rollout(words: list[str], steps: int, number: int) -> Any:
     """The same of a signal in the rollout that begins after so many optimizer steps."""
     inner, generate = Trainer._prepare, RunContext.generate
 
-    def prepare(self: Trainer, index: int) -> Any:
+    def prepare(self: Trainer, index: int, after_prepare: Any) -> Any:
         def signalled(*args: Any) -> Any:
             self.ctx.state["left by a rollout"] = True
             if self.progress.step == steps and dist.rank() == 1:
@@ -45,7 +45,7 @@ def stopped_in_rollout(words: list[str], steps: int, number: int) -> Any:
             return generate(self.ctx, *args)
 
         with mock.patch.object(self.ctx, "generate", signalled):
-            prepared = inner(self, index)
+            prepared = inner(self, index, after_prepare)
         self.ctx.state.clear()
         return prepared
 
