@@ -33,6 +33,7 @@ CAUSE_S = 12.0  # an error inside a collective waits so long for its cause
 SAME_S = 1.0  # a rank that hears of an error may have the same one
 REPLY_S = 3.5  # a rank that fails waits so long for another one to say so
 LAST_S = 2.0  # others write their stacks, and the rank that failed ends before those that hear of it
+JOIN_S = 6.0  # a little longer than a call of the store that is answered may last
 LEAVE_S = 8.0  # a main thread that unwinds and does not end
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ class Watchdog:
                 self._board.write(key, "")
         dist.barrier()
         _mark_for_launcher()
-        for work in (self._talk, self._watch):
-            threading.Thread(target=work, name=f"dsalign {work.__name__}", daemon=True).start()
+        works = (self._talk, self._watch)
+        self._threads = [threading.Thread(target=one, name=f"dsalign {one.__name__}", daemon=True) for one in works]
+        for thread in self._threads:
+            thread.start()
 
     # The thread that talks to the store.
 
@@ -223,9 +226,15 @@ class Watchdog:
     # The main thread.
 
     def close(self) -> None:
-        """Stop watching, at the normal end: every rank has come there."""
-        self._over.set()
-        self._turn.set()
+        """Stop watching, at the normal end: every rank has come there.
+
+        The threads are waited for: an interpreter that ends while one is inside the store's C++ aborts the process.
+        """
+        for event in (self._over, self._turn, self._wake, self._answered):
+            event.set()
+        until = time.monotonic() + JOIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def failed(self, error: BaseException) -> BaseException:
         """The exception by which this rank ends, where `error` ended its work: the error itself where it is the first
