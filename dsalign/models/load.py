@@ -107,11 +107,29 @@ def load_frozen(role: str, source: Source, options: ModelOptions, *, device: tor
     model = adapters.merge(model, source.adapter)
     wrapped, whole = _wrap(role, model, source, options, shares, seed=0)
     if not whole:
-        where = source.value_head or source.weights
-        raise ValueError(f"{role} model: {where} has no value_head.safetensors; train one with --algo rm")
+        raise ValueError(_headless(role, source))
     if shares:
         skip_unread_mlp(unwrap(model).get_decoder())
     return wrapped.requires_grad_(False)
+
+
+def load_adapted(role: str, source: Source, options: ModelOptions, *, device: torch.device) -> CausalModel | ValueModel:
+    """The model of a role, wrapped with its head, with the source's adapter on top of its weights and not merged.
+
+    Raises ValueError where the model cannot be opened, or the role needs a value head and the source has none.
+    """
+    assert source.adapter is not None, "for the source of an adapter"
+    model = load_causal(source, options, device=device, dropout=True, value=role in VALUE_ROLES)
+    adapted = adapters.opened(model, source.adapter, trainable=False)
+    wrapped, whole = _wrap(role, adapted, source, options, shares=False, seed=0)
+    if not whole:
+        raise ValueError(_headless(role, source))
+    return wrapped
+
+
+def _headless(role: str, source: Source) -> str:
+    where = source.value_head or source.weights
+    return f"{role} model: {where} has no value_head.safetensors; train one with --algo rm"
 
 
 def _wrap(

@@ -1,0 +1,102 @@
+"""What the verbs on models share: the folder that a name means, and a model opened to compute with, not to train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsalign.checkpoint import folders
+from dsalign.config.schema import ModelOptions
+from dsalign.data.tokens.templates import Template
+from dsalign.engines.alone import Alone
+from dsalign.engines.roles import Roles
+from dsalign.models import load
+from dsalign.models.adapter_files import head_of
+from dsalign.models.heads import VALUE_HEAD_FILE
+from dsalign.models.names import Source, resolve
+from dsalign.models.tokenizer import ended_template, load_tokenizer
+from dsalign.models.weights import stored_head
+
+logger = logging.getLogger(__name__)
+
+
+def place(name: str) -> str:
+    """The model that a name means: of a run's folder its final/, or where it has none its newest checkpoint, which a
+    line says; any other name as it is.
+
+    Raises ValueError for the folder of a run with neither.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / folders.CONFIG).is_file() or (folder / "config.json").exists():
+        return name
+    if (folder / "final").is_dir():
+        return str(folder / "final")
+    kept = folders.newest_first(folder)
+    if not kept:
+        raise ValueError(
+            f"model: expected final/ or checkpoint-N/ in the run {folder}, got neither; go on with it: dsalign resume "
+            f"{folder}"
+        )
+    logger.warning("%s has no final/: its newest checkpoint, %s, is taken", folder, kept[0].name)
+    return str(kept[0])
+
+
+def options(dtype: str = "auto", *, trust: bool = False) -> ModelOptions:
+    """The options by which a model is opened to compute with. trust: whether code that comes with it may run."""
+    return ModelOptions(dtype=dtype, tuner="full", lora_dropout=0.0, trust_remote_code=trust)
+
+
+def is_reward(source: Source) -> bool:
+    """Whether a source is a reward model: it has a value head, or a layer called score."""
+    inside = [] if source.value_head is None else [source.value_head / VALUE_HEAD_FILE]
+    if any(file.exists() for file in inside) or head_of(source.adapter):
+        return True
+    return any(key.startswith("score.") for key in stored_head(source.weights))
+
+
+def device() -> torch.device:
+    """The device to compute on: the first GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in evaluation mode. name: as the user gave it. role: policy or reward. template: its own."""
+
+    name: str
+    source: Source
+    role: str
+    engine: Alone
+    template: Template
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id of its tokenizer."""
+        found: dict[str, int] = self.template.tokenizer.get_vocab()
+        return found
+
+
+def open_model(name: str, how: ModelOptions, *, role: str | None = None, template: str | None = None) -> Model:
+    """The model that `name` means. role: what it must be, None = what it is. template: a chat template by name, None =
+    the tokenizer's own.
+
+    Raises ValueError where it cannot be opened, or a reward model is wanted and it has no value head.
+    """
+    source = resolve(place(name))
+    role = role or ("reward" if is_reward(source) else "policy")
+    module = load.load_frozen(role, source, how, device=device()).to(device()).eval()
+    found, warning = ended_template(source, load_tokenizer(source, how), template)
+    if warning:
+        logger.warning("%s: %s", name, warning)
+    return Model(name, source, role, Alone(module), found)
+
+
+def roles_of(models: Mapping[str, Model], *, batch_size: int = 8, temperature: float = 1.0) -> Roles:
+    """The models by role, to compute with. batch_size, temperature: as in `Roles`."""
+    engines: dict[str, Any] = {role: model.engine for role, model in models.items()}
+    return Roles(engines, device(), batch_size, temperature)
