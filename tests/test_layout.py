@@ -92,6 +92,8 @@ FILES_WITHOUT_TEST = {
     "dsalign/rollout/plain.py": "tests/rollout/test_local.py holds both engines to the same",
     "dsalign/rollout/slots.py": "tests/rollout/test_local.py, by numbers, growth and moves",
     "dsalign/verbs/arguments.py": "tests/verbs/test_merge.py and test_eval.py read commands with it",
+    "dsalign/verbs/export.py": "tests/verbs/test_exporting.py, as tests/checkpoint/test_export.py has the name",
+    "dsalign/verbs/exported.py": "tests/verbs/test_exporting.py, through the command",
     "dsalign/verbs/merged.py": "tests/verbs/test_merge.py, through the command",
     "dsalign/verbs/opened.py": "tests/verbs/test_merge.py has what a name means, test_eval.py what is opened",
     "dsalign/verbs/preflight.py": "two calls; tests/test_cli.py runs it and tests/checkpoint/test_folder_lock.py",

@@ -113,15 +113,18 @@ def load_frozen(role: str, source: Source, options: ModelOptions, *, device: tor
     return wrapped.requires_grad_(False)
 
 
-def load_adapted(role: str, source: Source, options: ModelOptions, *, device: torch.device) -> CausalModel | ValueModel:
-    """The model of a role, wrapped with its head, with the source's adapter on top of its weights and not merged.
+def load_as_stored(
+    role: str, source: Source, options: ModelOptions, *, device: torch.device
+) -> CausalModel | ValueModel:
+    """The model of a role, wrapped with its head, to be written again: its own dropout stays in its configuration, and
+    the source's adapter, where there is one, lies on top of its weights and is not merged.
 
     Raises ValueError where the model cannot be opened, or the role needs a value head and the source has none.
     """
-    assert source.adapter is not None, "for the source of an adapter"
-    model = load_causal(source, options, device=device, dropout=True, value=role in VALUE_ROLES)
-    adapted = adapters.opened(model, source.adapter, trainable=False)
-    wrapped, whole = _wrap(role, adapted, source, options, shares=False, seed=0)
+    model: Any = load_causal(source, options, device=device, dropout=True, value=role in VALUE_ROLES)
+    if source.adapter is not None:
+        model = adapters.opened(model, source.adapter, trainable=False)
+    wrapped, whole = _wrap(role, model, source, options, shares=False, seed=0)
     if not whole:
         raise ValueError(_headless(role, source))
     return wrapped

@@ -76,7 +76,7 @@ def merge(name: str, output_dir: Path | None, dtype: str, *, trust: bool = False
     how = opened.options("float32", trust=trust)
     role = "reward" if opened.is_reward(source) else "policy"
     tokenizer = load_tokenizer(source, how)
-    module = load.load_adapted(role, source, how, device=torch.device("cpu")).eval()
+    module = load.load_as_stored(role, source, how, device=torch.device("cpu")).eval()
     size = unwrap(module.model).get_input_embeddings().num_embeddings
     rows = [[i for i in tokenizer(text)["input_ids"] if i < size][:TOKENS] for text in real_texts()]
     before = numbers_of(module, rows)
@@ -84,7 +84,7 @@ def merge(name: str, output_dir: Path | None, dtype: str, *, trust: bool = False
     gap, largest = float((numbers_of(module, rows) - before).abs().max()), float(before.abs().max())
     what = "logits" if role == "policy" else "scores"
     _refuse(gap, BOUND, largest, f"{what} of the merged model and of the adapter {source.adapter}", "merged in float32")
-    chosen = _dtype(source, dtype, trust=trust)
+    chosen = dtype_of(source, dtype, trust=trust)
     if (source.adapter / "generation_config.json").exists():
         module.model.generation_config = GenerationConfig.from_pretrained(source.adapter)
     stored = [0.0]
@@ -131,7 +131,8 @@ def _refuse(gap: float, bound: float, largest: float, what: str, how: str) -> No
         )
 
 
-def _dtype(source: Source, name: str, *, trust: bool) -> torch.dtype:
+def dtype_of(source: Source, name: str, *, trust: bool) -> torch.dtype:
+    """The dtype called `name`; auto is that in which the weights of a source are stored."""
     if name == "auto":
         given: Any = AutoConfig.from_pretrained(source.weights, trust_remote_code=trust).dtype
         name = _name(given) if given is not None else "float32"
