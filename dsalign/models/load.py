@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -107,7 +107,7 @@ def load_frozen(role: str, source: Source, options: ModelOptions, *, device: tor
     model = adapters.merge(model, source.adapter)
     wrapped, whole = _wrap(role, model, source, options, shares, seed=0)
     if not whole:
-        raise ValueError(_headless(role, source))
+        _refuse_headless(role, source)
     if shares:
         skip_unread_mlp(unwrap(model).get_decoder())
     return wrapped.requires_grad_(False)
@@ -124,15 +124,15 @@ def load_as_stored(
     model: Any = load_causal(source, options, device=device, dropout=True, value=role in VALUE_ROLES)
     if source.adapter is not None:
         model = adapters.opened(model, source.adapter, trainable=False)
-    wrapped, whole = _wrap(role, model, source, options, shares=False, seed=0)
+    wrapped, whole = _wrap(role, model, source, options, shares=False, seed=0, trained=True)
     if not whole:
-        raise ValueError(_headless(role, source))
+        _refuse_headless(role, source)
     return wrapped
 
 
-def _headless(role: str, source: Source) -> str:
+def _refuse_headless(role: str, source: Source) -> NoReturn:
     where = source.value_head or source.weights
-    return f"{role} model: {where} has no value_head.safetensors; train one with --algo rm"
+    raise ValueError(f"{role} model: {where} has no value_head.safetensors; train one with --algo rm")
 
 
 def _wrap(

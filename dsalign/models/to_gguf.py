@@ -34,7 +34,8 @@ def write_gguf(folder: Path, file: Path) -> float:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if reason := _obstacle(model.config, tokenizer):
         raise ValueError(
-            f"gguf: {folder}: {reason}; llama.cpp converts it: python convert_hf_to_gguf.py {folder} --outfile {file}"
+            f"gguf: {folder}: {reason}; use llama.cpp's converter: python convert_hf_to_gguf.py {folder} --outfile "
+            f"{file}"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".gguf-") as beside:

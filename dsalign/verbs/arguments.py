@@ -11,7 +11,7 @@ from dsalign.config.flags import nearest
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}; see dsalign {self.prog} --help")
+        raise ValueError(f"{self.prog}: expected options as dsalign {self.prog} --help lists them, but {message}")
 
 
 def of(

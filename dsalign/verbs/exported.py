@@ -16,11 +16,11 @@ from dsalign.checkpoint.manifest import MANIFEST
 from dsalign.config.rules import PROGRESS_FILE
 from dsalign.engines.alone import Alone
 from dsalign.models import load
-from dsalign.models.names import Source, resolve
+from dsalign.models.names import BASE_FILE, Source, located_base, resolve
 from dsalign.models.to_gguf import write_gguf
 from dsalign.models.tokenizer import load_tokenizer
 from dsalign.report.run_log import quiet
-from dsalign.verbs import merged, opened
+from dsalign.verbs import merged, opened, places
 
 RESUME_ALONE = (MANIFEST, PROGRESS_FILE, "random-*", "prepared-*", ".*")  # files that only a resume reads
 
@@ -35,7 +35,7 @@ def exported(
     Raises ValueError where the model cannot be opened or written so.
     """
     quiet(0)
-    source = resolve(opened.place(name))
+    source = resolve(places.model_of(name))
     plain_folder.refuse_taken(folder, "DIR")
     if merge and source.adapter is None:
         raise ValueError(f"merge: expected an adapter, got {name}, which has all its weights; leave --merge out")
@@ -69,11 +69,17 @@ def _copied(source: Source, adapter: Path, folder: Path, dtype: str) -> str:
         for path in adapter.iterdir():
             if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in RESUME_ALONE):
                 shutil.copy2(path, staging / path.name)
+        named, elsewhere = located_base(source.weights, folder)
+        described = json.loads((staging / "adapter_config.json").read_text()) | {"base_model_name_or_path": named}
+        (staging / "adapter_config.json").write_text(json.dumps(described, indent=2, sort_keys=True))
+        (staging / BASE_FILE).unlink(missing_ok=True)
+        if elsewhere:
+            (staging / BASE_FILE).write_text(json.dumps(elsewhere, indent=2))
 
     plain_folder.write(folder, fill)
     return (
-        f"exported {adapter}: {folder}, an adapter that needs its base {source.weights}; opens with peft's "
-        f"AutoPeftModelForCausalLM; --merge writes a model that needs nothing else"
+        f"exported {adapter}: {folder}, an adapter that needs its base {source.weights} and opens with peft on top of "
+        f"it; --merge writes a model that needs nothing else"
     )
 
 

@@ -24,7 +24,7 @@ from dsalign.models.heads import CausalModel, ValueModel, unwrap
 from dsalign.models.names import Source, resolve
 from dsalign.models.tokenizer import load_tokenizer
 from dsalign.report.run_log import quiet
-from dsalign.verbs import opened
+from dsalign.verbs import opened, places
 
 BOUND = 1e-3  # of the largest number: float32 sums in another order differ by less, a wrong merge by far more
 ROUNDED = 0.1  # the same for weights that were rounded to half precision
@@ -65,7 +65,7 @@ def merge(name: str, output_dir: Path | None, dtype: str, *, trust: bool = False
     Raises ValueError where `name` is no adapter, the folder is there already, or numbers differ by more than the bound.
     """
     quiet(0)
-    source = resolve(opened.place(name))
+    source = resolve(places.model_of(name))
     if source.adapter is None:
         raise ValueError(
             f"merge: expected an adapter, a folder with adapter_config.json, got {name}, which has all its weights; "

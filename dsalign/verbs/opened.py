@@ -1,17 +1,16 @@
-"""What the verbs on models share: the folder that a name means, and a model opened to compute with, not to train."""
+"""A model opened to compute with and not to train, as the verbs on models need it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dsalign.checkpoint import folders
 from dsalign.config.schema import ModelOptions
+from dsalign.contract.groups import Group
 from dsalign.data.tokens.templates import Template
 from dsalign.engines.alone import Alone
 from dsalign.engines.roles import Roles
@@ -19,31 +18,12 @@ from dsalign.models import load
 from dsalign.models.adapter_files import head_of
 from dsalign.models.heads import VALUE_HEAD_FILE
 from dsalign.models.names import Source, resolve
-from dsalign.models.tokenizer import ended_template, load_tokenizer
+from dsalign.models.tokenizer import decoder, ended_template, load_tokenizer
 from dsalign.models.weights import stored_head
+from dsalign.rewards.retemplate import Retemplate, reads_ids
+from dsalign.verbs import places
 
 logger = logging.getLogger(__name__)
-
-
-def place(name: str) -> str:
-    """The model that a name means: of a run's folder its final/, or where it has none its newest checkpoint, which a
-    line says; any other name as it is.
-
-    Raises ValueError for the folder of a run with neither.
-    """
-    folder = Path(name).expanduser()
-    if not (folder / folders.CONFIG).is_file() or (folder / "config.json").exists():
-        return name
-    if (folder / "final").is_dir():
-        return str(folder / "final")
-    kept = folders.newest_first(folder)
-    if not kept:
-        raise ValueError(
-            f"model: expected final/ or checkpoint-N/ in the run {folder}, got neither; go on with it: dsalign resume "
-            f"{folder}"
-        )
-    logger.warning("%s has no final/: its newest checkpoint, %s, is taken", folder, kept[0].name)
-    return str(kept[0])
 
 
 def options(dtype: str = "auto", *, trust: bool = False) -> ModelOptions:
@@ -87,10 +67,12 @@ def open_model(name: str, how: ModelOptions, *, role: str | None = None, templat
 
     Raises ValueError where it cannot be opened, or a reward model is wanted and it has no value head.
     """
-    source = resolve(place(name))
+    source = resolve(places.model_of(name))
     role = role or ("reward" if is_reward(source) else "policy")
     module = load.load_frozen(role, source, how, device=device()).to(device()).eval()
     found, warning = ended_template(source, load_tokenizer(source, how), template)
+    if found.chat_template is not None:
+        found.tokenizer.chat_template = found.chat_template  # by which a judge's is compared
     if warning:
         logger.warning("%s: %s", name, warning)
     return Model(name, source, role, Alone(module), found)
@@ -100,3 +82,15 @@ def roles_of(models: Mapping[str, Model], *, batch_size: int = 8, temperature: f
     """The models by role, to compute with. batch_size, temperature: as in `Roles`."""
     engines: dict[str, Any] = {role: model.engine for role, model in models.items()}
     return Roles(engines, device(), batch_size, temperature)
+
+
+def as_read(judge: Model, model: Model, groups: Sequence[Group]) -> Sequence[Group]:
+    """Groups with a model's completions as a reward model reads them: the same ids, or where its vocabulary or template
+    is another one, the same text in its own template.
+
+    Raises ValueError where that template refuses a conversation.
+    """
+    if reads_ids(judge.template.tokenizer, model.template):
+        return groups
+    template = replace(judge.template, whole=False)  # it judges what its template shows it
+    return Retemplate(template, decoder(model.template.tokenizer), model.template.end_ids)(groups)

@@ -50,7 +50,7 @@ def test_what_is_read_back_is_the_same(tied: bool, tmp_path: Path) -> None:
 
 def test_what_is_not_known_is_refused_with_the_command_that_does_it(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
-    command = rf"llama.cpp converts it: python convert_hf_to_gguf.py .* --outfile {file}"
+    command = rf"use llama.cpp's converter: python convert_hf_to_gguf.py .* --outfile {file}"
     with pytest.raises(ValueError, match=f"cuts text as gpt-2 or smollm do, got another; {command}"):
         to_gguf.write_gguf(tiny, file)
     with pytest.raises(ValueError, match="got another"):

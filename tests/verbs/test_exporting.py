@@ -10,7 +10,7 @@ import pytest
 import torch
 from model_folders import adapter_of, save_head
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dsalign import cli
 from dsalign.verbs import export
@@ -40,12 +40,16 @@ def test_a_checkpoint_becomes_a_plain_folder(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_a_reward_model_keeps_its_score(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_model_is_a_classifier(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers opens it, and its logit is the sum of the last hidden state times 0.25."""
     shutil.copytree(tiny, tmp_path / "rm")
     save_head(tmp_path / "rm", torch.full((1, 32), 0.25), 0.0)
-    assert run(capsys, tmp_path / "rm", tmp_path / "out")[0] == 0
-    assert torch.equal(load_file(tmp_path / "out" / "value_head.safetensors")["v_head.summary.weight"][0, :2],
-                       torch.tensor([0.25, 0.25]))  # fmt: skip
+    code, said, _ = run(capsys, tmp_path / "rm", tmp_path / "out")
+    assert code == 0 and "a LlamaForSequenceClassification; opens with transformers' AutoModelForSequence" in said
+    ids = torch.tensor([[7, 8, 9, 2]])
+    state = AutoModelForCausalLM.from_pretrained(tiny).model(ids).last_hidden_state[0, -1]
+    score = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(score[0, 0], 0.25 * state.sum())
 
 
 def test_an_adapter_is_copied_or_merged(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
