@@ -93,6 +93,8 @@ FILES_WITHOUT_TEST = {
     "dsalign/rollout/slots.py": "tests/rollout/test_local.py, by numbers, growth and moves",
     "dsalign/verbs/arguments.py": "tests/verbs/test_merge.py and test_eval.py read commands with it",
     "dsalign/verbs/chatting.py": "tests/verbs/test_chat.py, through pipe and terminal",
+    "dsalign/verbs/evaluated.py": "tests/verbs/test_eval.py, through the command",
+    "dsalign/verbs/harness.py": "tests/verbs/test_eval.py, up to the process that it starts",
     "dsalign/verbs/export.py": "tests/verbs/test_exporting.py, as tests/checkpoint/test_export.py has the name",
     "dsalign/verbs/exported.py": "tests/verbs/test_exporting.py, through the command",
     "dsalign/verbs/merged.py": "tests/verbs/test_merge.py, through the command",

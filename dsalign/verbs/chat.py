@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dsalign.endings import DONE
-from dsalign.verbs import arguments
+from dsalign.verbs import arguments, places
 from dsalign.verbs.merge import DTYPES
 
 SUMMARY = "talk to a model, beside another and with a reward model's score: dsalign chat MODEL"
@@ -79,7 +77,9 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return DONE
-    # Not at the top of the file: transformers takes longer to import than a typo may.
-    work: Any = importlib.import_module("dsalign.verbs.chatting")
+    places.ask_the_hub(
+        {"model": request.model, "vs": None if request.vs == "base" else request.vs, "reward": request.reward}
+    )
+    work = places.work("chatting")  # not at the top of the file: transformers takes longer to import than a typo may
     work.chat(request)
     return DONE

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsalign.endings import DONE
-from dsalign.verbs import arguments
+from dsalign.verbs import arguments, places
 from dsalign.verbs.merge import DTYPES
 
 SUMMARY = "write a run's model as a plain folder that other libraries open: dsalign export SOURCE DIR"
@@ -65,8 +63,8 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return DONE
-    # Not at the top of the file: transformers takes longer to import than a typo may.
-    work: Any = importlib.import_module("dsalign.verbs.exported")
+    places.ask_the_hub({"source": request.source})
+    work = places.work("exported")  # not at the top of the file: transformers takes longer to import than a typo may
     for line in work.exported(
         request.source, request.folder, request.dtype, merge=request.merge, gguf=request.gguf, trust=request.trust
     ):

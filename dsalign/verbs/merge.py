@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsalign.endings import DONE
-from dsalign.verbs import arguments
+from dsalign.verbs import arguments, places
 
 SUMMARY = "add a LoRA adapter into its base's weights: dsalign merge ADAPTER"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -57,7 +55,7 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return DONE
-    # Not at the top of the file: transformers takes longer to import than a typo may.
-    work: Any = importlib.import_module("dsalign.verbs.merged")
+    places.ask_the_hub({"adapter": request.adapter})
+    work = places.work("merged")  # not at the top of the file: transformers takes longer to import than a typo may
     print(work.merge(request.adapter, request.output_dir, request.dtype, trust=request.trust).text())
     return DONE
