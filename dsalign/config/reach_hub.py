@@ -139,8 +139,9 @@ def _line(one: Needed, reason: str, data_sets: Mapping[str, str]) -> str:
     short = (EMBEDDED, *HUB_NAMES) if one.is_model else (*assets.names(), *data_sets)
     what = "a folder, a short name or a name on the hub" if one.is_model else "a file, a folder or a name on the hub"
     as_named = "" if one.name == one.given else f" (on the hub: {one.name})"
+    where = f": --{one.flag} FOLDER" if one.flag.islower() else ""  # ADAPTER and the like are words without a flag
     guess = "" if one.given in short else nearest(one.given, short)
     return (
         f"{one.flag}: expected {what}, got {one.given!r}{as_named}, which is not here nor in the hub's cache, and the "
-        f"hub cannot be reached ({reason}){guess}; or copy it here and give the folder: --{one.flag} FOLDER"
+        f"hub cannot be reached ({reason}){guess}; or copy it here and give the folder{where}"
     )

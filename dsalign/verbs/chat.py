@@ -78,7 +78,7 @@ def run(request: Request | None) -> int:
         print(USAGE)
         return DONE
     places.ask_the_hub(
-        {"model": request.model, "vs": None if request.vs == "base" else request.vs, "reward": request.reward}
+        {"MODEL": request.model, "vs": None if request.vs == "base" else request.vs, "reward": request.reward}
     )
     work = places.work("chatting")  # not at the top of the file: transformers takes longer to import than a typo may
     work.chat(request)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import torch
@@ -59,7 +60,7 @@ class Answer:
     score: float | None = None
 
 
-class _Visible(TextStreamer):
+class _Visible(TextStreamer):  # type: ignore[misc]
     """The words of an answer as they come, with control characters as escapes; `say` gets each piece."""
 
     def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
@@ -193,7 +194,7 @@ class Chat:
 
         with Live(table(), console=console, refresh_per_second=8) as live:
             for i, speaker in enumerate(self.speakers):
-                found = self.answer(speaker, question, texts[i].append)
+                found = self.answer(speaker, question, partial(_grow, texts[i]))
                 remarks[i] = _remark(found, stopped=self.stop.asked)
                 live.update(table())
                 if self.stop.asked:
@@ -202,6 +203,10 @@ class Chat:
     def _say(self, text: str) -> None:
         self.out.write(text)
         self.out.flush()
+
+
+def _grow(column: Text, piece: str) -> None:
+    column.append(piece)
 
 
 def _remark(answer: Answer, *, stopped: bool) -> str:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsalign.config import hub
 from dsalign.config import parse as config
+from dsalign.config import reach_hub
 from dsalign.config.flags import nearest
 from dsalign.config.schema import RunConfig
 from dsalign.endings import DONE
@@ -93,8 +93,8 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE + ", ".join(f"--{name}" for name in OPTIONS))
         return DONE
-    more = [] if request.lm_eval else hub.needed_by(request.config, places.data_sets())
-    places.ask_the_hub({"model": request.model, "vs": request.vs}, more)
+    more = [] if request.lm_eval else reach_hub.needed_by(request.config, places.data_sets())
+    places.ask_the_hub({"MODEL": request.model, "vs": request.vs}, more)
     # Not at the top of the file: transformers takes longer to import than a typo may.
     if request.lm_eval:
         harness = places.work("harness")

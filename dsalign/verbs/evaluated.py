@@ -162,7 +162,7 @@ def _written(request: Request, config: RunConfig, models: Sequence[Model]) -> _F
     for role, model in zip(ROLES, models, strict=False):
         groups = groups if comparable or model is models[0] else _groups(config, model)
         each = zip(roles.each_group(role, groups), groups, strict=True)
-        logps = torch.stack([torch.stack([x.sum() for x in of.split(list(g.lengths))]) for of, g in each])
+        logps = torch.stack([torch.stack([x.sum() for x in torch.split(of, list(g.lengths))]) for of, g in each])
         tokens = torch.tensor([g.lengths for g in groups])
         names = (", chosen", ", rejected") if logps.shape[1] == 2 else ("",)
         one: dict[str, Any] = {"rows": len(groups)}

@@ -63,7 +63,7 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return DONE
-    places.ask_the_hub({"source": request.source})
+    places.ask_the_hub({"SOURCE": request.source})
     work = places.work("exported")  # not at the top of the file: transformers takes longer to import than a typo may
     for line in work.exported(
         request.source, request.folder, request.dtype, merge=request.merge, gguf=request.gguf, trust=request.trust

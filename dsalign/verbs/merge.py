@@ -55,7 +55,7 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return DONE
-    places.ask_the_hub({"adapter": request.adapter})
+    places.ask_the_hub({"ADAPTER": request.adapter})
     work = places.work("merged")  # not at the top of the file: transformers takes longer to import than a typo may
     print(work.merge(request.adapter, request.output_dir, request.dtype, trust=request.trust).text())
     return DONE

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dsalign.checkpoint import run_folders
-from dsalign.config import hub
+from dsalign.config import reach_hub
 from dsalign.data.rows.registry import REGISTERED
 
 logger = logging.getLogger(__name__)
@@ -58,14 +58,14 @@ def data_sets() -> dict[str, str]:
     return {name: known.hub_name for name, known in REGISTERED.items()}
 
 
-def ask_the_hub(models: Mapping[str, str | None], more: Sequence[hub.Needed] = ()) -> None:
+def ask_the_hub(models: Mapping[str, str | None], more: Sequence[reach_hub.Needed] = ()) -> None:
     """Ask once whether the hub is there, if a model needs it. models: option -> name, None = not given. more: what else
     is needed.
 
     Raises ConfigError, a line for each name that cannot be had, where it cannot be reached.
     """
     names = {option: name and model_of(name) for option, name in models.items()}
-    if line := hub.ready_for([*hub.of_models(names), *more], data_sets()):
+    if line := reach_hub.ready_for([*reach_hub.of_models(names), *more], data_sets()):
         print(f"dsalign: {line}", file=sys.stderr)
 
 

@@ -89,6 +89,17 @@ def test_refusals(tiny: Path, adapter: Path, tmp_path: Path, capsys: pytest.Capt
     assert "got neither; go on with it: dsalign resume" in said(tmp_path / "run")
 
 
+def test_a_name_on_the_hub_is_asked_for_before_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ADAPTER is a word without a flag, so the answer names none."""
+    monkeypatch.setattr("dsalign.config.reach_hub.unreachable", lambda: "no network")
+    assert cli.main(["merge", "nobody/nothing"]) == 2
+    said = capsys.readouterr().err
+    assert "ADAPTER: expected a folder, a short name or a name on the hub, got 'nobody/nothing'" in said
+    assert said.endswith("cannot be reached (no network); or copy it here and give the folder\n")
+
+
 def test_help_and_a_tied_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One matrix for both ends stays one."""
     assert merge.run(merge.read([])) == 0 and "dsalign merge ADAPTER" in capsys.readouterr().out
