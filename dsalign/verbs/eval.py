@@ -14,7 +14,7 @@ from dsalign.config.schema import RunConfig
 from dsalign.endings import DONE
 from dsalign.verbs import arguments, places
 
-SUMMARY = "measure a model, or two side by side, on pairs, answers or prompts: dsalign eval MODEL --dataset FILE"
+SUMMARY = "measure one model or two on pairs, answers or prompts: dsalign eval MODEL --dataset FILE"
 USAGE = """usage: dsalign eval MODEL --dataset FILE ... [--vs OTHER] [--reward RM | --reward_funcs F] [--json]
        dsalign eval MODEL --lm_eval TASK,TASK
 
