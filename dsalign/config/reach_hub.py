@@ -8,7 +8,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,11 @@ def ready(config: RunConfig, data_sets: Mapping[str, str]) -> str | None:
     libraries are told to ask nobody, which saves their retries; returns the line that says so, else None.
     Raises ConfigError, a line for each name that cannot be had, where the hub cannot be reached.
     """
-    needed = needed_by(config, data_sets)
+    return ready_for(needed_by(config, data_sets), data_sets)
+
+
+def ready_for(needed: Sequence[Needed], data_sets: Mapping[str, str]) -> str | None:
+    """Ask once whether the hub is there, if anything on it is needed; returns and raises as `ready` does."""
     if not needed:
         return None
     told = os.environ.get(OFFLINE, "").upper() in ("1", "ON", "YES", "TRUE")
@@ -72,22 +76,28 @@ def ready(config: RunConfig, data_sets: Mapping[str, str]) -> str | None:
 
 def needed_by(config: RunConfig, data_sets: Mapping[str, str]) -> list[Needed]:
     """What a configuration names that is no folder, no file, no demo rows and not the embedded model, each once."""
+    names = {flag: getattr(config.models, flag) for flag in ("model", "ref_model", "reward_model")}
+    found = of_models(names)
+    for flag in ("dataset", "val_dataset"):
+        for given in map(without_count, getattr(config.data, flag)):
+            if not given.startswith(assets.DEMO) and not is_there(given):
+                found.append(Needed(flag, given, data_sets.get(given, given)))
+    return list(dict.fromkeys(found))
+
+
+def of_models(names: Mapping[str, str | None]) -> list[Needed]:
+    """What models need that is no folder and not the embedded model. names: flag -> what it names, None = nothing."""
     found = []
-    for flag in ("model", "ref_model", "reward_model"):
-        given = getattr(config.models, flag)
+    for flag, given in names.items():
         described = Path(given or "").expanduser() / "adapter_config.json"
         base = given
         if given and described.is_file():
             base = json.loads(described.read_text()).get("base_model_name_or_path")
             if base and (base.count("/") > 1 or base.startswith((".", "/", "~")) or (described.parent / base).exists()):
                 continue  # a folder, which names.py looks for in more than one place
-        if base and not Path(base).expanduser().exists() and base.lower() != EMBEDDED:
+        if given and base and not Path(base).expanduser().exists() and base.lower() != EMBEDDED:
             found.append(Needed(flag, given, HUB_NAMES.get(base.lower(), base)))
-    for flag in ("dataset", "val_dataset"):
-        for given in map(without_count, getattr(config.data, flag)):
-            if not given.startswith(assets.DEMO) and not is_there(given):
-                found.append(Needed(flag, given, data_sets.get(given, given)))
-    return list(dict.fromkeys(found))
+    return found
 
 
 def unreachable() -> str | None:
@@ -129,8 +139,9 @@ def _line(one: Needed, reason: str, data_sets: Mapping[str, str]) -> str:
     short = (EMBEDDED, *HUB_NAMES) if one.is_model else (*assets.names(), *data_sets)
     what = "a folder, a short name or a name on the hub" if one.is_model else "a file, a folder or a name on the hub"
     as_named = "" if one.name == one.given else f" (on the hub: {one.name})"
+    where = f": --{one.flag} FOLDER" if one.flag.islower() else ""  # ADAPTER and the like are words without a flag
     guess = "" if one.given in short else nearest(one.given, short)
     return (
         f"{one.flag}: expected {what}, got {one.given!r}{as_named}, which is not here nor in the hub's cache, and the "
-        f"hub cannot be reached ({reason}){guess}; or copy it here and give the folder: --{one.flag} FOLDER"
+        f"hub cannot be reached ({reason}){guess}; or copy it here and give the folder{where}"
     )

@@ -82,13 +82,13 @@ def shutdown() -> None:
 
 
 def rank() -> int:
-    """This rank, counted from 0."""
-    return td.get_rank()
+    """This rank, counted from 0; 0 of a process that joined no group, as that of a verb on models."""
+    return td.get_rank() if td.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of ranks."""
-    return td.get_world_size()
+    """The number of ranks; 1 of a process that joined no group."""
+    return td.get_world_size() if td.is_initialized() else 1
 
 
 def barrier() -> None:

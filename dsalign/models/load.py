@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -107,11 +107,32 @@ def load_frozen(role: str, source: Source, options: ModelOptions, *, device: tor
     model = adapters.merge(model, source.adapter)
     wrapped, whole = _wrap(role, model, source, options, shares, seed=0)
     if not whole:
-        where = source.value_head or source.weights
-        raise ValueError(f"{role} model: {where} has no value_head.safetensors; train one with --algo rm")
+        _refuse_headless(role, source)
     if shares:
         skip_unread_mlp(unwrap(model).get_decoder())
     return wrapped.requires_grad_(False)
+
+
+def load_as_stored(
+    role: str, source: Source, options: ModelOptions, *, device: torch.device
+) -> CausalModel | ValueModel:
+    """The model of a role, wrapped with its head, to be written again: its own dropout stays in its configuration, and
+    the source's adapter, where there is one, lies on top of its weights and is not merged.
+
+    Raises ValueError where the model cannot be opened, or the role needs a value head and the source has none.
+    """
+    model: Any = load_causal(source, options, device=device, dropout=True, value=role in VALUE_ROLES)
+    if source.adapter is not None:
+        model = adapters.opened(model, source.adapter, trainable=False)
+    wrapped, whole = _wrap(role, model, source, options, shares=False, seed=0, trained=True)
+    if not whole:
+        _refuse_headless(role, source)
+    return wrapped
+
+
+def _refuse_headless(role: str, source: Source) -> NoReturn:
+    where = source.value_head or source.weights
+    raise ValueError(f"{role} model: {where} has no value_head.safetensors; train one with --algo rm")
 
 
 def _wrap(

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from transformers import PreTrainedTokenizerBase
+
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group
 from dsalign.data.tokens.templates import Template
@@ -43,6 +45,13 @@ class Retemplate:
         return replace(group, prompt=tuple(prompt), completions=tuple(map(tuple, read)))
 
 
+def reads_ids(tokenizer: PreTrainedTokenizerBase, policy: Template) -> bool:
+    """Whether a reward model with this tokenizer reads the policy's token ids as they are: it has the policy's
+    vocabulary, and the policy's template or none."""
+    same = tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    return same and tokenizer.chat_template in (None, policy.tokenizer.chat_template)
+
+
 def retemplate_of(config: RunConfig, sources: Mapping[str, Source], policy: Template) -> Retemplate | None:
     """The `Retemplate` that rewrites groups for a run's frozen reward model, whose vocabulary or template is not the
     policy's. None where groups need no rewriting: the reward model has the policy's vocabulary, and the policy's
@@ -55,7 +64,7 @@ def retemplate_of(config: RunConfig, sources: Mapping[str, Source], policy: Temp
     source = sources["reward"]
     tokenizer = load_tokenizer(source, config.models)
     same = tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-    if same and tokenizer.chat_template in (None, policy.tokenizer.chat_template):
+    if reads_ids(tokenizer, policy):
         return None
     template, warning = ended_template(source, tokenizer, None)
     logger.warning(

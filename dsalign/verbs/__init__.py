@@ -32,7 +32,8 @@ def summaries() -> dict[str, str]:
 
 def _summary(path: Path) -> str:
     """The text of SUMMARY in a file of this folder; empty where it has none."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    text = path.read_text(encoding="utf-8")  # most files here are no verb, and parsing takes time
+    for node in ast.parse(text).body if "\nSUMMARY = " in text else ():
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUMMARY":
             return str(ast.literal_eval(node.value))
     return ""

@@ -130,4 +130,6 @@ def test_verbs_are_found_by_their_files() -> None:
 def test_an_unknown_verb_is_refused_with_the_nearest(word: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         verbs.of([word])
-    assert error.value.problems[0].startswith("command: expected one of data, ") and said in error.value.problems[0]
+    assert (
+        error.value.problems[0].startswith("command: expected one of chat, data, ") and said in error.value.problems[0]
+    )

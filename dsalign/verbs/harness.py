@@ -1,0 +1,31 @@
+"""lm-eval as a process of its own, on a model of ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+from dsalign.config.schema import RunConfig
+from dsalign.models.names import resolve
+
+
+def run(model: str, tasks: str, config: RunConfig, batch_size: int) -> int:
+    """Run lm-eval's tasks, names with commas, on a model; returns its exit code. Its output is its own.
+
+    Raises ValueError where lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm_eval: expected the package lm-eval, which is not installed; run pip install lm-eval")
+    return subprocess.run(command(model, tasks, config, batch_size), check=False).returncode
+
+
+def command(model: str, tasks: str, config: RunConfig, batch_size: int) -> list[str]:
+    """The words of the process: an adapter goes on top of its base by lm-eval's own `peft`."""
+    source = resolve(model)
+    parts = [f"pretrained={source.weights}", *([f"peft={source.adapter}"] if source.adapter else [])]
+    if source.adapter is not None and (source.adapter / "tokenizer_config.json").exists():
+        parts.append(f"tokenizer={source.adapter}")
+    parts += [f"dtype={config.models.dtype}", f"trust_remote_code={config.models.trust_remote_code}"]
+    how = ["--model_args", ",".join(parts), "--tasks", tasks, "--batch_size", str(batch_size)]
+    return [sys.executable, "-m", "lm_eval", "--model", "hf", *how, "--seed", str(config.seed)]
