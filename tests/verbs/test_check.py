@@ -64,10 +64,11 @@ def test_every_thing_that_is_wrong_is_told_at_once(
 
 
 def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder that has no config.json; one that is not there is a problem of the configuration."""
+    """A config.json that cannot be read; a folder that is not there is a problem of the configuration."""
+    (tmp_path / "config.json").write_text("{")
     code, lines = found(["--model", tmp_path, "--no_step"], capsys)
     assert code == 2
-    assert lines["policy model"][0] == "error" and "holds neither config.json" in lines["policy model"][1]
+    assert lines["policy model"][0] == "error" and "config.json: expected JSON" in lines["policy model"][1]
     assert lines["template, data, step"][0] == "skipped" and "data" not in lines
     code, lines = found(["--model", tmp_path / "none", "--no_step"], capsys)
     assert code == 2 and list(lines) == ["configuration"]
