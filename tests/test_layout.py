@@ -89,6 +89,7 @@ FILES_WITHOUT_TEST = {
     "dsalign/rollout/pick.py": "a call of a kernel, tests/kernels/test_sampling.py; tests/rollout/test_local.py",
     "dsalign/rollout/plain.py": "tests/rollout/test_local.py holds both engines to the same",
     "dsalign/rollout/slots.py": "tests/rollout/test_local.py, by numbers, growth and moves",
+    "dsalign/verbs/checked.py": "tests/verbs/test_check.py, through the command",
     "dsalign/verbs/preflight.py": "two calls; tests/test_cli.py runs it and tests/checkpoint/test_folder_lock.py",
     "dsalign/verbs/replayed.py": "tests/verbs/test_replay.py, through the command",
     "dsalign/verbs/train.py": "a table of contents; tests/distributed/test_whole_runs.py and tests/test_demo.py run it",

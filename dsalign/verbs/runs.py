@@ -119,7 +119,7 @@ def read(folder: Path, *, whole: bool = False) -> Run:
     options = _options(folder / folders.CONFIG)
     found = folders.newest_first(folder)
     kept = tuple(_kept(one, whole=whole) for one in found)
-    logged = _last_lines(folder / METRICS)
+    logged = last_lines(folder / METRICS)
     begin, end = _events(folder / EVENTS)
     final = _final(folder / FINAL)
     steps = [one["step"] for one in logged] + [one.step for one in kept] + [end.get("step"), final]
@@ -215,7 +215,7 @@ def _objects(lines: Iterator[bytes] | list[bytes]) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-def _last_lines(path: Path) -> list[dict[str, Any]]:
+def last_lines(path: Path) -> list[dict[str, Any]]:
     """The last lines of metrics.jsonl, as objects with a step."""
     try:
         with path.open("rb") as file:
