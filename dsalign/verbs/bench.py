@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dsalign import endings
 from dsalign.config import flags
+from dsalign.report.history import METRICS
 from dsalign.verbs import runs
 
 SUMMARY = "how fast the kernels and a training step are here: dsalign bench [NAME ...]"
@@ -138,7 +139,7 @@ def _step(request: Request) -> Result:
         ]
         command = [sys.executable, str(CLI), *own, *request.options, *words]
         state, said = _started(command, request.seconds)
-        logged = runs.last_lines(out / runs.METRICS)
+        logged = runs.last_lines(out / METRICS)
     rates = [float(one["tokens_per_s"]) for one in logged if one["step"] > WARM and one.get("tokens_per_s")]
     if state != "done" or not rates:
         return Result(STEP, state if state != "done" else "failed", said)

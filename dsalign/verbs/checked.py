@@ -19,7 +19,8 @@ from dsalign.memory.estimate import Estimate
 from dsalign.models.compare import compare_models
 from dsalign.models.names import resolve
 from dsalign.models.tokenizer import template_of
-from dsalign.report.run_log import duration, number
+from dsalign.report.run_log import quiet
+from dsalign.report.story import duration, number
 from dsalign.rewards.retemplate import retemplate_of
 from dsalign.rewards.sources import functions_of
 from dsalign.verbs import data_report, plan, rehearsal
@@ -32,7 +33,7 @@ SHOWN = 4  # end tokens that are named
 def checked(config: RunConfig, planned: plan.Request, *, step: bool) -> list[Line]:
     """The lines on everything that a run needs. planned: the run as `dsalign plan` takes it. step: whether one step of
     a tiny model is taken. What needs something that is missing is skipped."""
-    data_report.quiet(0)
+    quiet(0)
     found = looked("configuration", lambda: _configuration(config, planned.machine.gpus))
     found += looked("DeepSpeed file", lambda: _deepspeed(config))
     for role in build.roles_with_model(config):

@@ -17,7 +17,7 @@ from rich.table import Table
 from dsalign import endings
 from dsalign.config import flags
 from dsalign.guard.disk import amount
-from dsalign.report.run_log import duration, number
+from dsalign.report.story import duration, number
 from dsalign.verbs import runs
 from dsalign.verbs.runs import Run
 

@@ -17,20 +17,26 @@ from typing import Any
 import yaml
 
 from dsalign import algos
-from dsalign.checkpoint import folder_lock, folders, manifest
+from dsalign.checkpoint import folder_lock, manifest, run_folders
 from dsalign.checkpoint.folder_lock import Owner
 from dsalign.config.secrets import redacted
+from dsalign.report import events
+from dsalign.report.events import BEGIN, END, EVENTS
+from dsalign.report.history import METRICS
 
-METRICS, FINAL = "metrics.jsonl", "final"
-EVENTS = "events.jsonl"  # how a run began and ended, where its version of dsalign writes that
-MARKS = (folders.CONFIG, METRICS, folders.RUN_FILE, folder_lock.LOCK)  # a folder with one of them is a run's
+FINAL = "final"
+MARKED = tuple(f'"{kind}"'.encode() for kind in (BEGIN, END))  # in lines of events.jsonl that are parsed
+MARKS = (run_folders.CONFIG, METRICS, run_folders.RUN_FILE, folder_lock.LOCK)  # a folder with one of them is a run's
 PARTS = re.compile(r"checkpoint-.*|aside-\d+|final|bad|crash|rollout.*|\..*|__pycache__")  # folders inside a run
 TAIL, LINES = 1 << 16, 20  # bytes and lines at the end of metrics.jsonl, of which one has the last loss
 SHOWN = (("objective/scores", "reward"), ("loss", "loss"), ("eval/loss", "eval loss"))
 RUNNING, ELSEWHERE, DONE, STOPPED, DIVERGED, CRASHED, NEVER = (
     "running", "elsewhere", "done", "stopped", "diverged", "crashed", "never began",
 )  # fmt: skip
-ENDED = {"done": DONE, "stopped": STOPPED, "diverged": DIVERGED, "interrupted": STOPPED, "failed": CRASHED}
+ENDED = {
+    events.DONE: DONE, events.STOPPED: STOPPED, events.DIVERGED: DIVERGED, events.INTERRUPTED: STOPPED,
+    events.FAILED: CRASHED,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,13 @@ def below(root: Path) -> Iterator[Path]:
 def is_run(files: list[str]) -> bool:
     """Whether a folder with these files is a run's. config.yaml alone, as in a folder of recipes, makes none."""
     there = set(files)
-    return bool(there.intersection(MARKS[1:])) or {folders.CONFIG, folders.COMMANDS} <= there
+    return bool(there.intersection(MARKS[1:])) or {run_folders.CONFIG, run_folders.COMMANDS} <= there
 
 
 def read(folder: Path, *, whole: bool = False) -> Run:
     """The run in a folder. whole: whether checkpoints are read and hashed, in place of a look at their sizes."""
-    options = _options(folder / folders.CONFIG)
-    found = folders.newest_first(folder)
+    options = _options(folder / run_folders.CONFIG)
+    found = run_folders.newest_first(folder)
     kept = tuple(_kept(one, whole=whole) for one in found)
     logged = last_lines(folder / METRICS)
     begin, end = _events(folder / EVENTS)
@@ -127,7 +133,7 @@ def read(folder: Path, *, whole: bool = False) -> Run:
     owner = folder_lock.owner(folder)
     state = _state(folder, owner, step, final, end, kept, bool(begin))
     size, written = _size(folder)
-    commands = _text(folder / folders.COMMANDS).splitlines()
+    commands = _text(folder / run_folders.COMMANDS).splitlines()
     return Run(
         folder,
         str(options.get("algo") or ""),
@@ -155,15 +161,18 @@ def _state(
     begun: bool,
 ) -> str:
     """The state of a run. step: its last, as far as one was written down. final: that of final/, -1 where that does not
-    say. end: the event of its end. Without that a run that wrote a checkpoint after its last step was stopped."""
+    say. end: the event of its end; begun: whether that of its beginning is there. Without events a run that wrote a
+    checkpoint after its last step was stopped."""
     if owner is not None:
         return RUNNING if owner.here else ELSEWHERE
     if end:
         return ENDED.get(str(end.get("how")), CRASHED)
+    if begun:  # and killed, or it would have noted its end
+        return CRASHED
     if final is not None and (final < 0 or final == step):
         return DONE
     if step is None:
-        return CRASHED if begun or (folder / "crash").is_dir() else NEVER
+        return CRASHED if (folder / "crash").is_dir() else NEVER
     bad = sorted(int(path.name[5:]) for path in (folder / "bad").glob("step-*") if path.name[5:].isdecimal())
     if bad and bad[-1] > step and not (folder / "crash").is_dir():
         return DIVERGED
@@ -174,9 +183,9 @@ def _kept(path: Path, *, whole: bool) -> Kept:
     try:
         listed = manifest.read(path)
     except manifest.BrokenError as error:
-        return Kept(path.name, folders.step_of(path) or 0, str(error))
+        return Kept(path.name, run_folders.step_of(path) or 0, str(error))
     faults = filter(None, (manifest.fault_of(path, name, one, whole=whole) for name, one in listed.files.items()))
-    return Kept(path.name, folders.step_of(path) or 0, next(faults, ""))
+    return Kept(path.name, run_folders.step_of(path) or 0, next(faults, ""))
 
 
 def _final(folder: Path) -> int | None:
@@ -250,10 +259,10 @@ def _events(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     begin: Mapping[str, Any] = {}
     end: Mapping[str, Any] = {}
     with suppress(OSError), path.open("rb") as file:
-        for one in _objects(line for line in file if b'"begin"' in line or b'"end"' in line):
-            if one.get("kind") == "begin":
+        for one in _objects(line for line in file if any(mark in line for mark in MARKED)):
+            if one.get("kind") == BEGIN:
                 begin, end = one, {}
-            elif one.get("kind") == "end":
+            elif one.get("kind") == END:
                 end = one
     return begin, end
 
@@ -263,7 +272,7 @@ def _total(found: list[Path], options: Mapping[str, Any], begin: Mapping[str, An
     found: the folders of its checkpoints."""
     if isinstance(begin.get("total"), int):
         return int(begin["total"])
-    read = folders.kept(found)
+    read = run_folders.kept(found)
     kept = read[1].get("fingerprint", {}) if read else {}
     batches, most = kept.get("batches"), options.get("max_steps")
     if not isinstance(batches, int):

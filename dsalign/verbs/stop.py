@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsalign import endings
-from dsalign.checkpoint import folder_lock, folders
+from dsalign.checkpoint import folder_lock, run_folders
 from dsalign.checkpoint.folder_lock import Owner
 from dsalign.config import flags
 from dsalign.guard.wishes import SAVE, STOP
@@ -87,7 +87,7 @@ def run(request: Request | None) -> int:
             + (f" at step {state.step}" if state.step is not None else "")
             + (f"; {onward}" if onward else "")
         )
-    before = {one.name for one in folders.newest_first(folder)}
+    before = {one.name for one in run_folders.newest_first(folder)}
     try:
         (folder / request.wish).touch()
     except OSError as error:
@@ -115,7 +115,7 @@ def _folder(given: Path) -> Path:
 
     Raises ValueError where it is no run's.
     """
-    folder = given.parent if folders.step_of(given) is not None else given
+    folder = given.parent if run_folders.step_of(given) is not None else given
     if folder.is_dir() and runs.is_run([path.name for path in folder.iterdir()]):
         return folder
     there = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
