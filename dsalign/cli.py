@@ -75,6 +75,8 @@ def _main(given: Sequence[str], typed: bool) -> int:
         if verb and not hasattr(module := verbs.load(verb), "words"):
             request = module.read(command.without(())[1:])
     if verb and not hasattr(module, "words"):
+        if hasattr(module, "ALONE"):
+            os.environ.update(launcher.alone(env))
         return int(module.run(request))
     with lazy.put_off("torch"):
         if command.asks("version"):
@@ -99,6 +101,7 @@ def _main(given: Sequence[str], typed: bool) -> int:
         os.environ["MASTER_PORT"] = env["MASTER_PORT"]
         env |= {} if launch else launcher.alone(env)
     os.environ.update({name: env[name] for name in SET if name in env})
+    lazy.required("torch")
     preflight = importlib.import_module("dsalign.verbs.preflight")
     preflight.check_resume(parsed.config, launch.ranks if launch else ranks.process(env).world_size)
     started = shlex.join([sys.argv[0], *given])

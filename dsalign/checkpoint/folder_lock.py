@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 LOCK = "run.lock"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that a lock names. since: local time, as text. here: whether it is one of this machine; of another
+    machine's it is not known whether it lives."""
+
+    pid: int
+    host: str
+    since: str
+    here: bool
+
+    def text(self) -> str:
+        """The process in words, as the lock has it."""
+        return f"pid {self.pid} on {self.host} since {self.since}"
 
 
 @contextmanager
@@ -73,3 +90,34 @@ def _open(path: Path) -> int:
     text = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
     os.write(number, text.encode())
     return number
+
+
+def owner(folder: Path) -> Owner | None:
+    """The process that writes to an output folder; None where there is none, or one of this machine that is gone. The
+    lock itself is not touched, so that a run which starts meanwhile gets it."""
+    path = folder / LOCK
+    try:
+        found = re.fullmatch(r"pid (\d+) on (\S+) since (.+)", path.read_text(errors="replace").strip())
+    except OSError:
+        return None
+    if found is None:
+        return None
+    named = Owner(int(found[1]), found[2], found[3], found[2] == socket.gethostname())
+    return None if named.here and not _holds(named.pid, path) else named
+
+
+def _holds(pid: int, path: Path) -> bool:
+    """Whether a process of this machine has a file open; of another user's, whether it lives."""
+    try:
+        os.kill(pid, 0)
+        for number in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                if os.path.samefile(number, path):
+                    return True
+        return False
+    except PermissionError:
+        return True
+    except FileNotFoundError:
+        return not Path("/proc/self/fd").is_dir()  # a system without /proc: it lives, and more is not known
+    except (ProcessLookupError, OverflowError):
+        return False

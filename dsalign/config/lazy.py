@@ -26,26 +26,29 @@ class _Later(types.ModuleType):
             )
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
+        required(self.__name__)
         return getattr(importlib.import_module(self.__name__), name)
+
+
+def required(name: str) -> None:
+    """Raise ValueError where a top-level module is not installed, with the command that installs it."""
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        raise ValueError(f"{name}: expected it beside dsalign, found nothing; run: pip install {name}")
 
 
 @contextmanager
 def put_off(name: str) -> Iterator[None]:
     """Within this block `import name` gives a stand-in, which imports the top-level module when it is first used.
 
-    Whoever got the stand-in may keep it. Nothing happens where the module is imported already.
-    Raises ModuleNotFoundError where it is not installed.
+    Whoever got the stand-in may keep it. Nothing happens where the module is imported already. Of one that is not
+    installed the first use raises ValueError, so that what needs it not, such as `dsalign doctor`, works.
     """
     if name in sys.modules:
         yield
         return
     spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise ModuleNotFoundError(
-            f"{name}: expected it beside dsalign, found nothing; run: pip install {name}", name=name
-        )
     module = _Later(name)
-    attributes = vars(importlib.util.module_from_spec(spec))
+    attributes = {} if spec is None else vars(importlib.util.module_from_spec(spec))
     module.__dict__.update({key: value for key, value in attributes.items() if key != "__path__"})
     sys.modules[name] = module
     try:

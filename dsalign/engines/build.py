@@ -25,22 +25,28 @@ def sources(config: RunConfig) -> dict[str, Source]:
     Rank 0 resolves names first, as it may convert an embedded model, which must happen once. Collective.
     Raises ValueError where a name cannot be resolved.
     """
+
+    def all_roles() -> dict[str, Source]:
+        return {role: source_of(role, config) for role in roles_with_model(config)}
+
+    dist.together(lambda: all_roles() if dist.rank() == 0 else {})
+    return dist.together(all_roles)
+
+
+def roles_with_model(config: RunConfig) -> list[str]:
+    """The roles of the algorithm in its order, without "reward" where functions alone give scores."""
+    traits, reward = config.algorithm.traits, config.models.reward_model
+    return [role for role in traits.roles if role != "reward" or reward or role in traits.trained]
+
+
+def source_of(role: str, config: RunConfig) -> Source:
+    """The source of a role's weights on this rank. Raises ValueError where its name cannot be resolved."""
     wanted = {
         "reference": config.models.ref_model,
         "reward": config.models.reward_model,
         "value": config.models.reward_model,  # the critic starts as the reward model, where there is one
     }
-    roles = [
-        role
-        for role in config.algorithm.traits.roles
-        if role != "reward" or config.models.reward_model or role in config.algorithm.traits.trained
-    ]
-
-    def all_roles() -> dict[str, Source]:
-        return {role: resolve(wanted.get(role) or config.models.model) for role in roles}
-
-    dist.together(lambda: all_roles() if dist.rank() == 0 else {})
-    return dist.together(all_roles)
+    return resolve(wanted.get(role) or config.models.model)
 
 
 def with_critic_of_ids(found: dict[str, Source], policy: Template, reward: Template) -> dict[str, Source]:

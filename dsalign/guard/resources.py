@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dsalign.config.cache import cache_folder
 from dsalign.config.schema import RunConfig
 from dsalign.engines.dist import ElsewhereError
 from dsalign.engines.memory import out_of_memory
+from dsalign.guard.disk import amount, free
 
 GIB = 2**30
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -76,22 +76,6 @@ def refuse_full_disk(needs: Needs, config: RunConfig, batches: int) -> None:
             f"written before an old one goes) and final/ of {amount(needs.weights)}. Free space, name another "
             "--output_dir, lower --save_total_limit, raise --save_steps, or train with --tuner lora"
         )
-
-
-def free(path: Path) -> int:
-    """Bytes that this user may still write to the file system of a path, which may not be there yet."""
-    there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
-    found = os.statvfs(there)
-    return found.f_bavail * found.f_frsize
-
-
-def amount(number: float) -> str:
-    """Bytes with a unit that people read."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
-        number /= 1024
-    return f"{number:.3g} TiB"
 
 
 def disk_fault(error: BaseException | None) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 def warning(env: Mapping[str, str]) -> str:
     """A line that names the locks which no process of this machine holds, and how to remove them; empty where there is
     none. env: the environment, which says where extensions are built."""
-    locks = stale(_root(env))
+    locks = stale(root(env))
     if not locks:
         return ""
     return (
@@ -30,7 +30,8 @@ def stale(root: Path) -> list[Path]:
     return [lock for lock in locks if os.path.realpath(lock) not in held]
 
 
-def _root(env: Mapping[str, str]) -> Path:
+def root(env: Mapping[str, str]) -> Path:
+    """The folder in which extensions are built, by the environment."""
     cache = env.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(env.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions").expanduser()
 

@@ -3,7 +3,8 @@
 A verb is a file of this folder with SUMMARY, its line in `dsalign --help`. `train` is what a command without a verb is.
 Any other verb has either
 
-- `read(words) -> request` and `run(request) -> exit code`: a program of its own; or
+- `read(words) -> request` and `run(request) -> exit code`: a program of its own, which with ALONE = True is a group of
+  one rank; or
 - `words(words, world_size) -> words`: it stands for a training command, whose words it returns. world_size: the number
   of ranks that will run.
 

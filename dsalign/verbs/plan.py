@@ -61,18 +61,7 @@ def read(argv: Sequence[str]) -> Request | None:
 
     Raises ConfigError for options of a run that cannot be read, ValueError for a wrong number.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    own.add_argument("--json", action="store_true")
-    defaults = {
-        "gpus": "8",
-        "gpu_memory": "80",
-        "nodes": None,
-        "cpu_memory": None,
-        "prompt_tokens": "0",
-        "params": None,
-    }
-    for name, default in {**defaults, **dict.fromkeys(NUMBERS)}.items():
-        own.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name, default=default)
+    own = _parser()
     try:
         asked, rest = own.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -93,6 +82,28 @@ def read(argv: Sequence[str]) -> Request | None:
         _whole("prompt_tokens", asked.prompt_tokens, least=0),
         asked.json,
     )
+
+
+def without_machine(argv: Sequence[str]) -> list[str]:
+    """The words of a command that are a run's own, without those that only `read` knows."""
+    return _parser().parse_known_args(list(argv))[1]
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser of what is no option of a run."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--json", action="store_true")
+    defaults = {
+        "gpus": "8",
+        "gpu_memory": "80",
+        "nodes": None,
+        "cpu_memory": None,
+        "prompt_tokens": "0",
+        "params": None,
+    }
+    for name, default in {**defaults, **dict.fromkeys(NUMBERS)}.items():
+        own.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), dest=name, default=default)
+    return own
 
 
 def _of_own_rows(parsed: config.Parsed) -> RunConfig:
@@ -169,6 +180,13 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return 0
+    found = answer(request)
+    print(json.dumps(found.as_json()) if request.as_json else found.text())
+    return 0 if found.fits else 2
+
+
+def answer(request: Request) -> plan_text.Answer:
+    """What `dsalign plan` says to a request. Raises ValueError as `shapes_of` does."""
     found = shapes_of(request.config, request.described)
     names = dict.fromkeys([*([request.given] if request.given else []), *estimate.CONFIGS])
     tried = _tried(request, found, request.config, request.machine, list(names))
@@ -176,9 +194,7 @@ def run(request: Request | None) -> int:
     fits = chosen is not None and chosen.fits(request.machine)
     hints = [] if fits else _nearest(request, found)
     shown = chosen or min(tried.values(), key=lambda one: one.peak)
-    answer = plan_text.Answer(request.config, request.machine, found, tried, shown, fits, hints)
-    print(json.dumps(answer.as_json()) if request.as_json else answer.text())
-    return 0 if fits else 2
+    return plan_text.Answer(request.config, request.machine, found, tried, shown, fits, hints)
 
 
 def _tried(

@@ -62,7 +62,13 @@ def test_what_is_imported_already_stays(heavy: str) -> None:
     assert sys.modules[heavy] is real
 
 
-def test_what_is_not_installed_is_named() -> None:
+def test_what_is_not_installed_is_named_when_it_is_used() -> None:
+    """What uses it not, such as `dsalign doctor`, works without it."""
     told = "no_such_module: expected it beside dsalign, found nothing; run: pip install no_such_module"
-    with pytest.raises(ModuleNotFoundError, match=told), lazy.put_off("no_such_module"):
-        pass
+    with lazy.put_off("no_such_module"):
+        module = importlib.import_module("no_such_module")
+    assert "no_such_module" not in sys.modules
+    for use in (lambda: module.anything, lambda: lazy.required("no_such_module")):
+        with pytest.raises(ValueError, match=told):
+            use()
+    lazy.required("json")

@@ -84,11 +84,6 @@ def test_the_room_of_a_run_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert refusal(39, "--resume", "latest") and refusal(40, "--resume", "latest") == ""
 
 
-def test_free_asks_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
-    assert resources.free(tmp_path / "a" / "b") == pytest.approx(resources.free(tmp_path), abs=64 * MIB)
-    assert [resources.amount(n) for n in (512, 1536, 3 * 2**30, 5 * 2**40)] == ["512 B", "1.5 KiB", "3 GiB", "5 TiB"]
-
-
 def chained(text: str) -> Exception:
     """An error of a library whose context is that of a full disk."""
     error = RuntimeError(text)
