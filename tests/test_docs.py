@@ -284,3 +284,24 @@ def test_inline_commands_are_verbs() -> None:
     for path in TEXTS:
         for words in re.findall(r"`dsalign ([^`]+)`", path.read_text(encoding="utf-8")):
             verbs.of(flags.split(words.split(), ALIASES).words)
+
+
+@pytest.mark.parametrize("name", algos.names())
+def test_a_configuration_to_start_from(name: str, desk: Path) -> None:
+    """configs/NAME.yaml is a run of that algorithm, with rows and a model that are there, and its own command works."""
+    text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    found = parse(["--config", f"configs/{name}.yaml"], world_size=1).config
+    assert (found.algo, found.output.output_dir) == (name, f"output/{name}")
+    assert found.data.dataset == (f"demo:{found.algorithm.traits.data}",)
+    assert f"docs/algorithms/{name}.md" in text
+    (command,) = re.findall(r"^#   dsalign (.*)$", text, re.MULTILINE)
+    words = shlex.split(command)
+    furnish(desk, words)
+    assert parse(words, world_size=1).config.models.model == "MODEL"
+    page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert f"](../../configs/{name}.yaml)" in page or f"configs/{name}.yaml" in page
+
+
+def test_configurations_are_of_algorithms() -> None:
+    """A file of configs/ is named as the algorithm that it configures, or is the recipe."""
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"recipe"} == set(algos.names())
