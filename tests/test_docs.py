@@ -26,6 +26,7 @@ from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Batch, Output, Prepared, Scores
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.packing import cut
+from dsalign.guard.trends import GUARDS
 from dsalign.loop.clock import PHASES
 from dsalign.loop.metrics import Spread
 from dsalign.models.load import VALUE_ROLES
@@ -305,3 +306,12 @@ def test_a_configuration_to_start_from(name: str, desk: Path) -> None:
 def test_configurations_are_of_algorithms() -> None:
     """A file of configs/ is named as the algorithm that it configures, or is the recipe."""
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"recipe"} == set(algos.names())
+
+
+def test_every_guard_is_described() -> None:
+    """With its paper, and the metrics that it reads."""
+    text = (PAGES / "README.md").read_text(encoding="utf-8").partition("## Guards\n")[2].partition("\n## ")[0]
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
+    for guard in GUARDS:
+        assert guard.paper in rows[guard.name]
+    assert len(rows) == len(GUARDS) + 1
