@@ -172,7 +172,7 @@ def known_flags() -> frozenset[str]:
 def test_every_flag_exists(path: Path) -> None:
     """An option of dsalign, of another trainer where dsalign knows it, or of a program in OTHERS."""
     text = path.read_text(encoding="utf-8")
-    found = {one.replace("-", "_") for one in re.findall(r"(?<![\w-])--([a-z][a-z0-9_-]*)", text)}
+    found = {one.replace("-", "_") for one in re.findall(r"(?<![\w-])--(?:[a-z]\w*\.)?([a-z][a-z0-9_-]*)", text)}
     strangers = found - known_flags() - OTHERS.keys()
     if path.name == "migrating.md":
         strangers -= foreign.SENTENCES.keys()
