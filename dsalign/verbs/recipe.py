@@ -89,8 +89,8 @@ def read(argv: Sequence[str]) -> Request | None:
         raise ValueError(f"recipe: expected one YAML file, got {len(command.words)}; write dsalign recipe FILE.yaml")
     if ranks.variables(os.environ) or any(name in os.environ for name in ranks.LAUNCHED):
         raise ValueError(
-            "recipe: expected to be started once, not as a task of a launcher; its stages start their own ranks, or run "
-            "the commands of --dry_run with the launcher"
+            "recipe: expected to be started once, not as a task of a launcher: its stages start their own ranks; or "
+            "run the commands of --dry_run with the launcher"
         )
     asked = [flag for flag in command.flags if flag.name != "dry_run"]
     stages = tuple(_stages(_load(command.words[0]), asked, command.words[0]))
