@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -26,6 +27,8 @@ from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Batch, Output, Prepared, Scores
 from dsalign.contract.rollouts import RolloutOptions
 from dsalign.data.batches.packing import cut
+from dsalign.data.rows.fields import Fields
+from dsalign.data.rows.formats import FORMATS, KINDS, convert
 from dsalign.guard.trends import GUARDS
 from dsalign.loop.clock import PHASES
 from dsalign.loop.metrics import Spread
@@ -277,7 +280,10 @@ def test_there_are_commands() -> None:
 def test_every_yaml_is_understood(where: str, text: str, desk: Path) -> None:
     furnish(desk, re.findall(r"[\w./#-]+", text))
     (desk / "block.yaml").write_text(text)
-    parse(["--config", "block.yaml"], world_size=1)
+    if "stages:" in text:
+        assert verbs.load("recipe").read(["block.yaml"]) is not None
+    else:
+        parse(["--config", "block.yaml"], world_size=1)
 
 
 def test_inline_commands_are_verbs() -> None:
@@ -315,3 +321,50 @@ def test_every_guard_is_described() -> None:
     for guard in GUARDS:
         assert guard.paper in rows[guard.name]
     assert len(rows) == len(GUARDS) + 1
+
+
+def rows_of(kind: str) -> list[dict[str, Any]]:
+    """The rows in the code of the page on data under the heading of a kind."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = text.partition(f"## {kind.capitalize()}\n")[2].partition("\n## ")[0]
+    return [json.loads(line) for line in section.splitlines() if line.startswith("    {")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_has_a_row(kind: str) -> None:
+    """One for each layout of the kind, in which no column is left unread but those that reward functions get."""
+    found = []
+    for row in rows_of(kind):
+        read = convert(Fields("docs/data.md", row, text_only=False), kind, None)
+        assert not read.unread and len(read.completions) == {"pairs": 2, "prompts": 0}.get(kind, 1)
+        found.append(next(needs for needs in FORMATS[kind] if row.keys() >= set(needs.split(", "))))
+    assert found == list(FORMATS[kind])
+    for name in algos.names():
+        if algos.load(name)().traits.data == kind:
+            page = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+            section = page.partition("## Data\n")[2].partition("\n## ")[0]
+            examples = [json.loads(line) for line in section.splitlines() if line.startswith("    {")]
+            assert examples
+            for row in examples:
+                convert(Fields(f"{name}.md", row, text_only=False), kind, None)
+
+
+def test_foreign_flags_mean_what_the_page_says() -> None:
+    """In migrating.md a flag of another trainer's column is read as the option of its row, or answered with it."""
+    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    table = text.partition("| here |")[2].partition("\n\n")[0].splitlines()[2:]
+    checked = 0
+    for line in table:
+        ours, *theirs = (re.findall(r"`--(\w+)", cell) for cell in line.strip("| ").split(" | "))
+        for name in (one for cell in theirs for one in cell):
+            checked += 1
+            known = name in ours or foreign.NAMES.get(name) in ours
+            answered = any(f"--{one}" in foreign.advice(name) for one in ours)
+            assert known or answered, f"migrating.md: --{name} stands beside {ours}"
+    assert checked > 60
+
+
+def test_pages_stand_in_the_site() -> None:
+    """Every page of docs/ is in the navigation of mkdocs.yml."""
+    listed = set(re.findall(r"^ *- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed == {str(path.relative_to(ROOT / "docs")) for path in DOCS} - {"reliability.md"}
