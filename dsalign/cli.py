@@ -75,8 +75,7 @@ def _main(given: Sequence[str], typed: bool) -> int:
         if verb and not hasattr(module := verbs.load(verb), "words"):
             request = module.read(command.without(())[1:])
     if verb and not hasattr(module, "words"):
-        if hasattr(module, "ALONE"):
-            os.environ.update(launcher.alone(env))
+        os.environ.update(launcher.alone(env) if hasattr(module, "ALONE") else {})
         return int(module.run(request))
     with lazy.put_off("torch"):
         if command.asks("version"):

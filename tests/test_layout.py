@@ -48,8 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
              "phases", "report", "rewards", "rollout"},
     "ranks": set(),
     "launcher": {"config", "endings", "ranks"},
-    "verbs": {"assets", "checkpoint", "config", "contract", "data", "endings", "engines", "faults", "guard", "loop",
-              "memory", "models", "phases", "ranks", "report", "rewards", "rollout"},
+    "verbs": {"__version__", "algos", "assets", "checkpoint", "config", "contract", "data", "endings", "engines",
+              "faults", "guard", "loop", "memory", "models", "phases", "ranks", "report", "rewards", "rollout"},
     "cli": {"__version__", "config", "endings", "launcher", "ranks", "report", "verbs"},
     "__init__": set(),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsalign.config import flags
-from dsalign.verbs import hosts, lines, machine
+from dsalign.verbs import hosts, lines, this_machine
 
 SUMMARY = "what is wrong with this machine, or those of a hostfile: versions, GPUs, builds, network"
 USAGE = """usage: dsalign doctor [--hostfile FILE] [--json]
@@ -56,7 +56,7 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return 0
-    found = machine.examined()
+    found = this_machine.examined()
     if request.hostfile is not None:
         found += hosts.examined(request.hostfile)
     return lines.answer(found, as_json=request.as_json)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dsalign.verbs.lines import ERROR, OK, WARNING, Line
-from dsalign.verbs.machine import PACKAGES, versions
+from dsalign.verbs.this_machine import PACKAGES, versions
 
 HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=([1-9][0-9]*)")
 SSH_S = 5  # seconds until a machine has answered

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsalign import cli
-from dsalign.verbs import doctor, hosts, machine
+from dsalign.verbs import doctor, hosts, this_machine
 from dsalign.verbs.lines import ERROR, OK, Line
 
 WITHOUT_TORCH = """
@@ -23,9 +23,9 @@ class No:
             raise ModuleNotFoundError("No module named 'torch'", name=name)
 sys.meta_path.insert(0, No())
 from dsalign import cli
-from dsalign.verbs import machine
-machine.PROBE = "raise ImportError('libtorch.so: not found')"
-machine.HUB_S = 0.1
+from dsalign.verbs import this_machine
+this_machine.PROBE = "raise ImportError('libtorch.so: not found')"
+this_machine.HUB_S = 0.1
 code = cli.main(["doctor", "--json"])
 print(code, cli.main(["--algo", "dpo"]))
 """
@@ -34,7 +34,7 @@ print(code, cli.main(["--algo", "dpo"]))
 def test_the_exit_code_is_of_the_worst_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "examined", lambda: [Line("a", OK, "fine")])
+    monkeypatch.setattr(this_machine, "examined", lambda: [Line("a", OK, "fine")])
     assert cli.main(["doctor"]) == 0 and capsys.readouterr().out.splitlines()[-1] == "1 ok"
     monkeypatch.setattr(hosts, "examined", lambda path: [Line("hostfile", ERROR, str(path))])
     assert cli.main(["doctor", "--json", "--hostfile", "nodes"]) == 2
