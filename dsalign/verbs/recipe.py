@@ -43,6 +43,7 @@ done and goes on with the one that was stopped. It ends with the exit code of th
 OWN = ("name", "stages")  # keys of the file that are no options
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+PACKAGES = ("dsalign", "dsalign_kernels")
 CLI = (sys.executable, "-m", "dsalign.cli")
 
 
@@ -233,10 +234,18 @@ def run(request: Request | None) -> int:
 
 def _run(stage: Stage) -> int:
     """Run a stage's command and return its exit code, 128 + the signal where one killed it."""
-    started = subprocess.Popen([*CLI, *stage.words])
+    started = subprocess.Popen([*CLI, *stage.words], env=_environment())
     with _passed_on(started):
         code = started.wait()
     return code if code >= 0 else 128 - code
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with the folders from which it took dsalign on the path: a checkout may not be
+    installed."""
+    ours = [path for path in sys.path if path and any(Path(path, name).is_dir() for name in PACKAGES)]
+    found = dict.fromkeys([*map(os.path.abspath, ours), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
 
 
 @contextmanager

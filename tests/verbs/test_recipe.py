@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,11 +175,22 @@ def test_commands_that_are_none(desk: Path, monkeypatch: pytest.MonkeyPatch) -> 
         words()
 
 
+def test_a_stage_finds_dsalign_in_any_folder(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a checkout that is on this process's path and on no environment's, as launch/train.py puts it there."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(recipe, "CLI", (sys.executable, "-m", "dsalign.cli"))
+    request = recipe.read(["recipe.yaml"])
+    assert request is not None
+    asked = replace(request.stages[0], words=("--version",))
+    assert recipe.run(replace(request, stages=(asked,))) == 0
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert recipe.read([]) is None and cli.main(["recipe", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: dsalign recipe FILE.yaml")
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_the_stage(desk: Path) -> None:
     """The recipe waits for the stage, which takes the time that a save needs, and ends with its code."""
     waits = "import pathlib, signal, sys, time\n"
