@@ -113,7 +113,13 @@ def _main(given: Sequence[str], typed: bool) -> int:
         count = [f"NPROC_PER_NODE={env['NPROC_PER_NODE']}"] if env.get("NPROC_PER_NODE") else []
         os.environ[preflight.STARTED_AS] = " ".join([*count, started])
         os.execve(launch.command[0], launch.command, launcher.environment(os.environ, sys.argv[0]))
-    process = ranks.process(env)
+    _train(parsed, ranks.process(env), started)
+    return endings.DONE
+
+
+def _train(parsed: parse.Parsed, process: ranks.Process, started: str) -> None:
+    """Train as this process. started: the command, as it was typed."""
+    preflight = importlib.import_module("dsalign.verbs.preflight")
     alone = process.world_size == 1
     ready = preflight.ready(parsed.config) if alone else nullcontext()
     with preflight.listening(started, alone=alone), ready, screen.opened(process.rank):
@@ -125,7 +131,6 @@ def _main(given: Sequence[str], typed: bool) -> int:
         run = importlib.import_module("dsalign.verbs.train")
         logging.disable(logging.NOTSET)
         run.train(parsed.config, process, started, parsed.origins)
-    return endings.DONE
 
 
 def _ask_the_hub(config: Any) -> None:
