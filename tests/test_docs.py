@@ -290,7 +290,8 @@ def test_inline_commands_are_verbs() -> None:
     """`dsalign VERB ...` within a sentence."""
     for path in TEXTS:
         for words in re.findall(r"`dsalign ([^`]+)`", path.read_text(encoding="utf-8")):
-            verbs.of(flags.split(words.split(), ALIASES).words)
+            if not words.startswith("VERB"):
+                verbs.of(flags.split(words.split(), ALIASES).words)
 
 
 @pytest.mark.parametrize("name", algos.names())
