@@ -290,7 +290,8 @@ def test_inline_commands_are_verbs() -> None:
     """`dsalign VERB ...` within a sentence."""
     for path in TEXTS:
         for words in re.findall(r"`dsalign ([^`]+)`", path.read_text(encoding="utf-8")):
-            verbs.of(flags.split(words.split(), ALIASES).words)
+            if not words.startswith("VERB"):
+                verbs.of(flags.split(words.split(), ALIASES).words)
 
 
 @pytest.mark.parametrize("name", algos.names())
@@ -366,5 +367,5 @@ def test_foreign_flags_mean_what_the_page_says() -> None:
 
 def test_pages_stand_in_the_site() -> None:
     """Every page of docs/ is in the navigation of mkdocs.yml."""
-    listed = set(re.findall(r"^ *- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    listed = set(re.findall(r"^ *- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert listed == {str(path.relative_to(ROOT / "docs")) for path in DOCS} - {"reliability.md"}
