@@ -162,7 +162,8 @@ def test_a_trained_reward_model(tiny: Path) -> None:
     assert isinstance(lora, ValueModel)
     assert torch.equal(full.v_head.summary.weight, lora.v_head.summary.weight)
     for model in (full, lora):
-        assert all(p.requires_grad for p in model.v_head.parameters())
+        head = model.v_head.summary
+        assert head.weight.requires_grad and not head.bias.requires_grad  # a classifier's score has no bias
 
 
 def test_a_frozen_role_is_frozen(tiny: Path, tmp_path: Path) -> None:
@@ -269,7 +270,9 @@ def test_the_score_layer_of_a_classifier_is_the_value_head(role: str, trained: b
         found = model(Inputs(ids, nothing, nothing, states=torch.tensor([3, 7])))
     torch.testing.assert_close(found, want)
     assert want.abs().min() > 1e-3
-    assert {p.requires_grad for p in model.v_head.parameters()} == {trained}
+    head = model.v_head.summary
+    assert head.weight.requires_grad == trained
+    assert head.bias.requires_grad == (trained and role == "value")  # of a reward model nothing would read it
 
 
 def test_the_bias_of_a_score_layer_is_kept(tmp_path: Path) -> None:
