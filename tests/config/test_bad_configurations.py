@@ -19,7 +19,7 @@ WORDS = [  # the words of a command, and how a line of its answer begins
     ("--algo sftt", "--algo: expected one of"),
     ("--algo", "--algo: expected one of"),
     ("train dpo", "command: expected one of"),
-    ("rlfh --algo dpo", "command: expected one of data, "),
+    ("rlfh --algo dpo", "command: expected one of bench, chat, "),
     ("sft --algo dpo", "--algo: expected sft after the verb sft"),
     (f"{SFT} --learning_rat 1", "--learning_rat: expected a known option, got 'learning_rat'; did you mean learn"),
     (f"{SFT} --learning_rate fast", "--learning_rate: expected a number, got 'fast'"),
