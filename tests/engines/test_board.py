@@ -18,7 +18,7 @@ def written() -> list[object]:
     found = board.read(["rank 1", "rank 0"])
     first = board.claim("first", f"rank {dist.rank()}")
     again = board.claim("first", "too late")
-    return [found, dist.everyone(first), again == first, Board("another").claim("first", "its own")]
+    return [found, dist.everyones(first), again == first, Board("another").claim("first", "its own")]
 
 
 def test_ranks_read_each_other_and_one_is_first(two_ranks: RankPool) -> None:

@@ -35,7 +35,7 @@ def test_a_transform_that_is_not_known_stops_the_run(tiny: Path, two_ranks: Rank
     """Logits that the model scales behind dsalign's back."""
     message = two_ranks.run(run_cases.self_checked, tiny, "scale")
     assert message.startswith("LlamaForCausalLM: the log-probabilities of rows.jsonl:")
-    assert message.endswith("dsalign does not know what this architecture does between its head and its logits")
+    assert "dsalign does not know what this architecture does between its head and its logits: take" in message
 
 
 def test_a_recurrent_model_trains_one_completion_a_row(two_ranks: RankPool, tmp_path: Path) -> None:
