@@ -94,7 +94,7 @@ def test_weights_that_are_not_finite_never_leave(
     first, second, *names = two_ranks.run(bad_cases.diverged, Run("sft", tiny, stage, tuner), tmp_path)
     assert first == second and "nothing stopped it" not in first
     assert first.count("(rank ") >= 2 and "policy" in first and "checkpoint-1" in first
-    assert names == ["checkpoint-1"]
+    assert names == ["checkpoint-1", "run.json"]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(known, "_cached", lambda hub: None)
     with pytest.raises(ValueError, match=r"got 'lama3-8b'; did you mean llama3-8b.*--params 70B --layers 80"):
         known.config_of("lama3-8b")
-    with pytest.raises(ValueError, match=r"holds no config\.json, so it is no model folder"):
+    with pytest.raises(ValueError, match=r"holds no config\.json; give the folder of a model"):
         known.config_of(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: expected JSON: "):
