@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ if not torch.cuda.is_available():  # then Triton kernels run in its interpreter,
     os.environ["TRITON_INTERPRET"] = "1"
 
 from support import RankPool, tiny_folder
+
+for number in (signal.SIGINT, signal.SIGHUP):  # nohup, and a shell's background, start what they run to ignore them
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

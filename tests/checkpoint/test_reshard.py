@@ -73,7 +73,7 @@ def test_another_layout_goes_on(
     [
         quick_if(first, *case)
         for first, case in [
-            (True, (torch.bfloat16, 0, torch.float32, 3)),
+            (False, (torch.bfloat16, 0, torch.float32, 3)),
             (False, (torch.float32, 0, torch.bfloat16, 0)),
             (False, (torch.bfloat16, 2, torch.float32, 0)),
             (False, (torch.float32, 3, torch.bfloat16, 2)),

@@ -106,6 +106,7 @@ def test_stopped_in_the_first_rollout_saves_nothing(tiny: Path, two_ranks: RankP
     assert shlex.split(last) == ["dsalign", *mine] and not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_stopped_in_an_evaluation_owes_it(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
     """In the evaluation after step 2, within the passes: the resumed run does it before step 3, and has the same best
     loss in its last checkpoint."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import whole_runs
 from safetensors.torch import load_file
-from support import RankPool
+from support import RankPool, quick_if
 
 from dsalign.loop.clock import PHASES
 
@@ -69,9 +69,9 @@ def test_sft_then_rm_then_ppo_by_folders(tiny: Path, two_ranks: RankPool, tmp_pa
             "--max_new_tokens 6 --num_generations 3 --num_iterations 2 --dynamic_sampling 2 --dtype bfloat16 "
             "--rollout_is_cap 1.01",
         ),
-        ("rloo", "demo:prompts#32", "--max_new_tokens 6 --num_generations 2"),
-        ("reinforce", "demo:prompts#32", "--max_new_tokens 6 --num_generations 2"),
-        ("online_dpo", "demo:prompts#32", "--max_new_tokens 6"),
+        quick_if(False, "rloo", "demo:prompts#32", "--max_new_tokens 6 --num_generations 2"),
+        quick_if(False, "reinforce", "demo:prompts#32", "--max_new_tokens 6 --num_generations 2"),
+        quick_if(False, "online_dpo", "demo:prompts#32", "--max_new_tokens 6"),
         ("dpo", "demo:pairs#40", "--rpo_alpha 0.5 --label_smoothing 0.1"),
     ],
 )
@@ -131,6 +131,7 @@ def test_evaluation_keeps_the_best_checkpoint(tiny: Path, two_ranks: RankPool, t
     assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-12", f"checkpoint-{best}"}
 
 
+@pytest.mark.slow
 def test_max_steps_ends_a_run_within_the_passes_over_a_rollout(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
     """Six steps in four passes a rollout are a whole rollout and half of one. The rate falls from 1 to 0 over six
     steps: 1 - 3/6 at the fourth, 1 - 5/6 at the last, which is logged, evaluated and saved. A resumed run has nothing

@@ -128,7 +128,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     ("algo", "more"),
     [
         ("dpo", ["--tuner", "full"]),
-        ("kto", []),
+        quick_if(False, "kto", []),
         quick_if(False, "kto", ["--tuner", "full"]),
         quick_if(False, "dpo", ["--deepspeed", "zero3"]),
     ],

@@ -131,5 +131,5 @@ def test_an_unknown_verb_is_refused_with_the_nearest(word: str, said: str) -> No
     with pytest.raises(ConfigError) as error:
         verbs.of([word])
     assert (
-        error.value.problems[0].startswith("command: expected one of chat, data, ") and said in error.value.problems[0]
+        error.value.problems[0].startswith("command: expected one of bench, chat, ") and said in error.value.problems[0]
     )
