@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +128,13 @@ class Run:
             assert time.monotonic() < began + seconds, f"ranks are left: {self.text[-4000:]}"
             time.sleep(0.1)
         return time.monotonic() - began
+
+    def kill(self) -> None:
+        """End what is left of the run."""
+        for node in range(self.cluster.count):
+            for pid in self.cluster.pids(node, SCRIPT):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def ranks(self, node: int) -> list[int]:
         """The processes of ranks on a node: those that run the script and are no launcher."""
