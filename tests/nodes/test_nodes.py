@@ -168,7 +168,7 @@ def test_a_full_disk_of_one_node_is_told_by_all(
 ) -> None:
     """The rank that cannot write says so; what was saved before is what a resumed run begins with."""
     command = [*words("dpo", inputs, tmp_path / "run", LONG), "--save_steps", "5", "--resume", "auto"]
-    fault = {"DSALIGN_TEST": "1", "DSALIGN_FAULT": "before_shard:1:full:2"}
+    fault = {"DSALIGN_TEST": "1", "DSALIGN_FAULT": "before_shard:1:full:3"}
     run = Run(cluster, "torchrun", command, tmp_path / "logs", **fault)
     run.wait(SECONDS)
     assert 0 not in run.codes
