@@ -21,7 +21,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from dsalign import algos
 from dsalign.config.schema import DataOptions, ModelOptions, OptimOptions, OutputOptions
@@ -113,6 +113,13 @@ def tiny_config(**changes: Any) -> LlamaConfig:
         "tie_word_embeddings": False,
     }
     return LlamaConfig(**{**settings, **changes})
+
+
+def random_model(config: PreTrainedConfig) -> Any:
+    """A causal model of this configuration with random weights, the same each time, for evaluation."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def tiny_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from dsalign.checkpoint.shards import known_classes
+
 MASTER = "weight"  # the key of a parameter's float32 weight beside those of its moments
-SAFE = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def _rank(file: Path) -> int:
 def _read(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed's, tensors mapped from disk. Raises ValueError where it holds other things than those."""
     try:
-        with torch.serialization.safe_globals(SAFE):
+        with known_classes():
             content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever torch or pickle raises for a file that is not what it should be
         raise ValueError(

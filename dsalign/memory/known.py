@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsalign.config.flags import nearest
-
-EMBEDDED = "smollm2-135m-instruct"
+from dsalign.config.reach_hub import EMBEDDED, HUB_NAMES
 
 
 def _llama(
@@ -23,33 +22,25 @@ def _llama(
 
 
 _LLAMA_8B = _llama(4096, 32, 32, 8, 14336, 128256)
-# Short name -> the hub's name and what its config.json says of sizes, for a machine that has not loaded it yet.
+# Short name -> what its config.json says of sizes, for a machine that has not loaded it yet.
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    EMBEDDED: _llama(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True),
+    "llama3-8b": _LLAMA_8B,
+    "llama3-8b-instruct": _LLAMA_8B,
+    "llama3_1-8b-instruct": _LLAMA_8B,
+    "llama3_2-1b-instruct": _llama(2048, 16, 32, 8, 8192, 128256, tie_word_embeddings=True),
+    "qwen2_5-0_5b-instruct": _llama(896, 24, 14, 2, 4864, 151936, model_type="qwen2", tie_word_embeddings=True),
+    "qwen2_5-7b-instruct": _llama(3584, 28, 28, 4, 18944, 152064, model_type="qwen2"),
+    "qwen3-8b": _llama(4096, 36, 32, 8, 12288, 151936, model_type="qwen3", head_dim=128),
+    "mistral-7b-instruct-v3": _llama(4096, 32, 32, 8, 14336, 32768, model_type="mistral"),
+    "gemma2-9b-instruct": _llama(
+        3584, 42, 16, 8, 14336, 256000, model_type="gemma2", head_dim=256, tie_word_embeddings=True
+    ),
+}
+_EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Short name -> (the hub's name, those sizes).
 KNOWN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    EMBEDDED: ("HuggingFaceTB/SmolLM2-135M-Instruct", _llama(576, 30, 9, 3, 1536, 49152, tie_word_embeddings=True)),
-    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", _LLAMA_8B),
-    "llama3-8b-instruct": ("meta-llama/Meta-Llama-3-8B-Instruct", _LLAMA_8B),
-    "llama3_1-8b-instruct": ("meta-llama/Llama-3.1-8B-Instruct", _LLAMA_8B),
-    "llama3_2-1b-instruct": (
-        "meta-llama/Llama-3.2-1B-Instruct",
-        _llama(2048, 16, 32, 8, 8192, 128256, tie_word_embeddings=True),
-    ),
-    "qwen2_5-0_5b-instruct": (
-        "Qwen/Qwen2.5-0.5B-Instruct",
-        _llama(896, 24, 14, 2, 4864, 151936, model_type="qwen2", tie_word_embeddings=True),
-    ),
-    "qwen2_5-7b-instruct": (
-        "Qwen/Qwen2.5-7B-Instruct",
-        _llama(3584, 28, 28, 4, 18944, 152064, model_type="qwen2"),
-    ),
-    "qwen3-8b": ("Qwen/Qwen3-8B", _llama(4096, 36, 32, 8, 12288, 151936, model_type="qwen3", head_dim=128)),
-    "mistral-7b-instruct-v3": (
-        "mistralai/Mistral-7B-Instruct-v0.3",
-        _llama(4096, 32, 32, 8, 14336, 32768, model_type="mistral"),
-    ),
-    "gemma2-9b-instruct": (
-        "google/gemma-2-9b-it",
-        _llama(3584, 42, 16, 8, 14336, 256000, model_type="gemma2", head_dim=256, tie_word_embeddings=True),
-    ),
+    name: (hub, _SIZES[name]) for name, hub in {EMBEDDED: _EMBEDDED_HUB, **HUB_NAMES}.items()
 }
 
 

@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -15,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dsalign.launcher import free_port
 
 GRACE_S = 15.0  # that the other ranks may live on when one has ended
 
@@ -76,9 +77,7 @@ def _serve(pipe: Any) -> None:
 
 
 def _forked(function: Callable[..., Any], args: Sequence[Any], world: int, fault: str, limit_s: float) -> list[Ended]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as logs:
         texts = [Path(logs, str(rank)) for rank in range(world)]
         pids = []

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import VOCABULARY, tiny_config, tiny_tokenizer
+from support import VOCABULARY, random_model, tiny_config, tiny_tokenizer
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CohereConfig,
     Gemma2Config,
@@ -18,7 +17,6 @@ from transformers import (
     GPTNeoXConfig,
     MixtralConfig,
     OPTConfig,
-    PreTrainedConfig,
     Qwen2Config,
 )
 
@@ -48,16 +46,10 @@ CONFIGS = {
 }
 
 
-def build(config: PreTrainedConfig) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_class_takes_the_weights_and_gives_the_score(name: str, tmp_path: Path) -> None:
     """Families whose decoders, heads and norms differ; rows of 4 and 6 tokens padded with 0, scored by both to 1e-5."""
-    ours = ValueModel(build(CONFIGS[name]), seed=1, reward=True).eval()
+    ours = ValueModel(random_model(CONFIGS[name]), seed=1, reward=True).eval()
     assert ours.classifier is not None and ours.classifier.name == name
     weights = {k: v for k, v in ours.model.state_dict().items() if k not in ours.classifier.left_out}
     ours.model.save_pretrained(tmp_path, state_dict=weights | {SCORE: ours.v_head.summary.weight.detach().clone()})
@@ -76,7 +68,7 @@ def test_a_class_takes_the_weights_and_gives_the_score(name: str, tmp_path: Path
 def test_a_family_without_such_a_class_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """transformers 5 has none for Cohere; the score is then in dsalign's own file alone."""
     with caplog.at_level(logging.WARNING):
-        assert classifier_of(build(CohereConfig(**SIZES)), 32) is None
+        assert classifier_of(random_model(CohereConfig(**SIZES)), 32) is None
     assert caplog.messages == [
         "transformers has no class for sequence classification that takes the weights of CohereForCausalLM and a "
         "score: the score is in value_head.safetensors alone, which dsalign reads"
@@ -85,7 +77,7 @@ def test_a_family_without_such_a_class_says_so(caplog: pytest.LogCaptureFixture)
 
 def test_a_critic_keeps_its_bias_and_is_no_classifier() -> None:
     """A value needs a bias, a score does not, as only differences count: there it stays what it was at the start."""
-    critic, reward = (ValueModel(build(tiny_config()), seed=0, reward=reward) for reward in (False, True))
+    critic, reward = (ValueModel(random_model(tiny_config()), seed=0, reward=reward) for reward in (False, True))
     assert critic.classifier is None and critic.v_head.summary.bias.requires_grad
     assert reward.classifier is not None and not reward.v_head.summary.bias.requires_grad
     assert reward.v_head.summary.weight.requires_grad

@@ -9,15 +9,13 @@ import pytest
 import torch
 from plain import plain_logps, plain_values
 from safetensors.torch import save_file
-from support import VOCABULARY, random_groups, tiny_config
+from support import VOCABULARY, random_groups, random_model, tiny_config
 from transformers import (
-    AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
     LlamaForCausalLM,
-    PreTrainedConfig,
     Qwen2Config,
 )
 
@@ -51,16 +49,10 @@ CONFIGS = {
 }
 
 
-def build(config: PreTrainedConfig) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_probabilities_are_the_models_own(name: str) -> None:
     """Five pairs of uneven lengths in one padded batch against one sequence at a time through the whole model."""
-    model = build(CONFIGS[name])
+    model = random_model(CONFIGS[name])
     groups = random_groups("pairs", 5)
     inputs = padded(groups, CPU)
     with torch.no_grad():
@@ -74,7 +66,10 @@ def test_log_probabilities_are_the_models_own(name: str) -> None:
 @pytest.mark.parametrize(("name", "key"), [("gemma2", "softcap"), ("granite", "scale"), ("cohere", "scale")])
 def test_the_transform_matters_in_the_test_above(name: str, key: str) -> None:
     """Without it the log-probabilities are other ones."""
-    wrapped, inputs = CausalModel(build(CONFIGS[name]).requires_grad_(False)), padded(random_groups("pairs", 5), CPU)
+    wrapped, inputs = (
+        CausalModel(random_model(CONFIGS[name]).requires_grad_(False)),
+        padded(random_groups("pairs", 5), CPU),
+    )
     right, _ = wrapped(inputs)
     assert getattr(wrapped.head.transform, key) not in (None, 1.0)
     wrapped.head = Head(LogitTransform())
@@ -84,7 +79,7 @@ def test_the_transform_matters_in_the_test_above(name: str, key: str) -> None:
 
 def test_nothing_to_predict_keeps_the_graph() -> None:
     """What a rank without rows runs: no log-probabilities, and a gradient of 0 for every parameter."""
-    model = build(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     inputs = padded([], CPU)
     logps, entropy = CausalModel(model)(inputs, True)
     assert logps.shape == (0,)
@@ -95,7 +90,7 @@ def test_nothing_to_predict_keeps_the_graph() -> None:
 
 def test_values_are_at_the_right_positions() -> None:
     """v . state + b from the last prompt token to the last completion token of each completion."""
-    model = build(CONFIGS["llama"])
+    model = random_model(CONFIGS["llama"])
     wrapped = ValueModel(model, seed=3)
     with torch.no_grad():
         wrapped.v_head.summary.bias.fill_(0.5)
@@ -133,7 +128,7 @@ def test_a_value_head_computes_in_float32() -> None:
 
 def test_an_unused_language_model_head_is_frozen_and_a_tied_one_is_not() -> None:
     """A head of its own would get no gradient; a tied one is the embedding."""
-    untied, tied = (ValueModel(build(CONFIGS[name]), seed=0) for name in ("llama", "llama tied"))
+    untied, tied = (ValueModel(random_model(CONFIGS[name]), seed=0) for name in ("llama", "llama tied"))
     assert [n for n, p in untied.named_parameters() if not p.requires_grad] == ["model.lm_head.weight"]
     assert all(p.requires_grad for p in tied.parameters())
 

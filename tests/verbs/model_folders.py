@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,15 @@ def save_head(folder: Path, weight: torch.Tensor, bias: float) -> None:
     """Write value_head.safetensors. weight: [1, width]."""
     state = {"v_head.summary.weight": weight, "v_head.summary.bias": torch.tensor([bias])}
     save_file(state, folder / "value_head.safetensors")
+
+
+def base_adapter_and_rm(tiny: Path, folder: Path) -> None:
+    """Write base, adapter and rm, which share a chat template, into `folder`. tiny: the model that all are made of."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML
+    for name in ("base", "rm"):
+        shutil.copytree(tiny, folder / name)
+        tokenizer.save_pretrained(folder / name)
+    save_head(folder / "rm", torch.full((1, 32), 0.25), 0.5)
+    adapter_of(folder / "base", folder / "adapter", scale=0.5)
+    GenerationConfig(eos_token_id=2).save_pretrained(folder / "adapter")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_folders import CHATML, adapter_of, save_head
+from model_folders import base_adapter_and_rm
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from support import tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsalign import cli
 from dsalign.verbs import chat, chatting
@@ -26,14 +25,7 @@ WORDS = ["--temperature", "0", "--max_new_tokens", "6"]
 def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """base, adapter and rm; all have the same chat template."""
     folder = tmp_path_factory.mktemp("chat")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHATML
-    for name in ("base", "rm"):
-        shutil.copytree(tiny, folder / name)
-        tokenizer.save_pretrained(folder / name)
-    save_head(folder / "rm", torch.full((1, 32), 0.25), 0.5)
-    adapter_of(folder / "base", folder / "adapter", scale=0.5)
-    GenerationConfig(eos_token_id=2).save_pretrained(folder / "adapter")
+    base_adapter_and_rm(tiny, folder)
     return {name: folder / name for name in ("base", "adapter", "rm")}
 
 

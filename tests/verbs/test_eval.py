@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_folders import CHATML, adapter_of, save_head
+from model_folders import base_adapter_and_rm
 from peft import AutoPeftModelForCausalLM
-from support import tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsalign import cli
 from dsalign.verbs import evaluated, harness
@@ -26,14 +24,7 @@ PAIRS = [("Hi?", "Good.", "Bad"), ("Why?", "So.", "No idea."), ("Who?", "I.", "Y
 def here(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base, adapter and rm, which share a chat template; pairs.jsonl and prompts.jsonl."""
     folder = tmp_path_factory.mktemp("eval")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHATML
-    for name in ("base", "rm"):
-        shutil.copytree(tiny, folder / name)
-        tokenizer.save_pretrained(folder / name)
-    save_head(folder / "rm", torch.full((1, 32), 0.25), 0.5)
-    adapter_of(folder / "base", folder / "adapter", scale=0.5)
-    GenerationConfig(eos_token_id=2).save_pretrained(folder / "adapter")
+    base_adapter_and_rm(tiny, folder)
     pairs = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p, _, _ in PAIRS))
