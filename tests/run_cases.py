@@ -175,7 +175,8 @@ def empty_store(output_dir: Path, keep: int = 2) -> Checkpoints:
 
 
 def saved_and_resumed(run: Run, output_dir: Path) -> list[tuple[list[float], dict[str, Any], dict[str, Any]]]:
-    """(losses of steps 3 and 4, weights, progress) of a run of four steps that saved after two, and of one resumed."""
+    """(losses of steps 3 and 4, weights, progress) of a run of four steps that saved after two, and of one resumed. The
+    save has its name only after the third step, when the weights are others."""
     torch.manual_seed(11 + dist.rank())
     results = []
     for resume in (False, True):
@@ -193,8 +194,10 @@ def saved_and_resumed(run: Run, output_dir: Path) -> list[tuple[list[float], dic
         ) -> None:
             if trainer.progress.step > 2:
                 losses.append(metrics["loss"])
+                assert store.unsettled != (output_dir / "checkpoint-2").exists()
+                store.settle()
             elif trainer.progress.step == 2:
-                store.save(trainer.progress)
+                store.start(trainer.progress)
 
         trainer.fit(after_step)
         results.append((losses, weights(trainer), trainer.progress.as_dict()))

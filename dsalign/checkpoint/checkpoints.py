@@ -50,14 +50,16 @@ class Checkpoints:
         self.engines, self.tokenizer, self.bases = engines, tokenizer, bases
         self.settings, self.adapters_only, self.trusted = dict(settings), adapters_only, options.trust_checkpoint
         self.changes: list[str] = []  # of the settings that a resumed run changes, a line each
+        self._started: tuple[staged.Staged, int | None] | None = None  # not named yet; the step that was the best then
 
     def export(self, folder: Path, step: int = 0, card: Callable[[Path], None] | None = None) -> None:
         """Write the trained models as folders: the first role's is `folder`, another's is `folder`/ROLE. An earlier
         `folder` is replaced when the new one is whole. step: optimizer steps taken. card: called on rank 0 with the
         folder in which all is, before it gets its name, to add what describes it. Collective.
 
-        Raises NotSavedError as `staged.write` does, and Diverged as `refuse_non_finite` does.
+        Raises NotSavedError as `staged.Staged` does, and Diverged as `refuse_non_finite` does.
         """
+        self.settle()
         self.refuse_non_finite(str(folder))
 
         def fill(parts: staged.Parts) -> None:
@@ -89,8 +91,17 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> Path:
         """Write checkpoint-<step> and return its folder, which gets this name when every rank's part is in it; then
-        remove old checkpoints. Collective. Raises NotSavedError as `staged.write` does, and Diverged as
+        remove old checkpoints. Collective. Raises NotSavedError as `staged.Staged` does, and Diverged as
         `refuse_non_finite` does."""
+        final = self.start(progress)
+        self.settle()
+        return final
+
+    def start(self, progress: Progress) -> Path:
+        """Do the part of `save` for which training must wait: write the files. They are hashed and flushed to the disk
+        while training goes on, and the folder has its name after `settle`. One at a time: an earlier one is settled
+        first. Collective; returns and raises as `save` does."""
+        self.settle()
         self.refuse_non_finite(f"checkpoint-{progress.step}")
         final = self.output_dir / f"checkpoint-{progress.step}"
 
@@ -107,20 +118,38 @@ class Checkpoints:
                 content = {"progress": progress.as_dict(), "fingerprint": self.settings}
                 parts.text(json.dumps(content, indent=2), PROGRESS_FILE)
 
-        staged.write(final, fill, lambda files: self._about(files, progress.step))
-        if dist.rank() == 0:
-            self._rotate(progress)
-        dist.barrier()
+        step = progress.step
+        self._started = staged.Staged(final, fill, lambda files: self._about(files, step)), progress.best_step
         return final
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a checkpoint was started that has no name yet; the same on every rank."""
+        return self._started is not None
+
+    def ready(self) -> bool:
+        """Whether `settle` has nothing to wait for on this rank."""
+        return self._started is None or self._started[0].ready()
+
+    def settle(self) -> None:
+        """Give a checkpoint that was started its name, and remove old ones; nothing where there is none. Collective.
+        Raises NotSavedError as `staged.Staged` does."""
+        if self._started is None:
+            return
+        (one, best_step), self._started = self._started, None
+        one.finish()
+        if dist.rank() == 0:
+            self._rotate(best_step)
+        dist.barrier()
 
     def _about(self, files: Mapping[str, Entry], step: int) -> Manifest:
         run, serial = run_folders.begun_run(self.output_dir), run_folders.last_serial(self.output_dir) + 1
         return Manifest(files, run=run, serial=serial, step=step)
 
-    def _rotate(self, progress: Progress) -> None:
+    def _rotate(self, best_step: int | None) -> None:
         """Remove all checkpoints but the `keep` that were written last and the one with the lowest evaluation loss. A
         checkpoint that cannot be removed is left, with a warning: the run has lost nothing."""
-        best = self.output_dir / f"checkpoint-{progress.best_step}"
+        best = self.output_dir / f"checkpoint-{best_step}"
         for folder in run_folders.newest_first(self.output_dir)[self.keep :]:
             if folder != best:
                 try:

@@ -33,7 +33,7 @@ class _Files(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
         """Do nothing: the staged folder is there."""
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Do nothing: `staged.write` commits what all engines wrote at once."""
+        """Do nothing: `staged.Staged` commits what all engines wrote at once."""
         return True
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:

@@ -7,10 +7,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -33,14 +32,14 @@ class NotSavedError(Ending):
 
 
 class Parts:
-    """What this rank writes into a staged folder: every file is hashed and flushed to the disk, and a failure is kept
-    in place of raised, as the other ranks are in the same collectives. After a failure nothing more is written."""
+    """What this rank writes into a staged folder: every file is hashed and flushed to the disk by threads, and a
+    failure is kept in place of raised, as the other ranks are in the same collectives. After a failure nothing more is
+    written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.error: Exception | None = None
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="dsalign-save")
-        self._entries: dict[str, Entry] = {}
         self._sealing: dict[str, Future[Entry]] = {}
 
     def attempt(self, call: Callable[[], Any]) -> None:
@@ -57,7 +56,7 @@ class Parts:
 
     def _pickle(self, value: Any, path: Path) -> None:
         faults.at("before_shard")
-        file = durable.HashedFile(path, self.threads)
+        file = durable.PatientFile(path)
         before = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:
@@ -67,7 +66,7 @@ class Parts:
             file.close()
         if file.error is not None:
             raise OSError(file.error.errno, file.error.strerror, str(path))
-        self._entries[self._name(path)] = Entry(file.size, file.digest())
+        self.seal(path)
 
     def tensors(self, values: Mapping[str, torch.Tensor], name: str) -> None:
         """Write tensors as `name`, a safetensors file."""
@@ -84,15 +83,15 @@ class Parts:
         for path in paths if self.error is None else ():
             self._sealing[self._name(path)] = self.threads.submit(_sealed, path)
 
+    def sealed(self) -> bool:
+        """Whether all files that this rank has written are on the disk by now, or one has failed."""
+        return all(future.done() for future in self._sealing.values())
+
     def entries(self) -> dict[str, Entry]:
         """Path inside the folder -> entry, of each file of this rank, when all are on the disk."""
-        for name, future in self._sealing.items():
-            self.attempt(partial(self._finish, name, future))
-        self._sealing = {}
-        return self._entries
-
-    def _finish(self, name: str, future: Future[Entry]) -> None:
-        self._entries[name] = future.result()
+        found: dict[str, Entry] = {}
+        self.attempt(lambda: found.update((name, future.result()) for name, future in self._sealing.items()))
+        return found
 
     def close(self) -> None:
         """End the threads when their work is done."""
@@ -102,30 +101,58 @@ class Parts:
         return path.relative_to(self.folder).as_posix()
 
 
-def write(final: Path, fill: Callable[[Parts], None], about: Callable[[dict[str, Entry]], Manifest]) -> None:
-    """Write the folder `final`, of which nothing is seen before it is whole; an older one is replaced. Collective.
+class Staged:
+    """A folder that is written, and has its name when `finish` was called.
 
     fill: called on every rank to write its files, in collectives that it shares with the others; it keeps failures in
-    its `Parts`. about: files -> the manifest, asked on rank 0 alone.
-    Raises NotSavedError on the first rank that failed and dist.ElsewhereError on the others; nothing is left then.
+    its `Parts`. When it returns, the caller's tensors may change. about: files -> the manifest, asked on rank 0 alone.
+    Collective. Raises NotSavedError on the first rank that failed and dist.ElsewhereError on the others; nothing is
+    left then.
     """
-    parts = Parts(final.with_name(f"{STAGING}{final.name}"))
-    try:
-        parts.attempt(lambda: purge(final.parent) if dist.rank() == 0 else None)
-        _agree(parts, final)
-        parts.attempt(lambda: parts.folder.mkdir(parents=True, exist_ok=True))  # also where the disk is not shared
-        fill(parts)
-        mine = parts.entries()
-        faults.at("after_shards")
-        _agree(parts, final)
-        every = dist.everyones((mine, socket.gethostname()))
-        parts.attempt(lambda: _commit(parts, final, about, every) if dist.rank() == 0 else None)
-        _agree(parts, final)
-    except Exception:
-        shutil.rmtree(parts.folder, ignore_errors=True)
-        raise
-    finally:
+
+    def __init__(
+        self, final: Path, fill: Callable[[Parts], None], about: Callable[[dict[str, Entry]], Manifest]
+    ) -> None:
+        self.final, self._about = final, about
+        self._parts = parts = Parts(final.with_name(f"{STAGING}{final.name}"))
+        with self._or_nothing():
+            parts.attempt(lambda: purge(final.parent) if dist.rank() == 0 else None)
+            _agree(parts, final)
+            parts.attempt(lambda: parts.folder.mkdir(parents=True, exist_ok=True))  # also where the disk is not shared
+            fill(parts)
+            _agree(parts, final)
+
+    def ready(self) -> bool:
+        """Whether `finish` would find every file of this rank on the disk, and not wait for it."""
+        return self._parts.sealed()
+
+    def finish(self) -> None:
+        """Give the folder its name, in place of an older one, when all ranks' files are hashed and on the disk.
+        Collective. Raises as the constructor does."""
+        parts, final = self._parts, self.final
+        with self._or_nothing():
+            mine = parts.entries()
+            faults.at("after_shards")
+            _agree(parts, final)
+            every = dist.everyones((mine, socket.gethostname()))
+            parts.attempt(lambda: _commit(parts, final, self._about, every) if dist.rank() == 0 else None)
+            _agree(parts, final)
         parts.close()
+
+    @contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._parts.close()
+            shutil.rmtree(self._parts.folder, ignore_errors=True)
+            raise
+
+
+def write(final: Path, fill: Callable[[Parts], None], about: Callable[[dict[str, Entry]], Manifest]) -> None:
+    """Write the folder `final`, of which nothing is seen before it is whole; an older one is replaced. Collective.
+    Arguments and errors are those of `Staged`."""
+    Staged(final, fill, about).finish()
 
 
 def _agree(parts: Parts, final: Path) -> None:
@@ -192,6 +219,7 @@ def _commit(
 
 
 def _sealed(path: Path) -> Entry:
+    faults.at("in_seal")
     durable.sync(path)
     return manifest.entry_of(path)
 

@@ -1,11 +1,11 @@
-"""What asks a run to stop or to save, on this rank, and what all ranks have agreed on. Imports no torch."""
+"""What asks a run to stop, to save or to end a save, on this rank, and what all ranks agreed on. Imports no torch."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsalign.guard import signals
@@ -17,10 +17,11 @@ LOOK_S = 1.0  # between two looks at files and launchers
 
 
 class Wishes:
-    """The wishes of one rank. `stop` and `save` are what was agreed: they are the same on every rank.
+    """The wishes of one rank. `stop`, `save` and `settle` are what was agreed: they are the same on every rank.
 
     max_wall: seconds after the start of the process at which the run stops, None = never. launchers: those whose end is
     a wish to stop. folder: in which the files STOP and SAVE are looked for, None = nowhere; one rank of a run looks.
+    busy: whether a save that this rank has begun is not on the disk yet; `settle` is agreed when no rank is.
     """
 
     def __init__(self, max_wall: float | None = None, launchers: Launchers | None = None) -> None:
@@ -29,16 +30,18 @@ class Wishes:
         self._looked = float("-inf")
         self._reason, self._save = "", False
         self.folder: Path | None = None
-        self.stop = self.save = False
+        self.busy: Callable[[], bool] = lambda: False
+        self.stop = self.save = self.settle = False
 
-    def numbers(self) -> tuple[float, float]:
-        """(1 where this rank wants to stop, 1 where it wants to save), to be added up over the ranks."""
+    def numbers(self) -> tuple[float, float, float]:
+        """(1 where this rank wants to stop, 1 where it wants to save, 1 where it is busy), to be added up over the
+        ranks."""
         reason = self.reason()
-        return float(bool(reason)), float(self._save)
+        return float(bool(reason)), float(self._save), float(self.busy())
 
     def agreed(self, sums: Sequence[float]) -> None:
         """Take over the sums of every rank's `numbers`."""
-        self.stop, self.save = self.stop or sums[0] > 0, self.save or sums[1] > 0
+        self.stop, self.save, self.settle = self.stop or sums[0] > 0, self.save or sums[1] > 0, sums[2] == 0
 
     def reason(self) -> str:
         """Why this rank wants to stop; empty where it does not."""

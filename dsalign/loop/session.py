@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -72,7 +73,8 @@ class Session:
         self._now: dict[str, float] = {}
         self._saved_step = self._logged_step = self.progress.step
         self._evaluated_step: int | None = None
-        self._save_s, self._said_slow = 0.0, False  # how long the last save took
+        self._saves, self._said_slow = 0, False  # of this process
+        self.wishes.busy = lambda: not store.ready()
 
     def run(self) -> dict[str, float]:
         """Train to the end and write final/; returns the last value of every metric. report.html is written however the
@@ -83,6 +85,8 @@ class Session:
         try:
             last = self._run()
         except BaseException as error:
+            if isinstance(error, endings.Diverged) or dist.is_agreed(error):  # else the other ranks are elsewhere
+                self._settle()
             self.report.close(error)
             raise
         self.report.close(None)
@@ -119,6 +123,8 @@ class Session:
 
     def _after_step(self, metrics: Mapping[str, float]) -> None:
         config, step = self.config, self.progress.step
+        if self.wishes.settle:
+            self._settle()
         self._window.add({**metrics, **self._spread.of(metrics, last=self.progress.prepared is None)})
         self._now = {name: x for name, x in metrics.items() if name in COUNTERS or name.endswith("lr")}
         if step % config.output.logging_steps == 0 or step == self.total:
@@ -133,6 +139,7 @@ class Session:
         if self._bad_trends and config.output.guard == "stop" and step < self.total:
             if step != self._saved_step:
                 self._save()
+            self._settle()
             raise endings.Stopped(
                 f"{self._bad_trends[0]}; saved at step {step}; resume with --guard warn to go on all the same"
             )
@@ -179,18 +186,36 @@ class Session:
                 self._save()
 
     def _save(self) -> None:
-        start = time.monotonic()
+        """Save a checkpoint. Training goes on while its files are hashed and flushed, and it has its name at the step
+        after which all are on the disk. One that was wished for, and the first, which tells of a disk that is slow or
+        not shared, are waited for."""
+        start, step = time.monotonic(), self.progress.step
+        awaited = self.wishes.save or not self._saves
         self.wishes.saved()
-        name = f"checkpoint-{self.progress.step}"
-        with phases.within("save"), resources.writing(name, self.output_dir, self._needs.checkpoint):
-            self.store.save(self.progress)
-        self._saved_step, self._save_s = self.progress.step, time.monotonic() - start
-        if self._save_s > GRACE_S and not self._said_slow:
+        with self._saving(f"checkpoint-{step}"):
+            self.store.start(self.progress)
+            self.wishes.settle = False
+            if awaited:
+                self.store.settle()
+        self._saved_step, self._saves = step, self._saves + 1
+        took = time.monotonic() - start
+        if took > GRACE_S and not self._said_slow:
             self._said_slow = True
             self.report.say(
-                f"warning: a checkpoint took {duration(self._save_s)} to write; deepspeed, torchrun and Slurm kill "
+                f"warning: a checkpoint took {duration(took)} to write; deepspeed, torchrun and Slurm kill "
                 f"{GRACE_S} s after SIGTERM, before such a save is done: stop with --max_wall or the file STOP instead"
             )
+
+    def _settle(self) -> None:
+        """Give a checkpoint that is under way its name."""
+        if self.store.unsettled:
+            with self._saving("a checkpoint"):
+                self.store.settle()
+
+    @contextmanager
+    def _saving(self, what: str) -> Iterator[None]:
+        with phases.within("save"), resources.writing(what, self.output_dir, self._needs.checkpoint):
+            yield
 
     def _stop(self) -> None:
         """Save the run, unless that was done, and end it with a message of rank 0 whose last line is a command."""
@@ -203,6 +228,7 @@ class Session:
             if step != self._saved_step or self.progress.owes_evaluation:
                 self.report.say(f"{why}: saving at step {step}")
                 self._save()
+            self._settle()
             text = (
                 f"stopped by {why} at step {step} of {self.total}, saved in {self.output_dir / f'checkpoint-{step}'}; "
                 f"resume with\n{endings.resuming(self.command)}"

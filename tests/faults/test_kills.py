@@ -24,6 +24,7 @@ POINTS: list[tuple[str, int, dict[int, int] | None, int]] = [
     ("after_policy", 0, None, 2),
     ("after_policy", 1, None, 2),
     ("after_value", 1, None, 2),
+    ("in_seal", 1, {2: 3, 3: 5}, 2),
     ("after_shards", 0, None, 2),
     ("after_shards", 1, None, 2),
     ("before_manifest", 0, None, 2),
@@ -114,7 +115,9 @@ def said(ended: list[Ended]) -> list[str]:
     return [line for one in ended for line in one.text.splitlines() if line.startswith("said: ")]
 
 
-@pytest.mark.parametrize(("point", "rank", "visit"), [("mid_shard", 1, 5), quick_if(False, "before_manifest", 0, 2)])
+@pytest.mark.parametrize(
+    ("point", "rank", "visit"), [("mid_shard", 1, 5), ("in_seal", 1, 6), quick_if(False, "before_manifest", 0, 2)]
+)
 def test_a_full_disk_on_one_rank(
     point: str, rank: int, visit: int,
     forks: Forks, straight: Callable[[int], str], record: Record, tmp_path: Path,

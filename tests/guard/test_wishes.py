@@ -22,22 +22,22 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_wished_at_first(tmp_path: Path) -> None:
     one = Wishes(3600.0, Launchers())
     one.folder = tmp_path
-    assert one.numbers() == (0.0, 0.0) and one.reason() == ""
+    assert one.numbers() == (0.0, 0.0, 0.0) and one.reason() == ""
 
 
 def test_a_signal_is_a_wish_to_stop() -> None:
     one = Wishes()
     signals.heard().note(10)
-    assert one.numbers() == (1.0, 0.0) and one.reason() == "SIGUSR1" and not one.stop
+    assert one.numbers() == (1.0, 0.0, 0.0) and one.reason() == "SIGUSR1" and not one.stop
 
 
 def test_any_rank_is_enough_and_what_was_agreed_stays() -> None:
     one = Wishes()
-    one.agreed([0.0, 0.0])
+    one.agreed([0.0, 0.0, 0.0])
     assert (one.stop, one.save) == (False, False)
-    one.agreed([1.0, 0.0])
-    one.agreed([0.0, 3.0])
-    one.agreed([0.0, 0.0])
+    one.agreed([1.0, 0.0, 0.0])
+    one.agreed([0.0, 3.0, 0.0])
+    one.agreed([0.0, 0.0, 0.0])
     assert (one.stop, one.save) == (True, True)
 
 
@@ -52,10 +52,10 @@ def test_the_file_save_is_removed_when_it_is_obeyed(tmp_path: Path) -> None:
     one = Wishes()
     one.folder = tmp_path
     (tmp_path / "SAVE").touch()
-    assert one.numbers() == (0.0, 1.0)
-    one.agreed([0.0, 1.0])
+    assert one.numbers() == (0.0, 1.0, 0.0)
+    one.agreed([0.0, 1.0, 0.0])
     one.saved()
-    assert not one.save and not (tmp_path / "SAVE").exists() and one.numbers() == (0.0, 0.0)
+    assert not one.save and not (tmp_path / "SAVE").exists() and one.numbers() == (0.0, 0.0, 0.0)
 
 
 def test_a_save_for_another_reason_leaves_a_file_that_was_not_seen(tmp_path: Path) -> None:
@@ -65,14 +65,14 @@ def test_a_save_for_another_reason_leaves_a_file_that_was_not_seen(tmp_path: Pat
     one.numbers()
     (tmp_path / "SAVE").touch()
     one.saved()
-    assert one.numbers() == (0.0, 1.0)
+    assert one.numbers() == (0.0, 1.0, 0.0)
 
 
 def test_the_file_stop_is_removed_when_it_is_obeyed(tmp_path: Path) -> None:
     one = Wishes()
     one.folder = tmp_path
     (tmp_path / "STOP").touch()
-    assert one.numbers() == (1.0, 0.0) and one.reason() == f"the file {tmp_path / 'STOP'}"
+    assert one.numbers() == (1.0, 0.0, 0.0) and one.reason() == f"the file {tmp_path / 'STOP'}"
     with mock.patch.object(signals, "ignore") as ignored:
         one.stopped()
     assert not (tmp_path / "STOP").exists() and ignored.called
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_removed_is_not_looked_for_again(tmp_path: Path) -
     one.numbers()
     with mock.patch.object(wishes.logger, "warning") as warned:
         one.saved()
-    assert one.numbers() == (0.0, 0.0) and "SAVE" in warned.call_args.args
+    assert one.numbers() == (0.0, 0.0, 0.0) and "SAVE" in warned.call_args.args
 
 
 def test_a_launcher_that_is_gone_is_a_wish_to_stop() -> None:
@@ -101,6 +101,6 @@ def test_files_are_looked_for_once_a_second(monkeypatch: pytest.MonkeyPatch, tmp
     with mock.patch.object(wishes.time, "monotonic", return_value=100.0):
         one.numbers()
         (tmp_path / "STOP").touch()
-        assert one.numbers() == (0.0, 0.0)
+        assert one.numbers() == (0.0, 0.0, 0.0)
     with mock.patch.object(wishes.time, "monotonic", return_value=101.0):
-        assert one.numbers() == (1.0, 0.0)
+        assert one.numbers() == (1.0, 0.0, 0.0)
