@@ -3,6 +3,7 @@ hold, and a pool of gloo ranks."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -56,9 +57,15 @@ def section(cls: type[S], **changes: Any) -> S:
 
 
 def ds_file(settings: dict[str, Any]) -> str:
-    """The path of a DeepSpeed file with these settings."""
-    path = Path(tempfile.mkdtemp()) / "ds.json"
-    path.write_text(json.dumps(settings))
+    """The path of a DeepSpeed file with these settings: the same one for the same settings, as ranks end without a
+    chance to remove theirs."""
+    text = json.dumps(settings)
+    folder = Path(tempfile.gettempdir()) / f"dsalign-tests-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)  # other ranks may read it
     return str(path)
 
 
