@@ -168,7 +168,10 @@ class Roles:
         return [one for one in found if one is not None]
 
     def _inputs(self, role: str, engine: Any, groups: Sequence[Group]) -> Inputs:
-        return (packed if engine.module.shares else padded)(groups, self.device, ends=role == "reward")
+        if not engine.module.shares:
+            return padded(groups, self.device, ends=role == "reward")
+        counted = engine.module.balancing is not None  # a balancing loss counts each prompt's tokens
+        return packed(groups, self.device, ends=role == "reward", whole=counted)
 
     def _engine(self, name: str) -> tuple[Any, AbstractContextManager[None]]:
         """The engine that computes the role called `name`, and the context in which its forward passes must run."""

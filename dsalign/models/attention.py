@@ -1,16 +1,16 @@
-"""Attention over packed rows, in which a group's prompt stands once and its completions follow one after another.
+"""Attention over packed rows, in which what several sequences begin with stands once: a tree of spans of tokens.
 
-A token of a completion sees the prompt and what stands before it in its own completion, and nothing of another
-completion or another group, as if each completion stood in a row of its own.
+A token sees the tokens before it in its own span and in those that this one goes on from, and nothing of another
+branch, as if each sequence stood in a row of its own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -34,34 +34,33 @@ WORTH_SPLITTING = 32768  # scores that nothing reads: a group with as many is wo
 
 @dataclass(frozen=True)
 class Part:
-    """Queries of a packed row whose attention is one call. queries: of one group, its stem, or one branch. stem: the
-    tokens of the row before them that they see too, none unless they are a branch. mask: [queries, stem + queries]
-    bool, true where a query sees a key; None = causal."""
+    """Queries of a packed row whose attention is one call. queries: of one span, with its branches or without. before:
+    the spans that theirs goes on from, which they see too. mask: [queries, before + queries] bool, true where a query
+    sees a key; None = causal."""
 
     queries: slice
-    stem: slice
+    before: tuple[slice, ...]
     mask: Tensor | None
 
     def keys(self, x: Tensor) -> Tensor:
-        """The keys or values that the queries see, [1, H, stem + queries, D], of those of the row, [1, H, T, D]."""
+        """The keys or values that the queries see, [1, H, before + queries, D], of those of the row, [1, H, T, D]."""
         own = x[:, :, self.queries]
-        return torch.cat([x[:, :, self.stem], own], dim=2) if self.stem.stop > self.stem.start else own
+        return torch.cat([*(x[:, :, one] for one in self.before), own], dim=2) if self.before else own
 
 
 class SharedPrefix:
     """The attention mask of one packed row, built once for all layers of a forward pass.
 
-    spans: the groups in the row, in order. read: [n] int64, the positions whose last hidden state feeds the head,
-    None = all. unsupported: names of the features that a layer asked for and that are not computed here, "" = none.
+    spans: those of the row that go on from nothing, in order. read: [n] int64, the positions whose last hidden state
+    feeds the head, None = all. unsupported: names of the features that a layer asked for and that are not computed
+    here, "" = none. position: [T] int64, position ids. until: [T] int64, the position in the row up to which the tokens
+    behind one see it: the end of its span's last branch.
     """
 
     def __init__(self, spans: Sequence[Span], device: torch.device, *, read: Tensor | None = None) -> None:
         self.spans, self.read, self.unsupported = spans, read, ""
-        self.lengths = [span.stem + sum(span.branches) for span in spans]
-        branches = [[0] * s.stem + [i for i, n in enumerate(s.branches, 1) for _ in range(n)] for s in spans]
-        groups = [[i] * n for i, n in enumerate(self.lengths)]
-        flat = [x for part in branches for x in part], [x for part in groups for x in part]
-        self.branch, self.group = (torch.tensor(x, device=device) for x in flat)
+        until = [end for span, start in _starts(spans, 0) for end in _ends(span, start)]
+        self.until = torch.tensor(until, device=device)
         self.position = torch.tensor([p for span in spans for p in span.positions()], device=device)
         self._parts: dict[int | None, list[Part]] = {}
         self._blocks: dict[int | None, BlockMask] = {}
@@ -69,50 +68,75 @@ class SharedPrefix:
     def allowed(self, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
         """The function mask_mod(batch, head, i, j) of FlexAttention: whether token i sees token j.
 
-        window: how many tokens a sliding window holds, token i included, counted along i's own completion and prompt;
-        None = no window.
+        window: how many tokens a sliding window holds, token i included, counted along i's own sequence; None = no
+        window.
         """
 
         def mask_mod(batch: Any, head: Any, i: Tensor, j: Tensor) -> Tensor:
-            path = (self.branch[j] == 0) | (self.branch[j] == self.branch[i])
-            seen = (self.group[i] == self.group[j]) & path & (i >= j)
+            seen = (i >= j) & (i < self.until[j])
             return seen if window is None else seen & (self.position[i] - self.position[j] < window)
 
         return mask_mod
 
     def parts(self, window: int | None) -> list[Part]:
-        """The row as calls of a dense attention, in the order of its tokens: a group is one, or its stem is one and
-        each of its branches, where the scores between two branches would be too many to compute for nothing."""
+        """The row as calls of a dense attention, in the order of its tokens: a span is one with all its branches, or it
+        is one and each of its branches, where the scores that nothing reads would be too many."""
         if window not in self._parts:
-            found, start = [], 0
-            for span, length in zip(self.spans, self.lengths, strict=True):
-                none, stem = slice(start, start), slice(start, start + span.stem)
-                pieces = [(slice(start, start + length), none, len(span.branches) < 2)]
-                unread = (length - span.stem) ** 2 - sum(n**2 for n in span.branches) + span.stem * (length - span.stem)
-                if len(span.branches) > 1 and unread >= WORTH_SPLITTING:
-                    ends = list(accumulate(span.branches, initial=stem.stop))
-                    pieces = [(stem, none, True), *((slice(a, b), stem, False) for a, b in pairwise(ends) if b > a)]
-                for queries, before, causal in pieces:
-                    plain = causal and (window is None or queries.stop - queries.start <= window)
-                    found.append(Part(queries, before, None if plain else self._mask(queries, before, window)))
-                start += length
+            found = list[Part]()
+            for span, start in _starts(self.spans, 0):
+                self._add(found, span, start, (), window)
             self._parts[window] = found
         return self._parts[window]
 
-    def _mask(self, queries: slice, stem: slice, window: int | None) -> Tensor:
+    def _add(self, found: list[Part], span: Span, start: int, before: tuple[slice, ...], window: int | None) -> None:
+        splits = _unread(span) >= WORTH_SPLITTING
+        queries = slice(start, start + (span.length if splits else span.size))
+        plain = not before and (splits or _is_path(span)) and (window is None or queries.stop - start <= window)
+        found.append(Part(queries, before, None if plain else self._mask(queries, before, window)))
+        for one, at in _starts(span.branches, queries.stop) if splits else ():
+            if one.size:
+                self._add(found, one, at, (*before, queries), window)
+
+    def _mask(self, queries: slice, before: tuple[slice, ...], window: int | None) -> Tensor:
         """The mask of a `Part`."""
-        own = torch.arange(queries.start, queries.stop, device=self.branch.device)
-        keys = torch.cat([torch.arange(stem.start, stem.stop, device=own.device), own])
-        return self.allowed(window)(None, None, own[:, None], keys[None, :])
+        ranges = [torch.arange(x.start, x.stop, device=self.until.device) for x in (*before, queries)]
+        return self.allowed(window)(None, None, ranges[-1][:, None], torch.cat(ranges)[None, :])
 
     def blocks(self, window: int | None) -> BlockMask:
         """The mask of the whole row, in the form in which FlexAttention skips blocks that no token sees."""
         if window not in self._blocks:
-            size = len(self.branch)
+            size = len(self.until)
             self._blocks[window] = create_block_mask(
-                self.allowed(window), None, None, size, size, device=self.branch.device.type
+                self.allowed(window), None, None, size, size, device=self.until.device.type
             )
         return self._blocks[window]
+
+
+def _starts(spans: Sequence[Span], start: int) -> Iterator[tuple[Span, int]]:
+    """Each of some spans that stand one behind the other, and where it starts."""
+    return zip(spans, accumulate((span.size for span in spans), initial=start), strict=False)
+
+
+def _ends(span: Span, start: int) -> Iterator[int]:
+    """Of each token of a span that starts there, the end of what sees it."""
+    yield from [start + span.size] * span.length
+    for one, at in _starts(span.branches, start + span.length):
+        yield from _ends(one, at)
+
+
+def _is_path(span: Span) -> bool:
+    """Whether a span branches nowhere, so that its attention is a plain causal one."""
+    return not span.branches or (len(span.branches) == 1 and _is_path(span.branches[0]))
+
+
+def _unread(span: Span) -> int:
+    """Scores of a span that one call computes and nothing reads: of its own tokens to its branches, and between two
+    branches; none where it branches nowhere."""
+    inside = sum(map(_unread, span.branches))
+    if len(span.branches) < 2:
+        return inside
+    sizes = [one.size for one in span.branches]
+    return inside + span.length * sum(sizes) + sum(sizes) ** 2 - sum(n**2 for n in sizes)
 
 
 def can_share(model: PreTrainedModel) -> bool:
@@ -190,8 +214,8 @@ def _by_group(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of a packed row on a CPU, one group at a time: scores between two groups are not even computed, nor,
-    where they are many, those between two branches of a group.
+    """Attention of a packed row on a CPU, one part at a time: scores between two groups are not even computed, nor,
+    where they are many, those between two branches.
 
     query, key, value: [1, H, T, D], key and value with fewer heads where queries share them. scaling: of the scores,
     None = 1 / sqrt(D). softcap: scores are held within -+softcap. Returns [1, H, T, D].

@@ -79,15 +79,18 @@ def build(config: PreTrainedConfig, shares: bool = True) -> CausalModel:
 
 def groups() -> list[Group]:
     """Prompts of 2 to 9 tokens with 2, 1 and 3 completions of 1 to 10, with 2 that begin with the same three, and one
-    prompt without any."""
+    prompt without any; between them, three that begin with the same ten tokens, and two of these are equal."""
     draw = random.Random(0)
-    found = random_groups("prompts", 5)
+    turn = tuple(range(10, 20))
+    found = random_groups("prompts", 8)
+    for i, prompt in {1: (*turn, 5, 6, 7), 3: turn, 5: (*turn, 5, 6, 7)}.items():
+        found[i] = dataclasses.replace(found[i], prompt=prompt)
 
     def completion(*first: int) -> tuple[int, ...]:
         return (*first, *(draw.randrange(4, VOCABULARY) for _ in range(draw.randint(0, 9 - len(first)))), 2)
 
-    begin = [(), (), (), (5, 6, 7), ()]
-    many = zip(found, (2, 1, 3, 2, 0), begin, strict=True)
+    begin = [(), (8, 9), (), (), (5, 6, 7), (), (), ()]
+    many = zip(found, (2, 2, 1, 1, 2, 1, 3, 0), begin, strict=True)
     return [dataclasses.replace(g, completions=tuple(completion(*b) for _ in range(n))) for g, n, b in many]
 
 
@@ -109,7 +112,7 @@ def gradients(wrapped: CausalModel, inputs: Inputs) -> tuple[torch.Tensor, dict[
     ],
 )
 def test_a_packed_row_is_every_sequence_alone(name: str, worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log-probabilities and gradients of five groups in one row, against the untouched model one sequence at a time,
+    """Log-probabilities and gradients of eight groups in one row, against the untouched model one sequence at a time,
     and against padded rows; the window of 6 cuts what most tokens see. With worth = 0 a branch is a call of its own."""
     monkeypatch.setattr(attention, "WORTH_SPLITTING", worth)
     wrapped = build(CONFIGS[name])
@@ -117,7 +120,7 @@ def test_a_packed_row_is_every_sequence_alone(name: str, worth: int, monkeypatch
     ours, mine = gradients(wrapped, packed(groups(), CPU))
     assert wrapped.unsupported == ""
     untouched = build(CONFIGS[name], shares=False)
-    torch.testing.assert_close(ours, torch.cat(plain_logps(untouched.model, groups()[:4])), atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(ours, torch.cat(plain_logps(untouched.model, groups()[:-1])), atol=5e-6, rtol=1e-5)
     theirs, want = gradients(untouched, padded(groups(), CPU))
     torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
     assert mine.keys() == want.keys()
@@ -176,7 +179,7 @@ def test_values_are_those_of_padded_rows() -> None:
 def test_who_sees_whom_by_hand() -> None:
     """Prompt a b, completions c d and e; then prompt f with completion g. With a window of 2, c (position 2) no longer
     sees a, nor does e, and d sees c only."""
-    prefix = SharedPrefix([Span(2, (2, 1)), Span(1, (1,))], CPU)
+    prefix = SharedPrefix([Span(2, (Span(2), Span(1))), Span(1, (Span(1),))], CPU)
     want = [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -193,7 +196,7 @@ def test_who_sees_whom_by_hand() -> None:
     windowed = prefix.allowed(2)(None, None, i[:, None], i[None, :]).int()
     assert windowed[2:5].tolist() == [[0, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 0, 0]]
     first, second = prefix.parts(None)
-    assert (first.queries, first.stem) == (slice(0, 5), slice(0, 0))
+    assert (first.queries, first.before) == (slice(0, 5), ())
     assert first.mask is not None and first.mask.int().tolist() == [row[:5] for row in want[:5]]
     assert second.queries == slice(5, 7) and second.mask is None, "one completion is plain causal attention"
 
@@ -201,23 +204,37 @@ def test_who_sees_whom_by_hand() -> None:
 def test_a_call_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stem of 2 with branches of 2, none and 1, behind a group of 3 tokens: of the second group's 25 scores, 2 x 3
     are of the stem to branches and 2 x 2 between branches; where these 10 are worth it, none of them is computed."""
-    spans = [Span(1, (2,)), Span(2, (2, 0, 1))]
+    spans = [Span(1, (Span(2),)), Span(2, (Span(2), Span(0), Span(1)))]
     monkeypatch.setattr(attention, "WORTH_SPLITTING", 11)
     assert [p.queries for p in SharedPrefix(spans, CPU).parts(None)] == [slice(0, 3), slice(3, 8)]
     monkeypatch.setattr(attention, "WORTH_SPLITTING", 10)
     one, stem, first, second = SharedPrefix(spans, CPU).parts(None)
     assert (one.mask, stem.mask) == (None, None), "a group of one completion, and a stem, are plain causal attention"
     assert (stem.queries, first.queries, second.queries) == (slice(3, 5), slice(5, 7), slice(7, 8))
-    assert first.stem == second.stem == slice(3, 5)
+    assert first.before == second.before == (slice(3, 5),)
     assert first.mask is not None and first.mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert second.mask is not None and second.mask.int().tolist() == [[1, 1, 1]]
     row = torch.arange(8.0)[None, None, :, None]
     assert first.keys(row).flatten().tolist() == [3, 4, 5, 6] and second.keys(row).flatten().tolist() == [3, 4, 7]
 
 
+def test_a_tree_of_three_levels_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """a, from which b and e go on, and from b c and d: each sees the way back to a."""
+    prefix = SharedPrefix([Span(1, (Span(1, (Span(1), Span(1))), Span(1)))], CPU)
+    i = torch.arange(5)
+    want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 0, 0, 1]]
+    assert prefix.allowed(None)(None, None, i[:, None], i[None, :]).int().tolist() == want
+    assert (prefix.position.tolist(), prefix.until.tolist()) == ([0, 1, 2, 2, 1], [5, 4, 3, 4, 5])
+    monkeypatch.setattr(attention, "WORTH_SPLITTING", 1)
+    row = torch.arange(5.0)[None, None, :, None]
+    keys = [part.keys(row).flatten().tolist() for part in prefix.parts(None)]
+    assert keys == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 4]]
+    assert [p.mask is None for p in prefix.parts(None)] == [True, False, False, False, False]
+
+
 def test_blocks_of_flex_attention_are_the_dense_mask() -> None:
     """300 tokens, so that some blocks of 128 are full, some partial, some empty: the block mask as a dense one."""
-    prefix = SharedPrefix([Span(140, (60, 30)), Span(20, (50,))], CPU)
+    prefix = SharedPrefix([Span(140, (Span(60), Span(30))), Span(20, (Span(50),))], CPU)
     i = torch.arange(300)
     want = prefix.allowed(None)(None, None, i[:, None], i[None, :])
     found = torch.zeros(384, 384, dtype=torch.bool)
@@ -239,7 +256,7 @@ def test_flex_attention_is_the_attention_by_group(
     """The GPU's function, not compiled, on a CPU, whether or not a branch is a call of its own."""
     monkeypatch.setattr(attention, "_compiled", lambda: attention.flex_attention)
     monkeypatch.setattr(attention, "WORTH_SPLITTING", worth)
-    prefix = SharedPrefix([Span(14, (6, 3)), Span(2, (5,))], CPU)
+    prefix = SharedPrefix([Span(9, (Span(5, (Span(4), Span(3))), Span(2))), Span(2, (Span(5),))], CPU)
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 30, 16, generator=draw) for heads in (4, 2, 2))
     for softcap in (None, 1.5):
@@ -264,7 +281,7 @@ def test_what_cannot_share() -> None:
 
 def test_what_is_not_computed_is_said() -> None:
     """A layer that hands over attention sinks gets an answer without them, and the prefix says so."""
-    prefix = SharedPrefix([Span(2, (2,))], CPU)
+    prefix = SharedPrefix([Span(2, (Span(2),))], CPU)
     query = torch.randn(1, 4, 4, 8)
     layer: Any = torch.nn.Identity()
     attend = attention._attention("sdpa")

@@ -27,9 +27,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def groups() -> list[Group]:
-    """Prompts of up to 200 tokens with 2, 1 and 3 completions of up to 150: over several blocks of 128."""
+    """Prompts of up to 200 tokens with 2, 1 and 3 completions of up to 150: over several blocks of 128. Two prompts
+    begin with the same 140 tokens."""
     draw = random.Random(0)
     found = random_groups("prompts", 3, longest=200)
+    turn = tuple(4 + i % 40 for i in range(140))
+    found = [dataclasses.replace(g, prompt=(*turn, *g.prompt[:9]) if i != 1 else g.prompt) for i, g in enumerate(found)]
     return [
         dataclasses.replace(
             g,

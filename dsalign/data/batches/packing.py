@@ -13,24 +13,32 @@ from torch import Tensor
 from dsalign.contract.groups import Group, MicroBatch, Prepared
 from dsalign.data.tokens.text_ids import length_shared
 
+WORTH_SHARING = 8  # tokens with which prompts must begin alike
+
 
 @dataclass(frozen=True)
 class Span:
-    """Where one group stands in a packed row, in numbers of tokens.
+    """Tokens of a packed row that are computed once, and what goes on from them.
 
-    stem: the prompt and the tokens with which all completions begin, computed once. branches: what is left of each
-    completion, one behind the other; each sees the stem and itself, not the other branches.
+    length: number of tokens, which see what the span goes on from, and each other, causally. branches: spans that go on
+    from this one; each sees it, and not the other branches. In a row a span's own tokens come first, then its branches,
+    each whole.
     """
 
-    stem: int
-    branches: tuple[int, ...]
+    length: int
+    branches: tuple[Span, ...] = ()
 
-    def positions(self) -> Iterator[int]:
-        """The position id of each token of the group: every branch goes on where the stem ends, as if it stood there
-        alone."""
-        yield from range(self.stem)
-        for length in self.branches:
-            yield from range(self.stem, self.stem + length)
+    @property
+    def size(self) -> int:
+        """Number of tokens, those of the branches included."""
+        return self.length + sum(one.size for one in self.branches)
+
+    def positions(self, start: int = 0) -> Iterator[int]:
+        """The position id of each token, the first one's being `start`: every branch goes on where the span ends, as if
+        it stood there alone."""
+        yield from range(start, start + self.length)
+        for one in self.branches:
+            yield from one.positions(start + self.length)
 
 
 @dataclass(frozen=True)
@@ -61,35 +69,32 @@ class Inputs:
     real: Tensor | None = None
 
 
-def packed(groups: Sequence[Group], device: torch.device, *, ends: bool = False) -> Inputs:
+def packed(groups: Sequence[Group], device: torch.device, *, ends: bool = False, whole: bool = False) -> Inputs:
     """All groups in one row without padding: each prompt stands once, and so do the tokens with which all its
-    completions begin. For models whose attention keeps branches apart (`models/attention.py`).
+    completions begin, and those with which several prompts begin. For models whose attention keeps branches apart
+    (`models/attention.py`).
 
-    ends: `states` has the last token of each completion alone, as a reward model needs. Without groups the row is one
-    token of which nothing is predicted, as a rank without work must still take part in the collectives of a forward and
-    backward pass.
+    ends: `states` has the last token of each completion alone, as a reward model needs. whole: prompts that begin alike
+    stand whole all the same. Without groups the row is one token of which nothing is predicted, as a rank without work
+    must still take part in the collectives of a forward and backward pass.
     """
-    ids: list[int] = []
     states: list[int] = []
     asked: dict[tuple[int, int], int] = {}  # (position, the token it predicts) -> which of the N
     copies: list[int] = []
     sizes: list[int] = []
-    spans: list[Span] = []
-    for group in groups:
-        before, known = len(ids) + len(group.prompt) - 1, len(asked)
-        shared = num_shared(group)
-        ids += group.prompt
-        ids += group.completions[0][:shared] if shared else ()
-        stem = range(before, len(ids))
+    ids, spans, last = _row(
+        groups, [(0, [i]) for i in range(len(groups))] if whole else alike([g.prompt for g in groups])
+    )
+    for group, before in zip(groups, last, strict=True):
+        known, shared = len(asked), num_shared(group)
+        at = before + 1 + shared
+        stem = range(before, at)
         for completion, mask in zip(group.completions, _masks(group), strict=True):
-            path = [*stem, *range(len(ids), len(ids) + len(completion) - shared)]
-            ids += completion[shared:]
+            path = [*stem, *range(at, at + len(completion) - shared)]
+            at += len(completion) - shared
             states += path[-1:] if ends else path
-            copies += (asked.setdefault(at, len(asked)) for at in compress(zip(path, completion, strict=False), mask))
+            copies += (asked.setdefault(x, len(asked)) for x in compress(zip(path, completion, strict=False), mask))
         sizes.append(len(asked) - known)
-        spans.append(Span(len(group.prompt) + shared, tuple(len(c) - shared for c in group.completions)))
-    if not ids:
-        ids, spans = [0], [Span(1, ())]
     positions = [p for span in spans for p in span.positions()]
     return Inputs(
         ids=_index([ids], device),
@@ -102,6 +107,47 @@ def packed(groups: Sequence[Group], device: torch.device, *, ends: bool = False)
         sizes=tuple(sizes),
         read=_index(list(dict.fromkeys(states)), device),
     )
+
+
+def _row(
+    groups: Sequence[Group], parts: Sequence[tuple[int, Sequence[int]]]
+) -> tuple[list[int], list[Span], list[int]]:
+    """(ids, spans, the position of each group's last prompt token) of a packed row. parts: as `alike` returns them."""
+    ids: list[int] = []
+    spans: list[Span] = []
+    last = [0] * len(groups)
+    for common, members in sorted(parts, key=lambda part: min(part[1])):
+        ids += groups[members[0]].prompt[:common]
+        branches = []
+        for i in members:
+            group, shared = groups[i], num_shared(groups[i])
+            own = group.prompt[common:]
+            last[i] = len(ids) + len(own) - 1
+            ids += [*own, *(group.completions[0][:shared] if shared else ())]
+            for completion in group.completions:
+                ids += completion[shared:]
+            branches.append(Span(len(own) + shared, tuple(Span(len(c) - shared) for c in group.completions)))
+        spans += [Span(common, tuple(branches))] if common else branches
+    return (ids, spans, last) if ids else ([0], [Span(1)], last)
+
+
+def alike(prompts: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    """Prompts that begin alike, as (number of tokens, indices of the prompts), or (0, [index]) for one that is alone.
+
+    In sorted order prompts that begin alike are neighbours. A prompt joins the group before it where that saves more
+    tokens than the group loses if its members then share fewer. Each prompt keeps a token of its own.
+    """
+    found: list[tuple[int, list[int]]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])):
+        if found:
+            stem, members = found[-1]
+            before = prompts[members[-1]]
+            shared = min(length_shared(before, prompts[i]), len(before) - 1, len(prompts[i]) - 1, stem or len(before))
+            if shared >= WORTH_SHARING and shared * len(members) > stem * (len(members) - 1):
+                found[-1] = shared, [*members, i]
+                continue
+        found.append((0, [i]))
+    return found
 
 
 def num_shared(group: Group) -> int:
@@ -234,7 +280,8 @@ def num_tokens(groups: Sequence[Group]) -> int:
 
 
 def num_computed(group: Group, *, shared: bool = True) -> int:
-    """Tokens of a group that a forward pass computes: in a packed row, or, where `shared` is false, in padded rows, in
+    """Tokens of a group that a forward pass computes at most: in a packed row, where no other prompt begins like its
+    own, or, where `shared` is false, in padded rows, in
     which each completion has a prompt of its own (padding is not counted)."""
     again = max(0, len(group.completions) - 1)
     return num_tokens([group]) + again * (-num_shared(group) if shared else len(group.prompt))

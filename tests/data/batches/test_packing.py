@@ -14,6 +14,7 @@ from support import random_groups
 from dsalign.contract.groups import Group, Prepared
 from dsalign.data.batches.packing import (
     Span,
+    alike,
     bins,
     chunks,
     cut,
@@ -28,6 +29,7 @@ from dsalign.data.batches.packing import (
 
 CPU = torch.device("cpu")
 PAIR = Group(0, "a:1", prompt=(5, 6), completions=((7, 8, 2), (9,)), prompt_text="x")
+TURN = tuple(range(10, 20))  # with which prompts begin
 LONE = Group(1, "a:2", prompt=(4,), completions=((3, 2),), prompt_text="y")
 
 
@@ -98,7 +100,7 @@ def test_a_packed_row_by_hand() -> None:
     assert found.ids.tolist() == [[5, 6, 7, 8, 2, 9, 4, 3, 2]]
     assert found.positions is not None
     assert found.positions.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2]]
-    assert found.spans == (Span(2, (3, 1)), Span(1, (2,)))
+    assert found.spans == (Span(2, (Span(3), Span(1))), Span(1, (Span(2),)))
     assert found.predict.tolist() == [1, 2, 3, 1, 6, 7]
     assert found.targets.tolist() == [7, 8, 2, 9, 3, 2]
     assert found.states.tolist() == [1, 2, 3, 4, 1, 5, 6, 7, 8]
@@ -106,7 +108,7 @@ def test_a_packed_row_by_hand() -> None:
 
 def test_a_packed_row_of_nothing_is_one_token() -> None:
     found = packed([], CPU)
-    assert found.ids.tolist() == [[0]] and found.spans == (Span(1, ()),)
+    assert found.ids.tolist() == [[0]] and found.spans == (Span(1),)
     assert [x.tolist() for x in (found.predict, found.targets, found.states)] == [[], [], []]
     assert found.ids.dtype == found.predict.dtype == torch.int64
 
@@ -120,7 +122,7 @@ def test_what_completions_begin_with_stands_once_in_a_packed_row() -> None:
     assert found.ids.tolist() == [[5, 6, 7, 8, 2, 9, 4, 3, 2]]
     assert found.positions is not None and found.copies is not None and found.read is not None
     assert found.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
-    assert found.spans == (Span(3, (2, 1)), Span(1, (2,)))
+    assert found.spans == (Span(3, (Span(2), Span(1))), Span(1, (Span(2),)))
     assert (found.predict.tolist(), found.targets.tolist()) == ([1, 2, 3, 2, 6, 7], [7, 8, 2, 9, 3, 2])
     assert (found.copies.tolist(), found.sizes) == ([0, 1, 2, 0, 3, 4, 5], (4, 2))
     assert found.states.tolist() == [1, 2, 3, 4, 1, 2, 5, 6, 7, 8]
@@ -128,6 +130,53 @@ def test_what_completions_begin_with_stands_once_in_a_packed_row() -> None:
     ends = packed([pair, LONE], CPU, ends=True)
     assert ends.states.tolist() == [4, 5, 8] and ends.read is not None and ends.read.tolist() == [4, 5, 8]
     assert padded([pair, LONE], CPU, ends=True).states.tolist() == [4, 8, 12]
+
+
+def test_what_prompts_begin_with_stands_once_in_a_packed_row() -> None:
+    """Ten tokens, from which two groups go on, of a token and one with completions 7 8 and 7 9, and of two with 3; the
+    second one in order, 4 | 3 2, stands behind them."""
+    first = dataclasses.replace(PAIR, prompt=(*TURN, 5), completions=((7, 8), (7, 9)))
+    third = dataclasses.replace(LONE, prompt=(*TURN, 6, 6), completions=((3,),))
+    found = packed([first, LONE, third], CPU)
+    assert found.ids.tolist() == [[*TURN, 5, 7, 8, 9, 6, 6, 3, 4, 3, 2]]
+    assert found.positions is not None and found.copies is not None
+    assert found.positions.tolist() == [[*range(10), 10, 11, 12, 12, 10, 11, 12, 0, 1, 2]]
+    assert found.spans == (
+        Span(10, (Span(2, (Span(1), Span(1))), Span(2, (Span(1),)))),
+        Span(1, (Span(2),)),
+    )
+    assert (found.predict.tolist(), found.targets.tolist()) == ([10, 11, 11, 17, 18, 15], [7, 8, 9, 3, 2, 3])
+    assert (found.copies.tolist(), found.sizes) == ([0, 1, 0, 2, 3, 4, 5], (3, 2, 1))
+    assert found.states.tolist() == [10, 11, 12, 10, 11, 13, 17, 18, 19, 15, 16]
+    whole = packed([first, LONE, third], CPU, whole=True)
+    assert whole.ids.numel() == 10 + found.ids.numel() and len(whole.spans) == 3
+
+
+def test_eight_tokens_are_enough_to_share_and_seven_are_not() -> None:
+    assert alike([(*TURN[:7], 1), (*TURN[:7], 2)]) == [(0, [0]), (0, [1])]
+    assert alike([(*TURN[:8], 1), (*TURN[:8], 2)]) == [(8, [0, 1])]
+
+
+def test_a_prompt_joins_only_where_that_saves_tokens() -> None:
+    """Two system turns that themselves begin alike: three prompts that share 30 tokens save 60; a fourth prompt, which
+    shares 10 with them, would make that 30."""
+    long = TURN + tuple(range(30, 50))
+    prompts = [(*long, 1), (*long, 2), (*long, 3), (*TURN, 90, 1)]
+    assert alike(prompts) == [(30, [0, 1, 2]), (0, [3])]
+    assert alike([(*long[:15], 50), (*long[:15], 51), (*TURN, 90)]) == [(10, [0, 1, 2])], "20 tokens in place of 15"
+    assert alike([]) == []
+
+
+@given(st.lists(st.lists(st.integers(4, 5), min_size=1, max_size=14).map(tuple), max_size=5))
+def test_groups_keep_their_predictions_whatever_their_prompts_begin_with(prompts: list[tuple[int, ...]]) -> None:
+    """Each group's targets, in its order, at as many places as the row without sharing has."""
+    groups = [dataclasses.replace(PAIR, prompt=prompt) for prompt in prompts]
+    ours, theirs = packed(groups, CPU), packed(groups, CPU, whole=True)
+    assert ours.targets.tolist() == theirs.targets.tolist() and ours.sizes == theirs.sizes
+    assert ours.positions is not None and theirs.positions is not None and ours.read is not None
+    assert ours.positions[0, ours.predict].tolist() == theirs.positions[0, theirs.predict].tolist()
+    assert ours.ids[0, ours.states].tolist() == theirs.ids[0, theirs.states].tolist()
+    assert ours.ids.numel() == max(1, sum(span.size for span in ours.spans)) <= theirs.ids.numel()
 
 
 def test_completions_that_begin_alike_may_count_differently() -> None:
@@ -143,7 +192,7 @@ def test_completions_that_begin_alike_may_count_differently() -> None:
     for completions, stem, branches in [(((7, 2), (7, 2)), 4, (0, 0)), (((7,), (7, 2)), 3, (0, 1))]:
         pair = dataclasses.replace(PAIR, completions=completions)
         found = packed([pair], CPU, ends=True)
-        assert found.spans == (Span(stem, branches),)
+        assert found.spans == (Span(stem, tuple(map(Span, branches))),)
         assert found.states.tolist() == [stem - 1, stem - 1 + branches[1]]
 
 
@@ -152,7 +201,7 @@ def test_a_row_has_what_is_computed_once(completions: tuple[tuple[int, ...], ...
     """Every token of every completion is predicted, and the size that rows are cut by is the row's own."""
     group = dataclasses.replace(PAIR, completions=completions)
     found = packed([group], CPU)
-    assert num_computed(group) == found.ids.numel() == sum([found.spans[0].stem, *found.spans[0].branches])
+    assert num_computed(group) == found.ids.numel() == found.spans[0].size
     if completions:
         assert num_computed(group, shared=False) == sum(2 + len(c) for c in completions)
     copies = torch.arange(len(found.targets)) if found.copies is None else found.copies
