@@ -49,7 +49,7 @@ import torch
 from results_file import ResultsFile
 from rollout_sets import Workload
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 
 TIE = 1e-3  # nats: between two logits as close as this, rounding decides which token is greedy
 LOGP = 1e-4  # nats: log-probabilities of a sampler and of a plain forward

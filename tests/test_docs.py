@@ -25,7 +25,7 @@ from dsalign.config.parse import ALIASES, parse
 from dsalign.config.schema import RUN_OPTIONS, own_options
 from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Batch, Output, Prepared, Scores
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.data.batches.packing import cut
 from dsalign.data.rows.fields import Fields
 from dsalign.data.rows.formats import FORMATS, KINDS, convert

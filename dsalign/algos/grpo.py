@@ -9,6 +9,7 @@ from dsalign.contract import rollouts
 from dsalign.contract.algorithm import Algorithm, Context, Traits, check_choice, check_range
 from dsalign.contract.groups import Batch, Loss, MicroBatch, Output, Prepared
 from dsalign.contract.maths import KL_ESTIMATORS, mean, token_kl
+from dsalign.contract.rollout_options import RolloutOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class GRPO(Algorithm):
         if self.epsilon_high is not None:
             check_range("epsilon_high", self.epsilon_high, 0, open_low=True)
 
-    def check(self, rollout: rollouts.RolloutOptions) -> None:
+    def check(self, rollout: RolloutOptions) -> None:
         """Raise ValueError where overlong_buffer exceeds max_new_tokens."""
         check_range("overlong_buffer", self.overlong_buffer, 0, rollout.max_new_tokens)
 

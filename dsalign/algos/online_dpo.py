@@ -10,6 +10,7 @@ from dsalign.contract.algorithm import Algorithm, Context, Traits, check_choice,
 from dsalign.contract.groups import Batch, Fused, Loss, MicroBatch, Output, Prepared
 from dsalign.contract.maths import pair, pair_metrics
 from dsalign.contract.preference_losses import LOSSES, Ratios
+from dsalign.contract.rollout_options import RolloutOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class OnlineDPO(Algorithm):
         check_range("num_generations", self.num_generations, 2)
         check_range("num_mini_batches", self.num_mini_batches, 1)
 
-    def check(self, rollout: rollouts.RolloutOptions) -> None:
+    def check(self, rollout: RolloutOptions) -> None:
         """Raise ValueError where rollout_is_cap is set: importance weights are of policy gradients."""
         if rollout.rollout_is_cap is not None:
             raise ValueError(

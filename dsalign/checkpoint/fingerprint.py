@@ -18,7 +18,7 @@ MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
     "when it gives up": ("max_bad_steps", "rollout_logp_limit"),
     "where and how it is computed": (
         "deepspeed", "dtype", "attn_impl", "gradient_checkpointing", "head_memory", "ref_cache", "trust_remote_code",
-        "dataset_num_proc", "streaming", "on_bad_row", "local_rollout_forward_batch_size",
+        "dataset_num_proc", "streaming", "on_bad_row", "local_rollout_forward_batch_size", "rollout_gather",
         "vllm_server", "vllm_folder", "vllm_memory", "vllm_timeout",
     ),
 }  # fmt: skip

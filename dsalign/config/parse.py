@@ -23,7 +23,7 @@ from dsalign.config.schema import (
     one_line,
     own_options,
 )
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 
 ALIASES = foreign.NAMES  # name of an option in the documented scripts and other trainers -> its name here
 

@@ -19,7 +19,7 @@ from dsalign.config import ds_files, options, paths
 from dsalign.config.options import Option
 from dsalign.config.secrets import redacted
 from dsalign.contract.algorithm import Algorithm
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 
 REWARD_FUNCS = f"reward functions, path/to/file.py:function; {assets.REWARD} where there is no reward model either"
 GLOBAL_BATCH = 16  # groups in an optimizer step where gradient_accumulation_steps is not given

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dsalign.contract.groups import Group, Sampled, Scores
-    from dsalign.contract.rollouts import RolloutOptions
+    from dsalign.contract.rollout_options import RolloutOptions
 
 
 @dataclass(frozen=True, kw_only=True)

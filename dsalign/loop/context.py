@@ -13,7 +13,7 @@ from torch import Tensor
 from dsalign import phases
 from dsalign.checkpoint.random_state import random_state, restore_random_state
 from dsalign.contract.groups import Batch, Group, Sampled, Scores
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.data.batches.loader import Stream
 from dsalign.engines import dist
 from dsalign.engines.roles import ReferenceLogps, Roles

@@ -9,7 +9,7 @@ from typing import Any
 from dsalign.config import ds_files
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group, Scores
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.data.batches.loader import Loader, Stream
 from dsalign.data.tokens.templates import Template
 from dsalign.engines import dist

@@ -225,7 +225,7 @@ class _Run:
         phases |= {f"step of the {role.name}": role.held.step + role.held.buffers for role in roles if role.trained}
         cache = gathered = 0.0
         if self.config.algorithm.traits.online:
-            cache, gathered, work = self._rollout(roles[0], shapes[roles[0].name])
+            cache, gathered, work = self._rollout(shapes[roles[0].name], self.machine.usable - always)
             phases["rollout"] = cache + gathered + work
         rest = sum(role.held.buffers for role in roles)
         when = max(phases, key=lambda name: phases[name])
@@ -236,9 +236,10 @@ class _Run:
         cpu = sum(role.held.cpu for role in roles)
         return Estimate(deepspeed, self.micro_batch, self.tokens, roles, cache, gathered, peak, when, cpu)
 
-    def _rollout(self, policy: Role, shape: Shape) -> tuple[float, float, float]:
-        """(cache of keys and values, weights of the rollout's own, work space): completions that run at a time, whole
-        weights at stage 3, and with LoRA a second copy of the layers into which the adapter is merged."""
+    def _rollout(self, shape: Shape, free: float) -> tuple[float, float, float]:
+        """(cache of keys and values, weights of the rollout's own, work space): completions that run at a time, the
+        weights that stage 3 gathers, whole or a layer at a time, and with LoRA a second copy of the layers into which
+        the adapter is merged. free: bytes beside what is held always."""
         rollout = self.config.rollout
         if rollout.rollout == "vllm" and rollout.vllm_server:
             return 0.0, 0.0, 0.0
@@ -247,10 +248,17 @@ class _Run:
         groups *= self.config.algorithm.traits.mini_batches
         rows = min(rollout.local_rollout_forward_batch_size, groups * completions)
         cache = activations.cache_bytes(shape, rows, self.config.data.max_length, self.item)
-        gathered = policy.parameters * self.item if self.zero.stage == 3 else 0.0
-        if self.tuning.rank:
-            merged = (c * one.size for kind, c in shape.layers for one in kind.linears if self.tuning.adapted(one))
-            gathered += sum(merged) * self.item
+        merged, largest, layers = 0.0, 0.0, 0.0
+        for kind, count in shape.layers:
+            twice = sum(one.size for one in kind.linears if self.tuning.rank and self.tuning.adapted(one))
+            merged, layers = merged + count * twice, layers + count * kind.size
+            largest = max(largest, kind.size + twice)
+        if self.zero.stage < 3:
+            return cache, merged * self.item, activations.forward_bytes(shape, self.item, PREFILL)
+        gathered = (shape.total + merged) * self.item
+        how = rollout.rollout_gather
+        if how == "layers" or (how == "auto" and gathered > rollout.GATHERED * free):
+            gathered = (shape.total - layers + largest) * self.item
         return cache, gathered, activations.forward_bytes(shape, self.item, PREFILL)
 
 

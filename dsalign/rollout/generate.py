@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsalign.contract.groups import Group, Sampled
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.engines import dist
 from dsalign.engines.roles import Roles
 from dsalign.rollout.api import Request, Rollout

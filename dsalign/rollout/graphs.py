@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from dsalign.rollout.layers import Gathered
+
 Step: TypeAlias = Callable[[], None]
 Bucket: TypeAlias = tuple[int, int]  # rows, tokens of each that are read
 FEWEST_ROWS, FEWEST_TOKENS = 8, 256  # of a bucket; each next one is twice as large
@@ -106,6 +108,8 @@ def obstacle(model: Any) -> str:
     """Why steps of a transformers model cannot be recorded, "" where they can: a forward that looks at numbers on the
     device, which a graph would freeze."""
     config = model.config.get_text_config()
+    if any(isinstance(module, Gathered) for module in model.modules()):
+        return "its layers are gathered one at a time"
     if not model._can_compile_fullgraph:
         return f"{type(model).__name__} has a forward that depends on data"
     if model._can_set_experts_implementation() and config._experts_implementation == "eager":

@@ -11,7 +11,7 @@ from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutReques
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.engines.engine import version
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.in_process import InProcess

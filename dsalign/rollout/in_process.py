@@ -9,13 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
+from dsalign.engines import dist
 from dsalign.engines.engine import version
 from dsalign.engines.memory import out_of_memory
 from dsalign.models import attention
 from dsalign.rollout import local, plain
 from dsalign.rollout.api import Completion, Request
+from dsalign.rollout.machine import GIB, Machine, warn_once
 from dsalign.rollout.view import generation_view
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ class InProcess:
         Where memory is not enough, fewer completions run at a time from then on: the same ones, as a sample is a
         function of its key. Raises ValueError where it is not enough for one.
         """
-        with generation_view(self.engine) as model:
+        with generation_view(self.engine, by_layer=self._by_layer(options)) as model:
             if self.name == "local" or (self.name == "auto" and attention.share(model)):  # of the view, not the model
                 model = local.prepare(model)
                 found = self._fitting(lambda rows: local.decode(model, requests, options, end_ids, rows))
@@ -49,6 +52,26 @@ class InProcess:
                 found = self._fitting(lambda rows: plain.decode(model, requests, options, end_ids, rows))
         now = version(self.engine)
         return [[replace(one, version=now) for one in answer] for answer in found]
+
+    def _by_layer(self, options: RolloutOptions) -> bool:
+        """Whether weights are gathered a layer at a time: as is wanted, or, for "auto", where all of them, and the
+        second copy into which adapters are merged, would take more than GATHERED of the memory that is free on any
+        rank. Collective."""
+        if self.engine.zero_optimization_stage() < 3 or options.rollout_gather == "whole":
+            return False
+        parameters: list[Any] = list(self.engine.module.parameters())
+        free = Machine.of(parameters[0].device).free
+        copies = 2 if isinstance(getattr(self.engine.module, "model", None), PeftModel) else 1
+        need = copies * sum(p.ds_numel * p.element_size() for p in parameters)
+        tight = options.rollout_gather == "layers" or (free is not None and need > options.GATHERED * free())
+        if not dist.largest(int(tight), parameters[0].device):
+            return False
+        if dist.rank() == 0:
+            warn_once(
+                f"rollout: {need / GIB:.1f} GiB of weights are gathered a layer at a time, for each token anew; "
+                "--rollout vllm with servers of its own is faster"
+            )
+        return True
 
     def _fitting(self, sample: Callable[[int], list[list[Completion]]]) -> list[list[Completion]]:
         """What `sample` returns for as many rows at a time as memory holds. A rank decides alone, as it samples."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsalign import cpu, phases
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.models.attention import SharedPrefix
 from dsalign.models.last_layer import skip_unread_mlp
 from dsalign.rollout.admission import Admitted, Schedule

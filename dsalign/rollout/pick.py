@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.models.logps import LogitTransform
 from dsalign_kernels import sample_tokens, token_key
 

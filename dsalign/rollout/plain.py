@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsalign import phases
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.pick import Pick, signed
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dsalign.contract.groups import Group, Metric
-from dsalign.contract.rollouts import RolloutOptions, logp_gap
+from dsalign.contract.rollout_options import RolloutOptions
+from dsalign.contract.rollouts import logp_gap
 from dsalign.engines import dist
 from dsalign.engines.engine import version
 from dsalign.engines.roles import Roles

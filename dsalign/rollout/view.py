@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,56 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dsalign.engines.engine import whole
 from dsalign.models.heads import Backbone, unwrap
+from dsalign.models.last_layer import layers_of
+from dsalign.rollout.layers import Gathered, Turns
 
 
 @contextmanager
-def generation_view(engine: Any) -> Iterator[PreTrainedModel]:
-    """A context with the view of a DeepSpeed engine's language model; inside, forward passes need no collective, so
-    ranks may run different numbers of them. At ZeRO stage 3 weights are gathered once, on entering. Entering and
-    leaving are collective."""
-    with whole(engine, list(engine.module.parameters())):
-        module = engine.module
-        yield view_of(module.model if isinstance(module, Backbone) else module)
+def generation_view(engine: Any, *, by_layer: bool = False) -> Iterator[PreTrainedModel]:
+    """A context with the view of a DeepSpeed engine's language model. Entering and leaving are collective.
+
+    At ZeRO stage 3 weights are gathered once, on entering, and inside, forward passes need no collective, so ranks may
+    run different numbers of them. by_layer: those of decoder layers are gathered each time that one computes, which
+    takes the memory of one layer; ranks may still run different numbers of passes, and leave when all are done.
+    """
+    module = engine.module
+    model = module.model if isinstance(module, Backbone) else module
+    layers = layers_of(unwrap(model).get_decoder()) if by_layer else []
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    with whole(engine, [p for p in module.parameters() if id(p) not in inside]):
+        turns = Turns(engine, layers)
+        view = view_of(model, layers, turns)
+        if layers:
+            view.get_decoder().register_forward_pre_hook(lambda *_: turns.begin())
+        try:
+            yield view
+        finally:
+            if layers:
+                turns.end()
 
 
 @torch.no_grad()
-def view_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def view_of(
+    model: PreTrainedModel | PeftModel, layers: Sequence[nn.Module] = (), turns: Turns | None = None
+) -> PreTrainedModel:
     """The view of a model whose weights are whole, in evaluation mode. It lives no longer than they stay as they are:
-    an optimizer step changes shared weights under it, and not those with an adapter merged."""
+    an optimizer step changes shared weights under it, and not those with an adapter merged.
+
+    layers: those whose weights are not whole, and are in their `turns`.
+    """
     inner = unwrap(model)
     config = copy.deepcopy(inner.config)
-    view: PreTrainedModel = _copy(
-        inner, {}, {id(inner.config): config, id(inner.config.get_text_config()): config.get_text_config()}
-    )
+    configs = {id(inner.config): config, id(inner.config.get_text_config()): config.get_text_config()}
+    seen: dict[int, Any] = {}
+    if turns is not None:
+        copied = partial(_copy_alone, configs=configs)
+        seen = {id(layer): Gathered(layer, i, turns, copied) for i, layer in enumerate(layers)}
+    view: PreTrainedModel = _copy(inner, seen, configs)
     return view.eval()
+
+
+def _copy_alone(module: nn.Module, configs: dict[int, Any]) -> Any:
+    return _copy(module, {}, configs)
 
 
 def _copy(module: nn.Module, seen: dict[int, Any], configs: dict[int, Any]) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.engines import dist
 from dsalign.engines.engine import version
 from dsalign.engines.self_check import limit_in, limit_of

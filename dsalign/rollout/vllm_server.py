@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.engines.self_check import limit_in
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.pick import signed

@@ -16,7 +16,7 @@ from typing import Any
 from dsalign import assets
 from dsalign.config import parse as config
 from dsalign.config.schema import RunConfig
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.memory import counted, estimate, known, shapes
 from dsalign.memory.estimate import GIB, Estimate, Machine
 from dsalign.memory.shapes import Shape

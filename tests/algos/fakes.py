@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsalign.contract.groups import Batch, Group, MicroBatch, Output, Prepared, Sampled, Scores
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.data.batches.packing import cut
 from dsalign.loop import loss as fused
 

@@ -13,7 +13,7 @@ from support import random_groups
 from torch import Tensor
 
 from dsalign.contract.groups import Batch, Group, Prepared, Sampled, Scores
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 
 END, SECOND_END = 2, 7  # two tokens end a completion; 0 is the id of padding
 LIMITS = ((torch.float32, 1e-6), (torch.float64, 1e-12))

@@ -14,7 +14,7 @@ from recorded import END, LIMITS, SECOND_END, Played, Plays, apart, played, prep
 
 from dsalign import algos
 from dsalign.contract.groups import Group, Output
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.data.batches.packing import cut
 
 MOST = 6  # tokens of a completion

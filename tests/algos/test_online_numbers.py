@@ -14,7 +14,7 @@ from recorded import Played, prepared_from, prompts, tensor
 
 from dsalign import algos
 from dsalign.contract.groups import Output
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.data.batches.packing import cut
 
 

@@ -31,7 +31,7 @@ from dsalign.algos.ppo import PPO
 from dsalign.contract.algorithm import loss_of
 from dsalign.contract.groups import Output, Prepared
 from dsalign.contract.importance import WEIGHTS
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.data.batches.packing import cut, micro_batch
 
 

@@ -15,7 +15,7 @@ import torch
 from support import tiny_config
 from transformers import LlamaForCausalLM
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 

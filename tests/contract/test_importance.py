@@ -15,7 +15,8 @@ from support import groups_of
 from dsalign.config.parse import ConfigError, parse
 from dsalign.contract.groups import Batch, Output
 from dsalign.contract.importance import WEIGHTS, truncated_weights, weighted
-from dsalign.contract.rollouts import RolloutOptions, sample, sample_until_full
+from dsalign.contract.rollout_options import RolloutOptions
+from dsalign.contract.rollouts import sample, sample_until_full
 from dsalign.data.batches.packing import micro_batch
 
 

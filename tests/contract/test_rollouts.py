@@ -14,7 +14,8 @@ from recorded import PLAYS, PROMPTS, RAGGED, Plays, Recorded, prompts
 from dsalign.config.parse import ConfigError, parse
 from dsalign.contract import rollouts
 from dsalign.contract.groups import Batch, Group, Scores
-from dsalign.contract.rollouts import RolloutOptions, Rollouts, sample, whiten
+from dsalign.contract.rollout_options import RolloutOptions
+from dsalign.contract.rollouts import Rollouts, sample, whiten
 
 
 def sampled(plays: Plays = PLAYS, given: list[Group] = PROMPTS, **of_context: Any) -> tuple[Rollouts, Recorded]:
@@ -49,18 +50,6 @@ def test_a_sampler_that_disagrees_is_refused(world: int) -> None:
     )
     assert ranks.run(work) == [want] * world
     sampled(shifted(4.0, -4.0), rollout=RolloutOptions(rollout_logp_limit=0.91))
-
-
-def test_options_of_vllm_are_for_vllm_and_no_part_of_what_a_run_is() -> None:
-    """A resumed run may have its servers elsewhere, so they do not stand in the text that is compared."""
-    with pytest.raises(ValueError, match=r"^vllm_server, vllm_folder: for --rollout vllm, got auto; leave them out"):
-        RolloutOptions(vllm_server="http://a:8000")
-    with pytest.raises(ValueError, match=r"^vllm_folder: without --vllm_server"):
-        RolloutOptions(rollout="vllm", vllm_folder="weights")
-    with pytest.raises(ValueError, match=r"^vllm_memory"):
-        RolloutOptions(vllm_memory=0.0)
-    there = RolloutOptions(rollout="vllm", vllm_server="http://a:8000", vllm_timeout=5.0)
-    assert repr(there) == repr(RolloutOptions(rollout="vllm")) != repr(RolloutOptions())
 
 
 def test_a_sampler_that_is_not_a_number_is_refused() -> None:
@@ -226,30 +215,3 @@ def test_a_rank_without_prompts_reports_the_names_of_the_others() -> None:
     )
     assert [len(rolled.groups) for rolled in found] == [1, 1, 0]
     assert list(found[2].metrics) == list(found[0].metrics)
-
-
-AT_LEAST_0 = ("top_k", "num_sample_generations", "missing_eos_penalty")
-AT_LEAST_1 = ("max_new_tokens", "local_rollout_forward_batch_size")
-ABOVE_0 = ("temperature", "rollout_logp_limit")
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        *(({name: -1}, f"{name}: expected a number >= 0, got -1") for name in AT_LEAST_0),
-        *(({name: 0}, f"{name}: expected a number >= 1, got 0") for name in AT_LEAST_1),
-        *(({name: x}, f"{name}: expected a number > 0, got {x}") for name in ABOVE_0 for x in (0.0, math.nan)),
-        *(({"top_p": x}, f"top_p: expected a number > 0 and <= 1, got {x}") for x in (0.0, 1.5)),
-    ],
-    ids=str,
-)
-def test_options_refused(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        RolloutOptions(**options)
-    assert str(caught.value) == text
-
-
-def test_options_at_the_edges_are_taken() -> None:
-    edges = {**dict.fromkeys(AT_LEAST_0, 0), **dict.fromkeys(AT_LEAST_1, 1), "top_p": 1.0}
-    options = RolloutOptions(**edges)
-    assert {name: getattr(options, name) for name in edges} == edges

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsalign.algos.grpo import GRPO
 from dsalign.contract.groups import Group, Prepared
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.engines import dist
 from dsalign.rollout.generate import Keys, Sampler
 

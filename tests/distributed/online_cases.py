@@ -17,7 +17,7 @@ from dsalign.checkpoint.progress import Progress
 from dsalign.config.schema import OptimOptions
 from dsalign.contract.algorithm import Algorithm
 from dsalign.contract.groups import Group, Prepared, Sampled, Scores
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.data.batches.loader import Loader, Stream
 from dsalign.engines import dist
 from dsalign.engines import engine as engines

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsalign.algos.ppo import PPO
 from dsalign.contract.groups import Sampled
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.engines import dist
 from dsalign.engines.engine import whole
 from dsalign.rollout import in_process, local, view
@@ -70,8 +70,8 @@ def changed_view(change: Callable[[Any], None]) -> Iterator[None]:
     """A context in which every generation view is changed once it is made."""
     made = view.view_of
 
-    def stale(model: Any) -> Any:
-        found = made(model)
+    def stale(*given: Any) -> Any:
+        found = made(*given)
         change(found)
         return found
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.rollout import graphs, local, plain, slots
 from dsalign.rollout.graphs import Graphs, bucket, capture_cuda, obstacle
 from dsalign.rollout.machine import Machine, warn_once
@@ -273,7 +273,9 @@ def test_what_a_graph_cannot_hold() -> None:
     model.config.rope_parameters = {"full_attention": {"rope_type": "dynamic"}}
     assert obstacle(model) == "dynamic rotary frequencies depend on the longest row"
     mixture = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_experts_implementation="eager"))
-    experts = SimpleNamespace(config=mixture, _can_compile_fullgraph=True, _can_set_experts_implementation=lambda: True)
+    experts = SimpleNamespace(
+        config=mixture, modules=list, _can_compile_fullgraph=True, _can_set_experts_implementation=lambda: True
+    )
     assert obstacle(experts).startswith("experts_implementation is eager")
     model._can_compile_fullgraph = False
     assert obstacle(model) == "LlamaForCausalLM has a forward that depends on data"

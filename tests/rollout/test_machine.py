@@ -11,7 +11,7 @@ import torch
 from test_graphs import Recorder
 from test_local import made, requests, same
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.rollout import local, machine
 from dsalign.rollout.graphs import capture_cuda
 from dsalign.rollout.machine import Machine, free_on_cuda, rows_that_fit

@@ -13,7 +13,7 @@ import torch
 from support import tiny_config
 from transformers import LlamaForCausalLM
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.models import attention
 from dsalign.rollout import in_process
 from dsalign.rollout.api import Request
@@ -35,11 +35,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     assert attention.share(model)
 
     @contextmanager
-    def view(engine: Any) -> Iterator[Any]:
+    def view(engine: Any, by_layer: bool) -> Iterator[Any]:
         yield copy.deepcopy(model)  # a view has changes of its own
 
     monkeypatch.setattr(in_process, "generation_view", view)
-    return SimpleNamespace(module=model, global_steps=5)
+    return SimpleNamespace(module=model, global_steps=5, zero_optimization_stage=lambda: 0)
 
 
 def sampled(engine: Any, name: str, rows: int) -> tuple[list[Any], int]:

@@ -15,7 +15,7 @@ from fake_vllm import FakeVllm, serving
 from support import RankPool, tiny_config, tiny_folder
 from transformers import LlamaForCausalLM
 
-from dsalign.contract.rollouts import RolloutOptions
+from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.rollout import view, vllm_server
 from dsalign.rollout.api import Completion, Request
 from dsalign.rollout.view import view_of
