@@ -58,6 +58,7 @@ OTHERS = {
     "rdzv_backend": "torchrun", "master_addr": "torchrun", "master_port": "torchrun",
     "kill_on_bad_exit": "srun", "signal": "scancel", "strict": "mkdocs",
     "sets": "benchmarks/", "ways": "benchmarks/", "repeats": "benchmarks/", "steps": "benchmarks/",
+    "settings": "benchmarks/", "iterations": "benchmarks/",
     "algos": "benchmarks/", "rows": "kernels/bench_*.py", "hidden": "kernels/bench_*.py",
     "vocabulary": "kernels/bench_*.py", "part": "kernels/bench_*.py",
 }  # fmt: skip
