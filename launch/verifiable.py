@@ -51,7 +51,8 @@ BOTH: Mapping[str, Any] = {
 }
 OWN: Mapping[str, Mapping[str, Any]] = {
     "grpo": {},
-    "ppo": {"num_ppo_epochs": 1, "num_mini_batches": 1, "critic_learning_rate": 5e-4, "kl_coef": 0.02},
+    # lam 1: the reward comes with the last token, and a critic of few rollouts says little about the tokens before.
+    "ppo": {"num_ppo_epochs": 1, "num_mini_batches": 1, "critic_learning_rate": 5e-4, "kl_coef": 0.02, "lam": 1.0},
 }
 
 

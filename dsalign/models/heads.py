@@ -103,15 +103,18 @@ class Float32Linear(nn.Linear):
 
 class ValueHead(nn.Module):
     """A linear layer from a hidden state to its value. It starts with bias 0 and weights of standard deviation
-    1 / sqrt(hidden + 1) (Stiennon et al., arXiv:2009.01325), drawn from `seed`: equal on all ranks."""
+    1 / sqrt(hidden + 1) (Stiennon et al., arXiv:2009.01325), drawn from `seed`: equal on all ranks. Without a seed all
+    weights start at 0."""
 
-    def __init__(self, hidden: int, seed: int) -> None:
+    def __init__(self, hidden: int, seed: int | None) -> None:
         super().__init__()
         self.summary = Float32Linear(hidden, 1)
         with torch.no_grad():
-            noise = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed))
-            self.summary.weight.copy_(noise / (hidden + 1) ** 0.5)
+            self.summary.weight.zero_()
             self.summary.bias.zero_()
+            if seed is not None:
+                noise = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed))
+                self.summary.weight.copy_(noise / (hidden + 1) ** 0.5)
 
     def forward(self, states: Tensor) -> Tensor:
         """The values of N hidden states: [N, D] -> [N] float32."""
@@ -120,14 +123,14 @@ class ValueHead(nn.Module):
 
 class ValueModel(Backbone):
     """A causal language model with a value head on its last hidden states. The language-model head stays in the model,
-    so that an export may have it, but is neither run nor trained.
+    so that an export may have it, but is neither run nor trained. seed: as for `ValueHead`.
 
     reward: whether it is a reward model. Its bias is not trained then: classifiers of transformers have none, and where
     scores are compared it changes nothing. classifier: what it is to transformers, None = not known there, or a critic.
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, seed: int, shares: bool = False, reward: bool = False
+        self, model: PreTrainedModel | PeftModel, seed: int | None, shares: bool = False, reward: bool = False
     ) -> None:
         super().__init__(model, shares)
         inner = unwrap(model)

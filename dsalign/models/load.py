@@ -142,7 +142,8 @@ def _wrap(
     not, its value head is new). shares: whether the model takes packed rows."""
     if role not in VALUE_ROLES:
         return CausalModel(model, shares, options.head_memory and options.head_memory * 2**20), True
-    wrapped = ValueModel(model, seed, shares, reward=trained and role == "reward")
+    # A new critic begins at 0, for its random values, far larger than rewards, would drown them (arXiv:2503.01491).
+    wrapped = ValueModel(model, None if role == "value" else seed, shares, reward=trained and role == "reward")
     return wrapped, _load_head(wrapped, source, options)
 
 

@@ -105,7 +105,8 @@ def test_values_are_at_the_right_positions() -> None:
 
 
 def test_a_new_value_head() -> None:
-    """Bias 0; 4095 weights of variance 1 / 4096; a function of the seed alone."""
+    """Bias 0; 4095 weights of variance 1 / 4096; a function of the seed alone. Without one all is 0."""
+    assert not any(parameter.any() for parameter in ValueHead(4, seed=None).parameters())
     torch.manual_seed(1)
     head = ValueHead(4095, seed=3)
     torch.manual_seed(2)
