@@ -25,6 +25,7 @@ from dsalign.loop.context import Interrupted
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
+from dsalign.report.environment import memory_peak
 from dsalign.report.history import METRICS, lines
 from dsalign.report.run_log import RunLog
 from dsalign.report.story import duration
@@ -169,7 +170,8 @@ class Session:
         self._logged_step = step
         self._last |= means
         epoch = self.progress.batches / self.trainer.loader.steps_per_epoch
-        self.report.log(self.progress.step, {**means, "epoch": epoch})
+        peak = dist.largest(memory_peak(), self.trainer.roles.device) / 2**30
+        self.report.log(self.progress.step, {**means, "epoch": epoch, "memory/peak": peak})
         for text in self._watch.add(means) if self._watch is not None else ():
             self._bad_trends.append(text)
             logger.warning(text)
@@ -306,6 +308,7 @@ class Session:
             ranks=dist.world_size(),
             device=self.trainer.roles.device.type,
             data={**data, "lengths": {name: asdict(of) for name, of in survey.lengths().items()}},
+            memory={role: size / 2**30 for role, size in self.trainer.roles.memory.items()},
             origins=self.origins,
         )
 

@@ -30,10 +30,19 @@ def last_lines(run: History, how: str) -> list[str]:
         lines.append(f"model: {run.folder / 'final'}")
     if run.checkpoints:
         lines.append(f"checkpoint: {run.folder / f'checkpoint-{run.checkpoints[-1]}'}")
+    if run.memory:
+        lines.append(f"memory: {_memory(run.memory)}")
     lines.append(f"report: {run.folder / REPORT}")
     commands = _commands(run, folder, how)
     width = max(map(len, commands), default=0)
     return lines + [f"  {command:<{width}}  # {what}" for command, what in commands.items()]
+
+
+def _memory(of: Mapping[str, float]) -> str:
+    """The most that a rank held, and by role what its model took as it was loaded; what is not known is left out."""
+    peak = [f"at most {of['peak']:.2f} GiB a rank"] if "peak" in of else []
+    loaded = ", ".join(f"{role} {size:.2f}" for role, size in of.items() if role != "peak")
+    return "; ".join([*peak, *([f"as loaded: {loaded} GiB"] if loaded else [])])
 
 
 def _commands(run: History, folder: str, how: str) -> Mapping[str, str]:
