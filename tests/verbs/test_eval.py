@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsalign import cli
+from dsalign.config.parse import parse
 from dsalign.verbs import evaluated, harness
 
 PAIRS = [("Hi?", "Good.", "Bad"), ("Why?", "So.", "No idea."), ("Who?", "I.", "You and he")]
@@ -153,6 +155,15 @@ def test_lm_eval_is_a_process_of_its_own(
     given = f"pretrained={here / 'base'},peft={here / 'adapter'},tokenizer={here / 'adapter'},dtype=auto"
     assert started[0][:6] == [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args"]
     assert started[0][6].startswith(given) and started[0][7:11] == ["--tasks", "arc_easy,piqa", "--batch_size", "4"]
+
+
+def test_lm_eval_is_given_no_adapter_of_four_bits(here: Path, tmp_path: Path) -> None:
+    """It would open the base as it is on disk."""
+    folder = shutil.copytree(here / "adapter", tmp_path / "adapter")
+    (folder / "base_model.json").write_text(json.dumps({"quantised": "nf4"}))
+    config = parse(["--algo", "sft", "--model", str(folder), "--dataset", "demo:demonstrations"], world_size=1).config
+    with pytest.raises(ValueError, match=r"^lm_eval: .* base in 4 bits, .*; run dsalign merge .* and give that$"):
+        harness.command(str(folder), "arc_easy", config, 8)
 
 
 def test_refusals(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
