@@ -50,7 +50,7 @@ class FourBitLinear(nn.Linear):
         return layer.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourBitLinear:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.state.to(self.packed.device)  # the scales, which are no buffers
         return self
 
@@ -73,7 +73,7 @@ def pack(model: PreTrainedModel, device: torch.device) -> None:
     """
     for name in _names(model):
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, FourBitLinear(model.get_submodule(name), device))  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), last, FourBitLinear(model.get_submodule(name), device))
     setattr(model, MARK, True)
 
 

@@ -31,15 +31,28 @@ def with_verbs(folder: Path, monkeypatch: pytest.MonkeyPatch, *verbs: str) -> No
 
 
 def test_a_run_that_is_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_verbs(tmp_path, monkeypatch, "chat", "merge", "resume")
+    """Each command has all that it needs; a reward model does not talk, and whole weights are not merged."""
+    with_verbs(tmp_path, monkeypatch, "chat", "eval", "merge", "export", "resume")
+    (folder / "config.yaml").write_text("algo: dpo\ndataset: [my rows.jsonl, b.jsonl]\n")
+    (folder / "final" / "adapter_config.json").touch()
+    commands = {
+        f"dsalign chat '{folder}'": "talk to it",
+        f"dsalign eval '{folder}' --dataset 'my rows.jsonl' b.jsonl": "evaluate it",
+        f"dsalign merge '{folder}'": "merge its adapter into the weights",
+        f"dsalign export '{folder}' '{folder}-plain'": "a plain folder of it",
+    }
+    width = max(map(len, commands))
     assert last_lines(read(folder), "done") == [
         "best: held-out loss 0.5 at step 5",
         f"model: {folder / 'final'}",
         f"checkpoint: {folder / 'checkpoint-10'}",
         f"report: {folder / 'report.html'}",
-        f"  dsalign chat '{folder}'   # talk to it",
-        f"  dsalign merge '{folder}'  # merge its adapter into the weights",
+        *(f"  {command:<{width}}  # {what}" for command, what in commands.items()),
     ]
+    (folder / "final" / "adapter_config.json").unlink()
+    (folder / "final" / "value_head.safetensors").touch()
+    left = " ".join(last_lines(read(folder), "done"))
+    assert "dsalign eval" in left and "dsalign chat" not in left and "dsalign merge" not in left
 
 
 def test_a_run_that_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
