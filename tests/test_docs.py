@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "algorithms"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 TEXTS = [ROOT / "README.md", *DOCS]
-EVERY_RUN = {"loss", "grad_norm", "lr", "epoch", "num_tokens", "tokens_per_s", "bad_steps", "aux_loss"}
+EVERY_RUN = {"loss", "grad_norm", "lr", "epoch", "num_tokens", "tokens_per_s", "memory/peak", "bad_steps", "aux_loss"}
 CRITIC = {"value/lr", "value/grad_norm"}
 # Settings beside those of the contract's tests with which an algorithm logs what it does not log by default.
 MORE: dict[str, list[dict[str, Any]]] = {

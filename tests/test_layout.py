@@ -100,6 +100,7 @@ FILES_WITHOUT_TEST = {
     "dsalign/verbs/merged.py": "tests/verbs/test_merge.py, through the command",
     "dsalign/verbs/opened.py": "tests/verbs/test_chat.py and test_eval.py compute with what it opens",
     "dsalign/verbs/places.py": "tests/verbs/test_merge.py, test_exporting.py, test_chat.py: what names mean",
+    "dsalign/verbs/beside.py": "tests/verbs/test_check.py, through the command",
     "dsalign/verbs/checked.py": "tests/verbs/test_check.py, through the command",
     "dsalign/verbs/preflight.py": "two calls; tests/test_cli.py runs it and tests/checkpoint/test_folder_lock.py",
     "dsalign/verbs/replayed.py": "tests/verbs/test_replay.py, through the command",

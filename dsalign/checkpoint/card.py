@@ -20,6 +20,17 @@ from dsalign.models.names import BASE_FILE
 LIBRARIES = ("dsalign", "torch", "transformers", "peft", "deepspeed", "tokenizers")
 HASHED_BYTES = 1 << 30  # a longer file is named without its hash
 PAPERS = "https://arxiv.org/abs/"
+FOUR_BIT = """
+
+The adapter was trained on this base in 4 bits. dsalign opens it so by itself (`dsalign chat`, `dsalign merge`);
+transformers needs to be told, or it opens a model that is a little another one:
+
+```python
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
+```"""
 
 
 def write_card(
@@ -127,7 +138,13 @@ def _ends(folder: Path) -> list[str]:
 
 
 def _base(folder: Path, base: str) -> str:
-    """What is to be done where an adapter's base lies elsewhere later."""
+    """What is to be done where an adapter's base lies elsewhere later, or was in 4 bits when it was trained."""
+    beside = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).exists() else {}
+    return _place(base, beside) + (FOUR_BIT if "quantised" in beside else "")
+
+
+def _place(base: str, beside: Mapping[str, str]) -> str:
+    """Where the base is. beside: what BASE_FILE says."""
     if not Path(base).exists():
         return f"## Base\n\n{_code(base)}, a name on the hub: the adapter opens on any machine that can reach it."
     lines = (
@@ -136,7 +153,6 @@ def _base(folder: Path, base: str) -> str:
         "name on the hub, or open it by hand: "
         "`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)`."
     )
-    beside = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).exists() else {}
     if "relative" in beside:
         lines += (
             f" dsalign also finds it at {_code(beside['relative'])} from this folder (`{BASE_FILE}`), so that a run "

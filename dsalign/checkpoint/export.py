@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dsalign import faults
 from dsalign.engines import dist
 from dsalign.engines.engine import whole
+from dsalign.models import four_bit
 from dsalign.models.adapter_files import ROOT
 from dsalign.models.adapters import TRAINED
 from dsalign.models.classifier import SCORE, describe, padded_apart
@@ -88,7 +89,7 @@ def _write(module: Any, state: dict[str, Tensor], folder: Path, tokenizer: Any, 
         weights = {n: t for n, t in weights.items() if n not in classifier.left_out}
         tokenizer = padded_apart(tokenizer, _ends(inner, tokenizer), inner.get_input_embeddings().num_embeddings)
     if isinstance(model, PeftModel):
-        named, elsewhere = located_base(base, folder)
+        named, elsewhere = located_base(base, folder, four_bit=getattr(inner, four_bit.MARK, False))
         model.peft_config[TRAINED].base_model_name_or_path = named
         model.save_pretrained(str(folder), state_dict=weights, selected_adapters=[TRAINED], save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card

@@ -51,7 +51,9 @@ VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # option -> their value
     "attn_impl": {"flash_attn": ("flash_attention_2",), "fa2": ("flash_attention_2",)},
     "optimizer": {name: ("adamw",) for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")},
 }  # fmt: skip
-_EVERY, _QUANT = "leave it out and give {} N, optimizer steps", "leave it out: quantised base weights are not there yet"
+_EVERY = "leave it out and give {} N, optimizer steps"
+_QUANT = "write --load_in_4bit true for 4 bits (NF4, double quantised), the only quantised base there is"
+_NF4 = "leave it out: --load_in_4bit true is NF4, double quantised, and computes in --dtype"
 _OUT, _HUB = "leave it out: every run does as it says", "leave it out; copy final/ to the hub by hand"
 _LAUNCH = "leave it out; the launcher and --deepspeed decide that"
 SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
@@ -59,9 +61,9 @@ SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
     "save_strategy": _EVERY.format("--save_steps"), "logging_strategy": _EVERY.format("--logging_steps"),
     "bf16": "write --dtype bfloat16", "pure_bf16": "write --dtype bfloat16", "fp16": "write --dtype float16",
     "tf32": "leave it out; --dtype is the precision",
-    "load_in_4bit": _QUANT, "load_in_8bit": _QUANT, "quantization_bit": _QUANT, "quant_bits": _QUANT,
-    "quant_method": _QUANT, "bnb_4bit_comp_dtype": _QUANT, "bnb_4bit_compute_dtype": _QUANT,
-    "bnb_4bit_quant_type": _QUANT, "use_bnb_nested_quant": _QUANT, "double_quantization": _QUANT,
+    "load_in_8bit": _QUANT, "quantization_bit": _QUANT, "quant_bits": _QUANT, "quant_method": _QUANT,
+    "bnb_4bit_comp_dtype": _NF4, "bnb_4bit_compute_dtype": _NF4, "bnb_4bit_quant_type": _NF4,
+    "use_bnb_nested_quant": _NF4, "bnb_4bit_use_double_quant": _NF4, "double_quantization": _NF4,
     "use_flash_attn": "write --attn_impl flash_attention_2", "flash_attn": "write --attn_impl flash_attention_2",
     "use_flash_attention_2": "write --attn_impl flash_attention_2",
     "use_lora": "write --tuner lora or --tuner full", "use_peft": "write --tuner lora or --tuner full",

@@ -171,6 +171,25 @@ def lora_options_need_lora(draft: Draft) -> Iterator[str]:
             yield f"{draft.at(name)}: expected tuner lora, got full ({draft.at('tuner')}); remove it or train with lora"
 
 
+def four_bits_are_possible(draft: Draft) -> Iterator[str]:
+    """load_in_4bit needs frozen weights, whole on each rank, and the package that packs them."""
+    if not draft["load_in_4bit"]:
+        return
+    at, name = draft.at("load_in_4bit"), draft["deepspeed"]
+    if draft["tuner"] == "full":
+        yield f"{at}: expected tuner lora, as 4-bit weights stay as they are, got full ({draft.at('tuner')}); remove it"
+    if not ds_files.problems(name) and ds_files.settings(name).get("zero_optimization", {}).get("stage") == 3:
+        yield (
+            f"{at}: expected a DeepSpeed file of a stage below 3, which would cut 4-bit weights up, got {name} "
+            f"({draft.at('deepspeed')}); take zero2 or zero2_offload"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield (
+            f"{at}: expected the package bitsandbytes, which packs weights into 4 bits, got none; run "
+            "pip install 'dsalign[4bit]', or leave it out"
+        )
+
+
 def dropout_is_allowed(draft: Draft) -> Iterator[str]:
     """An algorithm that compares log-probabilities with a frozen model runs without dropout."""
     if "lora_dropout" in draft.where and draft["lora_dropout"] > 0 and draft.built().traits.dropout == 0:
@@ -326,6 +345,7 @@ RULES: tuple[Rule, ...] = (
     evaluation_has_rows,
     one_source_of_validation,
     lora_options_need_lora,
+    four_bits_are_possible,
     dropout_is_allowed,
     reference_can_be_cached,
     all_turns_are_of_demonstrations,

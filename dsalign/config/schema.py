@@ -78,6 +78,9 @@ class ModelOptions(_Frozen):
     head_memory: int | None = Field(
         None, ge=1, description="MiB for the logits of a part of a micro-batch, >= 1; by default 512, 48 on a CPU"
     )
+    load_in_4bit: bool = Field(
+        False, description="keep the frozen weights under LoRA in 4 bits (NF4), by bitsandbytes: dsalign[4bit]"
+    )
     lora_rank: int = Field(8, ge=1, description="width of the adapters, >= 1")
     lora_alpha: int = Field(32, ge=1, description="adapters are scaled by lora_alpha / lora_rank, >= 1")
     lora_dropout: float = Field(ge=0, lt=1, description="share of adapter inputs dropped, in [0, 1); by algorithm")

@@ -184,9 +184,9 @@ def _product(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 @torch.no_grad()
 def _is_gated(module: Any) -> bool:
     """Whether a module with the GATED parts has the formula of `_gated`, found by comparing both on one input."""
-    weight = next(module.gate_proj.parameters())
+    weight = next(module.gate_proj.parameters(), None)  # one in 4 bits has none
     trains, width = module.training, getattr(module.gate_proj, "in_features", None)
-    if width is None or weight.device.type == "meta" or hasattr(weight, "ds_id"):
+    if weight is None or width is None or weight.device.type == "meta" or hasattr(weight, "ds_id"):
         return False
     x = torch.linspace(-1, 1, 2 * width, dtype=weight.dtype).view(1, 2, width)
     module.eval()

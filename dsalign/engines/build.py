@@ -15,6 +15,7 @@ from dsalign.engines import dist, engine
 from dsalign.engines.roles import Roles
 from dsalign.models import load
 from dsalign.models.names import Source, resolve
+from dsalign.report.environment import memory_now
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +79,21 @@ def roles_of(config: RunConfig, found: dict[str, Source], device: torch.device) 
         load.load_trained, options=options, device=device, dropout=config.algorithm.traits.dropout > 0, seed=config.seed
     )
     engines: dict[str, Any] = {}
+    held: dict[str, int] = {}
     for role, source in found.items():
+        before = memory_now()
         if role in config.algorithm.traits.trained:
             module = dist.together(partial(trained, role, source))
             engines[role] = engine.trained(module, config.optim, dtype)
         elif role != "reference" or options.tuner == "full" or options.ref_model:
             module = dist.together(partial(load.load_frozen, role, source, options, device=device))
             engines[role] = engine.frozen(module, config.optim, dtype)
+        else:
+            continue
+        del module  # nothing of it stays but what its engine holds
+        held[role] = max(0, memory_now() - before)
     optim = config.optim
     shared = ["reference"] if options.tuner == "lora" and not options.ref_model else []
-    return Roles(engines, device, optim.batch_size, config.rollout.temperature, optim.max_tokens, shared)
+    roles = Roles(engines, device, optim.batch_size, config.rollout.temperature, optim.max_tokens, shared)
+    roles.memory = held
+    return roles

@@ -181,7 +181,8 @@ def cache_of(
     if config.models.ref_cache == "off" or (config.models.ref_cache == "auto" and not pays):
         return None
     dtype = resolve_dtype(config.models.dtype, device)
-    key = dist.together(lambda: weights_key(reference, dtype) if dist.rank() == 0 else "")
+    packed = config.models.load_in_4bit and not own_model
+    key = dist.together(lambda: weights_key(reference, dtype, four_bit=packed) if dist.rank() == 0 else "")
     batches = [(loader, total_batches)]
     if held_out is not None:
         batches.append((held_out, held_out.steps_per_epoch))
@@ -288,9 +289,10 @@ def digest(group: Group) -> int:
     return int.from_bytes(hashed.digest(), sys.byteorder)
 
 
-def weights_key(source: Source, dtype: torch.dtype) -> str:
-    """A hash over every byte of a source's weights, configuration and adapter, and over the dtype they compute in."""
-    hashed = hashlib.sha256(f"{FORMAT} {dtype}".encode())
+def weights_key(source: Source, dtype: torch.dtype, *, four_bit: bool = False) -> str:
+    """A hash over every byte of a source's weights, configuration and adapter, over the dtype they compute in, and over
+    whether they compute in 4 bits."""
+    hashed = hashlib.sha256(f"{FORMAT} {dtype}{' 4 bits' if four_bit or source.four_bit else ''}".encode())
     for path in _weight_files(source):
         hashed.update(f"{path.name} {path.stat().st_size} ".encode())
         with path.open("rb") as file:

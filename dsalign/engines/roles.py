@@ -52,6 +52,7 @@ class Roles:
     ) -> None:
         self.engines, self.device, self.batch_size, self.temperature = dict(engines), device, batch_size, temperature
         self.max_tokens, self._start_weights = max_tokens, frozenset(start_weights)
+        self.memory: Mapping[str, int] = {}  # role -> bytes that this rank holds more since its engine was made
 
     def role(self, name: str) -> Role:
         """The way to compute the role called `name`.

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ENOUGH = 12  # logged points before a trend is judged
 MOST = 240  # points kept of a metric; of more, neighbours are averaged in pairs
@@ -179,6 +180,19 @@ class Watch:
     def __init__(self) -> None:
         self._trends: dict[str, Trend] = {}
         self._left = list(GUARDS)
+
+    def recall(self, logged: Iterable[Mapping[str, Any]], step: int, *, spoken: bool) -> None:
+        """Add what the run logged before it was resumed at optimizer step `step`, so that its trends go on.
+
+        logged: lines of metrics.jsonl; those behind `step` are taken anew and left out. spoken: whether guards that
+        these steps trip have had their say, and are silent from here on; if not, the next step may trip them again.
+        """
+        before = list(self._left)
+        for numbers in logged:
+            if numbers.get("step", step + 1) <= step:
+                self.add({name: x for name, x in numbers.items() if isinstance(x, (int, float))})
+        if not spoken:
+            self._left = before
 
     def add(self, numbers: Mapping[str, float]) -> list[str]:
         """Add a logged step; returns the warnings that it gives rise to, each guard's once a run."""

@@ -20,11 +20,13 @@ from dsalign.data.batches.loader import Loader
 from dsalign.data.checks import Survey
 from dsalign.engines import dist
 from dsalign.guard import resources, signals
-from dsalign.guard.trends import Watch
+from dsalign.guard.trends import GUARDS, Watch
 from dsalign.loop.context import Interrupted
 from dsalign.loop.evaluate import evaluate
 from dsalign.loop.metrics import Spread, Window
 from dsalign.loop.trainer import Trainer
+from dsalign.report.environment import memory_peak
+from dsalign.report.history import METRICS, lines
 from dsalign.report.run_log import RunLog
 from dsalign.report.story import duration
 
@@ -64,7 +66,7 @@ class Session:
                 resumed=config.output.resume is not None,
             )
         )
-        self._watch = Watch() if config.output.guard != "off" else None
+        self._watch = self._watching(config.output.guard) if config.output.guard != "off" else None
         self._bad_trends: list[str] = []
         self._needs = resources.needs_of(store.engines, config)
         log = self.progress.log
@@ -75,6 +77,21 @@ class Session:
         self._evaluated_step: int | None = None
         self._saves, self._said_slow = 0, False  # of this process
         self.wishes.busy = lambda: not store.ready()
+
+    def _watching(self, guard: str) -> Watch:
+        """The guards of the run, which remember what it logged before it was resumed: rank 0 has it on disk, in
+        output_dir, or where that is another one, beside the checkpoint."""
+        watch, past = Watch(), self.output_dir / METRICS
+        if self.progress.step:
+            past = past if past.exists() else Path(self.config.output.resume or "").parent / METRICS
+            logged = list(lines(past)) if dist.rank() == 0 else []
+            needed = {"step", *(name for one in GUARDS for name in one.needs)}
+            watch.recall(
+                dist.from_rank_0([{k: x for k, x in one.items() if k in needed} for one in logged]),
+                self.progress.step,
+                spoken=guard == "warn",
+            )
+        return watch
 
     def run(self) -> dict[str, float]:
         """Train to the end and write final/; returns the last value of every metric. report.html is written however the
@@ -153,7 +170,8 @@ class Session:
         self._logged_step = step
         self._last |= means
         epoch = self.progress.batches / self.trainer.loader.steps_per_epoch
-        self.report.log(self.progress.step, {**means, "epoch": epoch})
+        peak = dist.largest(memory_peak(), self.trainer.roles.device) / 2**30
+        self.report.log(self.progress.step, {**means, "epoch": epoch, "memory/peak": peak})
         for text in self._watch.add(means) if self._watch is not None else ():
             self._bad_trends.append(text)
             logger.warning(text)
@@ -290,6 +308,7 @@ class Session:
             ranks=dist.world_size(),
             device=self.trainer.roles.device.type,
             data={**data, "lengths": {name: asdict(of) for name, of in survey.lengths().items()}},
+            memory={role: size / 2**30 for role, size in self.trainer.roles.memory.items()},
             origins=self.origins,
         )
 

@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dsalign.memory.shapes import Layer, Linear, Shape, text_part
-
-ROUTERS = ("gate", "router")
+from dsalign.memory.shapes import ROUTERS, Layer, Linear, Shape, text_part
 
 
 def by_modules(config: Mapping[str, Any]) -> Shape:

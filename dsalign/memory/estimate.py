@@ -171,8 +171,10 @@ class _Run:
         )  # fmt: skip
         if not trains:
             return role
+        unpacked = shape.unpacked * self.item if sizes.packed else 0.0
+        role = replace(role, forward=forward + unpacked)
         kept = activations.training_bytes(shape, self.tuning, self.tokens)
-        work = activations.backward_bytes(shape, self.tuning, self.tokens)
+        work = activations.backward_bytes(shape, self.tuning, self.tokens) + unpacked
         return replace(role, kept=kept, work=work, head=0.0 if value else self._head(shape))
 
     def _sizes(self, shape: Shape, extra: int, *, trains: bool, value: bool) -> Sizes:
@@ -182,7 +184,8 @@ class _Run:
         if self.tuning.rank:
             adapter = shape.lora(self.tuning.rank, self.tuning.words)
             widest = max(max(one.inputs, one.outputs) * one.copies for kind, _ in shape.layers for one in kind.linears)
-            return Sizes(adapter + extra, total, shape.largest, self.tuning.rank * widest, self.item, moments)
+            packed = shape.packed if self.config.models.load_in_4bit else 0
+            return Sizes(adapter + extra, total, shape.largest, self.tuning.rank * widest, self.item, moments, packed)
         still = shape.head if value else 0  # the head of a value model is neither run nor trained
         return Sizes(total - still + extra, still, shape.largest, shape.largest, self.item, moments)
 
@@ -238,8 +241,8 @@ class _Run:
 
     def _rollout(self, shape: Shape, free: float) -> tuple[float, float, float]:
         """(cache of keys and values, weights of the rollout's own, work space): completions that run at a time, the
-        weights that stage 3 gathers, whole or a layer at a time, and with LoRA a second copy of the layers into which
-        the adapter is merged. free: bytes beside what is held always."""
+        weights that stage 3 gathers, whole or a layer at a time, with LoRA a second copy of the layers into which the
+        adapter is merged, and of layers in 4 bits an unpacked one. free: bytes beside what is held always."""
         rollout = self.config.rollout
         if rollout.rollout == "vllm" and rollout.vllm_server:
             return 0.0, 0.0, 0.0
@@ -248,9 +251,9 @@ class _Run:
         groups *= self.config.algorithm.traits.mini_batches
         rows = min(rollout.local_rollout_forward_batch_size, groups * completions)
         cache = activations.cache_bytes(shape, rows, self.config.data.max_length, self.item)
-        merged, largest, layers = 0.0, 0.0, 0.0
+        packed, merged, largest, layers = self.config.models.load_in_4bit, 0.0, 0.0, 0.0
         for kind, count in shape.layers:
-            twice = sum(one.size for one in kind.linears if self.tuning.rank and self.tuning.adapted(one))
+            twice = sum(x.size for x in kind.linears if self.tuning.adapted(x) or (packed and x.plain))
             merged, layers = merged + count * twice, layers + count * kind.size
             largest = max(largest, kind.size + twice)
         if self.zero.stage < 3:

@@ -9,6 +9,7 @@ from typing import Any
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wq", "wk", "wv")
 NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts")  # of experts, as config.json files call it
 ALL = ("all", "all-linear", "all_linear")
+ROUTERS = ("gate", "router")  # names of the layer that chooses experts
 
 
 class UnknownFamilyError(ValueError):
@@ -32,6 +33,11 @@ class Linear:
     def size(self) -> int:
         """The number of its elements, those of all experts and the bias included."""
         return self.copies * self.outputs * (self.inputs + self.bias)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a layer of its own: no router, and not the matrices of all experts."""
+        return self.copies == 1 and self.name not in ROUTERS
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,17 @@ class Shape:
     def largest(self) -> int:
         """The number of elements of the largest parameter: an embedding, or the matrices of all experts in one."""
         return max([self.embedding, *(_fused(layer) for layer, _ in self.layers)])
+
+    @property
+    def packed(self) -> int:
+        """The number of elements that --load_in_4bit puts into 4 bits: linear layers without their biases, but not
+        routers, experts, whose matrices are one tensor, and the head."""
+        return sum(count * one.inputs * one.outputs for kind, count in self.layers for one in kind.linears if one.plain)
+
+    @property
+    def unpacked(self) -> int:
+        """The number of elements of the largest layer in 4 bits, which a forward or a backward unpacks for itself."""
+        return max((x.inputs * x.outputs for kind, _ in self.layers for x in kind.linears if x.plain), default=0)
 
     def lora(self, rank: int, words: Sequence[str]) -> int:
         """The number of elements of a LoRA adapter: rank x (inputs + outputs) of each layer that `words` name, as for

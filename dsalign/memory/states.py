@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOAT32 = 4
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 of a scale for 64 of them, 32 for 256 scales
 LIVE = 1_000_000_000  # stage3_max_live_parameters: gathered elements at a time
 BUCKET = 500_000_000  # reduce_bucket_size, elements
 SUB_GROUP = 1_000_000_000  # stage 3 steps so many elements of a rank at a time
@@ -49,7 +50,8 @@ class Zero:
 class Sizes:
     """The elements of an engine. trained, frozen: parameters; under LoRA the base is frozen. largest: elements of its
     largest parameter, largest_trained: of those that are trained. itemsize: bytes of a weight in compute, 2 or 4.
-    moments: numbers that the optimizer keeps for a parameter, 2 for AdamW, 0 for SGD."""
+    moments: numbers that the optimizer keeps for a parameter, 2 for AdamW, 0 for SGD. packed: how many of the frozen
+    ones are in 4 bits."""
 
     trained: int
     frozen: int
@@ -57,11 +59,12 @@ class Sizes:
     largest_trained: int = 0
     itemsize: int = 2
     moments: int = 2
+    packed: int = 0
 
     @property
-    def whole(self) -> int:
-        """The bytes of all weights in the precision of the computation."""
-        return (self.trained + self.frozen) * self.itemsize
+    def whole(self) -> float:
+        """The bytes of all weights: in the precision of the computation, or in 4 bits."""
+        return (self.trained + self.frozen - self.packed) * self.itemsize + self.packed * NF4
 
 
 @dataclass(frozen=True)

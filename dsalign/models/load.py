@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from dsalign import cpu
 from dsalign.config.schema import ModelOptions
-from dsalign.models import adapters, attention
+from dsalign.models import adapters, attention, four_bit
 from dsalign.models.adapter_files import head_of
 from dsalign.models.heads import CausalModel, ValueModel, unwrap
 from dsalign.models.last_layer import layers_of, skip_unread_mlp
@@ -43,6 +43,8 @@ def load_causal(
     if not, it is set to 0. value: whether it gets a value head, so that its own head need not be in the file.
     Raises ValueError where the model cannot be opened, or its weights are not all there and finite.
     """
+    if source.four_bit:
+        four_bit.library(f"{source.adapter}, which was trained on 4-bit weights")
     with named(source):
         config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
     if not dropout:
@@ -74,12 +76,17 @@ def load_trained(
     role: str, source: Source, options: ModelOptions, *, device: torch.device, dropout: bool, seed: int
 ) -> CausalModel | ValueModel:
     """The model of a trained role, wrapped with its head; by options.tuner its LoRA adapter is trained, or all weights.
+    By options.load_in_4bit the weights under the adapter are in 4 bits, on `device`.
 
     dropout: whether the model's own dropout stays. seed: of a new adapter and a new value head.
     Raises ValueError where the model cannot be opened, or has no layer of the names in lora_target_modules.
     """
     model = load_causal(source, options, device=device, dropout=dropout, value=role in VALUE_ROLES)
     shares = attention.share(model)
+    if options.load_in_4bit:
+        four_bit.pack(model, device)
+    elif source.four_bit:
+        four_bit.round_weights(model, device)
     if options.tuner == "lora":
         model = adapters.add(model, source, options, seed)
     else:
@@ -104,6 +111,8 @@ def load_frozen(role: str, source: Source, options: ModelOptions, *, device: tor
     """
     model = load_causal(source, options, device=device, value=role in VALUE_ROLES)
     shares = attention.share(model)
+    if source.four_bit:
+        four_bit.round_weights(model, device)
     model = adapters.merge(model, source.adapter)
     wrapped, whole = _wrap(role, model, source, options, shares, seed=0)
     if not whole:
@@ -122,6 +131,8 @@ def load_as_stored(
     Raises ValueError where the model cannot be opened, or the role needs a value head and the source has none.
     """
     model: Any = load_causal(source, options, device=device, dropout=True, value=role in VALUE_ROLES)
+    if source.four_bit:
+        four_bit.round_weights(model, device)
     if source.adapter is not None:
         model = adapters.opened(model, source.adapter, trainable=False)
     wrapped, whole = _wrap(role, model, source, options, shares=False, seed=0, trained=True)

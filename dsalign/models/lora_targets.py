@@ -29,7 +29,7 @@ def find(model: PreTrainedModel, words: Sequence[str]) -> Targets:
 
     Raises ValueError naming the words that name no layer, or one that LoRA cannot take, with the layers there are.
     """
-    linear, other, experts = _linear(model), _embeddings(model), _experts(model)
+    linear, other, experts = linear_layers(model), _embeddings(model), _experts(model)
     if len(words) == 1 and words[0].lower() in ALL and not experts and not _routers(model):
         return Targets("all-linear", [])
     modules, parameters, missing = list[str](), list[str](), list[str]()
@@ -54,7 +54,7 @@ def find(model: PreTrainedModel, words: Sequence[str]) -> Targets:
     return Targets(list(dict.fromkeys(modules)), list(dict.fromkeys(parameters)))
 
 
-def _linear(model: nn.Module) -> list[str]:
+def linear_layers(model: nn.Module) -> list[str]:
     """The names of all linear layers but routers."""
     routers = _routers(model)
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in routers]

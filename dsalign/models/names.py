@@ -13,7 +13,8 @@ from dsalign.config.reach_hub import EMBEDDED, HUB_NAMES
 from dsalign.models.gguf import EMBEDDED_NAME, import_embedded
 
 logger = logging.getLogger(__name__)
-BASE_FILE = "base_model.json"  # beside adapter_config.json: where an adapter's base is if it is not where PEFT looks
+# Beside adapter_config.json: where an adapter's base is if it is not where PEFT looks, and whether it was in 4 bits.
+BASE_FILE = "base_model.json"
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Source:
     """Where the weights of a model come from.
 
     weights: a folder or a hub name that transformers opens. adapter: a PEFT folder whose adapter goes on top of them,
-    or None. value_head: the folder in which a value head may be, None for a hub name.
+    or None. value_head: the folder in which a value head may be, None for a hub name. four_bit: whether the adapter was
+    trained on those weights in 4 bits (--load_in_4bit), so that it belongs to what those stand for.
     """
 
     weights: str
     adapter: Path | None = None
     value_head: Path | None = None
+    four_bit: bool = False
 
 
 def resolve(name: str) -> Source:
@@ -55,7 +58,7 @@ def resolve(name: str) -> Source:
                 f"model: the base of the adapter {name} is an adapter itself, {base}; merge that one first"
             )
         try:
-            return Source(resolve(base).weights, adapter=folder, value_head=folder)
+            return Source(resolve(base).weights, folder, folder, four_bit="quantised" in _beside(folder))
         except ValueError as error:
             raise ValueError(
                 f"model: the base of the adapter {name} cannot be used: {error}; write where it is into "
@@ -69,20 +72,27 @@ def resolve(name: str) -> Source:
     return Source(str(folder), value_head=folder)
 
 
-def located_base(base: str, adapter: Path) -> tuple[str, dict[str, str]]:
+def located_base(base: str, adapter: Path, *, four_bit: bool = False) -> tuple[str, dict[str, str]]:
     """(what adapter_config.json is to name for the base of an adapter in the folder `adapter`, the content of
     BASE_FILE).
 
     PEFT opens a relative path from the working directory alone, so a folder is named by its absolute path. Its place
     relative to the adapter's folder, which stays true where both move, is in BASE_FILE; for the embedded model, which
-    lies in a user's cache, its short name. A hub name needs neither.
+    lies in a user's cache, its short name. A hub name needs neither. four_bit: as in `Source`; BASE_FILE says it too.
     """
+    said = {"quantised": "nf4"} if four_bit else {}
     if not Path(base).is_dir():
-        return base, {}
+        return base, said
     whole = Path(base).resolve()
     if whole == (cache_folder() / "models" / EMBEDDED_NAME).resolve():
-        return str(whole), {"base": str(whole), "name": EMBEDDED}
-    return str(whole), {"base": str(whole), "relative": os.path.relpath(whole, adapter.resolve())}
+        return str(whole), {"base": str(whole), "name": EMBEDDED, **said}
+    return str(whole), {"base": str(whole), "relative": os.path.relpath(whole, adapter.resolve()), **said}
+
+
+def _beside(folder: Path) -> dict[str, str]:
+    """What BASE_FILE says in an adapter's folder, {} where there is none."""
+    found: dict[str, str] = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).exists() else {}
+    return found
 
 
 def _base_of(folder: Path) -> str | None:
@@ -91,7 +101,7 @@ def _base_of(folder: Path) -> str | None:
     given: str | None = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     if not given or Path(given).expanduser().exists():
         return given
-    known: dict[str, str] = json.loads((folder / BASE_FILE).read_text()) if (folder / BASE_FILE).exists() else {}
+    known = _beside(folder)
     if known.get("base") != given:
         known = {}  # adapter_config.json was changed since
     for beside in filter(None, (known.get("relative"), given)):

@@ -184,7 +184,8 @@ def _refuse_quantised(where: str, config: Any) -> None:
     if quantised:
         given = quantised if isinstance(quantised, dict) else quantised.to_dict()
         raise ValueError(
-            f"model: {where} is quantised ({given.get('quant_method', 'unknown')}); give the model that is not"
+            f"model: {where} is quantised ({given.get('quant_method', 'unknown')}); give the model that is not, which "
+            "--load_in_4bit true puts into 4 bits as it is read"
         )
     for file in weight_files(where):
         if file.suffix != ".safetensors":

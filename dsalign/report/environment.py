@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("dsalign", "torch", "deepspeed", "transformers", "peft", "tokenizers", "datasets", "triton", "vllm")
 
@@ -58,12 +59,37 @@ def _memory() -> int:
 def memory_gib() -> dict[str, float]:
     """Name -> GiB that this process holds: of the machine's memory, and on a GPU the most that tensors took so far."""
     found = {}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["GPU memory"] = torch.cuda.max_memory_allocated() / 2**30
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        found["memory"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (OSError, ValueError, IndexError):
-        pass
+    if gpu := _gpu():
+        found["GPU memory"] = gpu.max_memory_allocated() / 2**30
+    if size := _status("VmRSS"):
+        found["memory"] = size / 2**30
     return found
+
+
+def memory_now() -> int:
+    """The bytes that this process holds: tensors on its GPU, or where there is none, of the machine's memory; 0 where
+    the system does not say."""
+    gpu = _gpu()
+    return int(gpu.memory_allocated()) if gpu else _status("VmRSS")
+
+
+def memory_peak() -> int:
+    """The most bytes that `memory_now` could have said so far."""
+    gpu = _gpu()
+    return int(gpu.max_memory_allocated()) if gpu else _status("VmHWM")
+
+
+def _gpu() -> Any:
+    """torch.cuda where torch is imported and computes on a GPU, else None."""
+    torch = sys.modules.get("torch")
+    there = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda if torch is not None and there else None
+
+
+def _status(name: str) -> int:
+    """A size of this process that Linux tells in bytes; 0 where it does not."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)

@@ -12,12 +12,6 @@ from dsalign.report.page import REPORT
 from dsalign.report.story import short
 
 VERBS = Path(__file__).parent.parent / "verbs"
-NEXT = {  # verb -> what it does with a run
-    "chat": "talk to it",
-    "eval": "evaluate it",
-    "merge": "merge its adapter into the weights",
-    "export": "export it",
-}
 
 
 def last_lines(run: History, how: str) -> list[str]:
@@ -30,10 +24,19 @@ def last_lines(run: History, how: str) -> list[str]:
         lines.append(f"model: {run.folder / 'final'}")
     if run.checkpoints:
         lines.append(f"checkpoint: {run.folder / f'checkpoint-{run.checkpoints[-1]}'}")
+    if run.memory:
+        lines.append(f"memory: {_memory(run.memory)}")
     lines.append(f"report: {run.folder / REPORT}")
     commands = _commands(run, folder, how)
     width = max(map(len, commands), default=0)
     return lines + [f"  {command:<{width}}  # {what}" for command, what in commands.items()]
+
+
+def _memory(of: Mapping[str, float]) -> str:
+    """The most that a rank held, and by role what its model took as it was loaded; what is not known is left out."""
+    peak = [f"at most {of['peak']:.2f} GiB a rank"] if "peak" in of else []
+    loaded = ", ".join(f"{role} {size:.2f}" for role, size in of.items() if role != "peak")
+    return "; ".join([*peak, *([f"as loaded: {loaded} GiB"] if loaded else [])])
 
 
 def _commands(run: History, folder: str, how: str) -> Mapping[str, str]:
@@ -46,8 +49,24 @@ def _commands(run: History, folder: str, how: str) -> Mapping[str, str]:
         resume = f"dsalign resume {folder}" if exists("resume") else f"dsalign --config {config} --resume"
         found[several + resume] = "go on from the newest checkpoint"
     if run.has_final and how == events.DONE:
-        found |= {f"dsalign {verb} {folder}": what for verb, what in NEXT.items() if exists(verb)}
+        found |= {f"dsalign {verb} {words}": what for verb, (words, what) in _next(run, folder).items() if exists(verb)}
     return found
+
+
+def _next(run: History, folder: str) -> Mapping[str, tuple[str, str]]:
+    """Verb -> (what follows it, what it is for), of those that take what the run trained: a reward model does not talk,
+    and only an adapter is merged."""
+    rows = run.settings.get("val_dataset") or run.settings.get("dataset") or ["demo:pairs"]
+    found = {
+        "chat": (folder, "talk to it"),
+        "eval": (f"{folder} --dataset {shlex.join(map(str, rows))}", "evaluate it"),
+        "merge": (folder, "merge its adapter into the weights"),
+        "export": (f"{folder} {shlex.quote(f'{run.folder}-plain')}", "a plain folder of it"),
+    }
+    final = run.folder / "final"
+    left_out = [] if (final / "adapter_config.json").exists() else ["merge"]
+    left_out += ["chat"] if (final / "value_head.safetensors").exists() else []
+    return {verb: how for verb, how in found.items() if verb not in left_out}
 
 
 def exists(verb: str) -> bool:

@@ -74,6 +74,15 @@ class History:
         return total + (max(0.0, self.written - since) if since is not None else 0.0)
 
     @property
+    def memory(self) -> dict[str, float]:
+        """What of the run's memory was measured, in GiB: "peak", the most that a rank held, and by role what one rank
+        held more once that role's model was loaded; empty where nothing was."""
+        peak = self.series.get("memory/peak", [])
+        found = {"peak": peak[-1][1]} if peak else {}
+        by_role = self.begin.get("memory")
+        return found | (dict(by_role) if isinstance(by_role, Mapping) else {})
+
+    @property
     def best(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest loss on held-out rows; None where none was measured."""
         points = [(value, step) for step, value in self.series.get(f"{EVAL}loss", []) if value == value]

@@ -25,7 +25,7 @@ class Chart:
     better: str = ""
 
 
-MAIN, MORE, OPTIMISATION, SPEED = "Main curves", "More of the algorithm", "Optimisation", "Time"
+MAIN, MORE, OPTIMISATION, SPEED = "Main curves", "More of the algorithm", "Optimisation", "Time and memory"
 SECTIONS = (MAIN, MORE, OPTIMISATION, SPEED)
 # Which of these an algorithm logs decides what stands first: one that samples has objective/*, one of pairs rewards/*.
 CHARTS = (
@@ -63,6 +63,8 @@ CHARTS = (
     Chart("Gradient norm", ("grad_norm", "value/grad_norm"), OPTIMISATION, "before clipping"),
     Chart("Learning rate", ("lr", "value/lr"), OPTIMISATION, "of each step"),
     Chart("Tokens a second", ("tokens_per_s",), SPEED, "trained on, all ranks together", better="up"),
+    Chart("Memory", ("memory/peak",), SPEED,
+          "GiB, the most that a rank has held so far: on its GPU, or of the machine where it has none"),
     Chart("Seconds a step", tuple(f"time/{p}" for p in ("rollout", "score", "reference", "train", "wait")), SPEED,
           "where the time of an optimizer step goes"),
 )  # fmt: skip
@@ -90,6 +92,7 @@ LABELS = {
     "val/clipfrac_avg": "critic",
     "loss/value_avg": "critic's loss",
     "tokens_per_s": "tok/s",
+    "memory/peak": "peak",
     "kl": "KL",
 }
 

@@ -182,7 +182,14 @@ def _settings(run: History) -> str:
 
 def _environment(run: History) -> str:
     found = run.begin.get("environment")
-    return f"<h2>Environment</h2>{_table(('', ''), list(found.items()))}" if isinstance(found, Mapping) else ""
+    rows = [(_called(name), f"{size:.2f} GiB") for name, size in run.memory.items()]
+    rows += list(found.items()) if isinstance(found, Mapping) else []
+    return f"<h2>Environment</h2>{_table(('', ''), rows)}" if rows else ""
+
+
+def _called(name: str) -> str:
+    """What a row of `History.memory` is called."""
+    return "memory, most of a rank" if name == "peak" else f"memory, {name} as loaded"
 
 
 def _differences(runs: Mapping[str, History]) -> str:

@@ -61,8 +61,8 @@ class RunLog:
 
     def begin(self, settings: Mapping[str, Any], **facts: Any) -> None:
         """Note that the run begins, with what its report tells of it: rows, held_out, ranks, device, data (a table),
-        origins (option -> where its value is from); and every warning so far and to come. settings: option -> value,
-        for the trackers."""
+        memory (role -> GiB), origins (option -> where its value is from); and every warning so far and to come.
+        settings: option -> value, for the trackers."""
         if self._rank == 0:
             shown = {name: value if isinstance(value, (int, float)) else redacted(str(value)) for name, value in
                      settings.items()}  # fmt: skip

@@ -2,6 +2,8 @@
 
 The copy has no hooks, a configuration of its own and its own evaluation mode, so nothing that generation sets reaches
 the model that is trained. A LoRA adapter is merged into weights that only the view has, so there is nothing to undo.
+Weights in 4 bits are unpacked, for the time of the view: a decoding step reads all weights, and would unpack packed
+ones at every token.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dsalign.engines.engine import whole
+from dsalign.models.four_bit import FourBitLinear
 from dsalign.models.heads import Backbone, unwrap
 from dsalign.models.last_layer import layers_of
 from dsalign.rollout.layers import Gathered, Turns
@@ -101,6 +104,8 @@ def _copy(module: nn.Module, seen: dict[int, Any], configs: dict[int, Any]) -> A
     found._modules = {
         name: None if child is None else _copy(child, seen, configs) for name, child in module._modules.items()
     }
+    if isinstance(module, FourBitLinear):
+        seen[id(module)] = found = found.plain()
     if isinstance(module, BaseTunerLayer):
         seen[id(module)] = found = _merged(found)
     return found

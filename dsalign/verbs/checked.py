@@ -23,7 +23,7 @@ from dsalign.report.run_log import quiet
 from dsalign.report.story import duration, number
 from dsalign.rewards.retemplate import retemplate_of
 from dsalign.rewards.sources import functions_of
-from dsalign.verbs import data_report, plan, rehearsal
+from dsalign.verbs import beside, data_report, plan, rehearsal
 from dsalign.verbs.lines import ERROR, OK, SKIPPED, WARNING, Line, looked
 
 STAGES = {"error": ERROR, "warning": WARNING}
@@ -47,6 +47,10 @@ def checked(config: RunConfig, planned: plan.Request, *, step: bool) -> list[Lin
         found += looked("models together", lambda: _together(config, held)) if "groups" in held else []
         found += looked("rewards", lambda: _rewards(config, held)) if "groups" in held else []
     found += looked("memory", lambda: _memory(planned, held))
+    if "estimate" in held:
+        found += looked("off-loading", lambda: beside.offload(config, held["estimate"], planned.machine))
+    if "estimate" in held and "sources" in held:
+        found += looked("vLLM", lambda: _sampler(config, planned, held))
     found += looked("output folder", lambda: _output(config))
     found += looked("disk", lambda: _disk(config, held)) if "groups" in held and "estimate" in held else []
     if not step:
@@ -131,6 +135,11 @@ def _memory(planned: plan.Request, held: dict[str, Any]) -> Line:
     held["estimate"] = answer.chosen
     state = OK if answer.fits else WARNING
     return Line("memory", state, answer.first_line(), "" if answer.fits else "dsalign plan says what else would fit")
+
+
+def _sampler(config: RunConfig, planned: plan.Request, held: dict[str, Any]) -> list[Line]:
+    policy = held["sources"][config.algorithm.traits.main]
+    return beside.sampler(config, policy, held["estimate"], planned.machine)
 
 
 def _output(config: RunConfig) -> Line:

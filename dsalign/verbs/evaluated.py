@@ -28,6 +28,7 @@ from dsalign.verbs.eval import KINDS, Request
 from dsalign.verbs.opened import Model
 
 Z = 1.959964  # standard deviations of a 95 % interval
+WILSON, MEAN = "Wilson, 95 %", "1.96 standard errors, 95 %"  # kinds of intervals, as JSON names them
 ROLES = ("policy", "reference")  # under which the first and the second model compute
 
 
@@ -50,14 +51,17 @@ class Report:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
         lines += [f"{key}: {_cell(value)}" for key, value in found["versus"].items()]
-        lines.append("in brackets: Wilson's interval of 95 %")
+        lines.append("in brackets: intervals of 95 %, of a share Wilson's, of a mean 1.96 standard errors on each side")
         return printable("\n".join([*lines, *found["notes"]]))
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        low, high = 100 * value["low"], 100 * value["high"]
-        return f"{100 * value['value']:.1f} % of {value['of']} ({low:.1f} to {high:.1f})"
+        share = value["interval"] == WILSON
+        low, high = (100 * value[end] if share else value[end] for end in ("low", "high"))
+        if share:
+            return f"{100 * value['value']:.1f} % of {value['of']} ({low:.1f} to {high:.1f})"
+        return f"{value['value']:.4g} ({low:.4g} to {high:.4g})"
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -67,7 +71,21 @@ def wilson(successes: float, count: int) -> dict[str, Any]:
     centre = (share + z2 / 2) / (1 + z2)
     half = Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
     low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return {"value": share, "low": low, "high": high, "of": count, "interval": "Wilson, 95 %"}
+    return {"value": share, "low": low, "high": high, "of": count, "interval": WILSON}
+
+
+def ratio(sums: Tensor, counts: Tensor) -> dict[str, Any]:
+    """The ratio sum(sums) / sum(counts) of answers drawn one by one, with its interval of 95 % as of a mean (a ratio
+    estimator's first order): {"value", "low", "high", "of": answers, "interval"}. With counts of 1 it is the mean.
+
+    sums, counts: [answers]. Of a single answer the interval is not known: NaN.
+    """
+    sums, counts = sums.double(), counts.double()
+    value = float(sums.sum() / counts.sum())
+    left = sums - value * counts  # of which the mean is 0
+    error = math.sqrt(float(left.var()) / len(sums)) / float(counts.mean()) if len(sums) > 1 else math.nan
+    low, high = value - Z * error, value + Z * error
+    return {"value": value, "low": low, "high": high, "of": len(sums), "interval": MEAN}
 
 
 def evaluate(request: Request) -> Report:
@@ -206,7 +224,7 @@ def _sampled(request: Request, config: RunConfig, models: Sequence[Model]) -> _F
             totals.append(torch.cat(list(rewards(groups, request.batch_size).total)))
             one["reward"] = _mean(totals[-1])
         if len(models) == 2:
-            one["KL per token to the other"] = _kl(roles, role, ROLES[1 - i], groups, models)
+            one |= _kl(roles, role, ROLES[1 - i], groups, models)
         found.append(one)
     if len(models) == 2 and models[0].vocabulary != models[1].vocabulary:
         notes.append("no KL: the vocabularies are not the same")
@@ -219,13 +237,17 @@ def _sampled(request: Request, config: RunConfig, models: Sequence[Model]) -> _F
     return found, {"win rate of the first, ties half": won, "wins": wins, "ties": ties}, notes
 
 
-def _kl(roles: Any, role: str, other: str, groups: Sequence[Group], models: Sequence[Model]) -> float | None:
-    """The mean of the k3 estimate of the KL divergence from each token that `role` sampled, nats a token; None where
-    the models have no vocabulary in common."""
+def _kl(roles: Any, role: str, other: str, groups: Sequence[Group], models: Sequence[Model]) -> dict[str, Any]:
+    """The k3 estimate of the KL divergence to `other` from what `role` sampled, nats, a token and an answer, each with
+    an interval over the answers, whose tokens are not independent; nothing where the models have no vocabulary in
+    common."""
+    names = "KL per token to the other", "KL per answer to the other"
     if models[0].vocabulary != models[1].vocabulary:
-        return None
-    mine, theirs = (torch.cat(roles.each_group(name, groups)) for name in (role, other))
-    return _mean(token_kl(mine, theirs, "k3"))
+        return dict.fromkeys(names)
+    each = zip(roles.each_group(role, groups), roles.each_group(other, groups), strict=True)
+    sums = torch.stack([token_kl(mine, theirs, "k3").double().sum() for mine, theirs in each])
+    tokens = torch.tensor([len(group.completions[0]) for group in groups])
+    return {names[0]: ratio(sums, tokens), names[1]: ratio(sums, torch.ones(len(groups)))}
 
 
 def _mean(numbers: Tensor) -> float:

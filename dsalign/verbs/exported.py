@@ -69,7 +69,7 @@ def _copied(source: Source, adapter: Path, folder: Path, dtype: str) -> str:
         for path in adapter.iterdir():
             if path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in RESUME_ALONE):
                 shutil.copy2(path, staging / path.name)
-        named, elsewhere = located_base(source.weights, folder)
+        named, elsewhere = located_base(source.weights, folder, four_bit=source.four_bit)
         described = json.loads((staging / "adapter_config.json").read_text()) | {"base_model_name_or_path": named}
         (staging / "adapter_config.json").write_text(json.dumps(described, indent=2, sort_keys=True))
         (staging / BASE_FILE).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ USAGE = """usage: dsalign merge ADAPTER [--output_dir DIR] [--dtype DTYPE]
   --dtype DTYPE     of the weights written: auto, float32, bfloat16 or float16 [auto: that of the base]
   --trust_remote_code   run code that comes with the base
 
+An adapter of --load_in_4bit goes into what 4 bits hold of the base, on which it was trained.
 Weights are added in float32. Adapter and merged model compute the same real text; the largest difference of their
 logits (of a reward model, its scores) is said, and above 0.001 of the largest one nothing is written."""
 

@@ -34,7 +34,8 @@ TEXTS, TOKENS = 8, 128  # rows of demo text that are compared, and tokens of eac
 @dataclass(frozen=True)
 class Merged:
     """What was merged and how exactly. what: logits or scores. gap: the largest difference in float32; stored: that of
-    the files as they were read back; largest: the largest number; count: numbers compared; dtype: of the files."""
+    the files as they were read back; largest: the largest number; count: numbers compared; dtype: of the files;
+    four_bit: whether the base is what 4 bits hold of it."""
 
     adapter: str
     base: str
@@ -45,12 +46,14 @@ class Merged:
     largest: float
     count: int
     dtype: str
+    four_bit: bool = False
 
     def text(self) -> str:
         """The result as lines of text, with the command that tries it."""
         use = f"dsalign chat {self.folder}" if self.what == "logits" else f"dsalign eval {self.folder} --dataset ..."
+        held = ", as 4 bits hold it, which is what the adapter was trained on" if self.four_bit else ""
         return (
-            f"merged {self.adapter} into {self.base}: {self.folder}, {self.dtype}\n"
+            f"merged {self.adapter} into {self.base}{held}: {self.folder}, {self.dtype}\n"
             f"{self.what} of {self.count} tokens of real text: largest difference from the adapter {self.gap:.2g} in "
             f"float32 (bound {BOUND * max(1.0, self.largest):.2g}), {self.stored:.2g} with the files as written\n"
             f"try it: {use}"
@@ -100,7 +103,8 @@ def merge(name: str, output_dir: Path | None, dtype: str, *, trust: bool = False
 
     plain_folder.write(folder, fill)
     count = sum(map(len, rows))
-    return Merged(str(source.adapter), source.weights, folder, what, gap, stored[0], largest, count, _name(chosen))
+    names = str(source.adapter), source.weights, folder, what
+    return Merged(*names, gap, stored[0], largest, count, _name(chosen), source.four_bit)
 
 
 def real_texts() -> list[str]:

@@ -188,7 +188,7 @@ def run(request: Request | None) -> int:
 def answer(request: Request) -> plan_text.Answer:
     """What `dsalign plan` says to a request. Raises ValueError as `shapes_of` does."""
     found = shapes_of(request.config, request.described)
-    names = dict.fromkeys([*([request.given] if request.given else []), *estimate.CONFIGS])
+    names = dict.fromkeys([*([request.given] if request.given else []), *_files(request.config)])
     tried = _tried(request, found, request.config, request.machine, list(names))
     chosen = tried[request.given] if request.given else estimate.best(tried, request.machine)
     fits = chosen is not None and chosen.fits(request.machine)
@@ -201,6 +201,11 @@ def _tried(
     request: Request, found: dict[str, Shape], config: RunConfig, machine: Machine, names: Sequence[str]
 ) -> dict[str, Estimate]:
     return {name: estimate.largest_micro_batch(config, found, machine, name, prompt=request.prompt) for name in names}
+
+
+def _files(config: RunConfig) -> list[str]:
+    """The DeepSpeed files that are tried: with weights in 4 bits none of stage 3, which would cut them up."""
+    return [name for name in estimate.CONFIGS if not (config.models.load_in_4bit and name.startswith("zero3"))]
 
 
 def _nearest(request: Request, found: dict[str, Shape]) -> list[str]:
@@ -221,7 +226,7 @@ def _nearest(request: Request, found: dict[str, Shape]) -> list[str]:
         changes.append((f"--gradient_checkpointing true on --gpus {gpus}", config, more))
     lines, seen = [], set[str]()
     for words, other, there in changes:
-        one = estimate.best(_tried(request, found, other, there, estimate.CONFIGS), there)
+        one = estimate.best(_tried(request, found, other, there, _files(other)), there)
         kind = words.partition(" on ")[1] or words
         if one is None or kind in seen:
             continue

@@ -164,6 +164,7 @@ def _count(role: Role) -> str:
 def _tuned(config: RunConfig) -> str:
     models = config.models
     how = f"LoRA of rank {models.lora_rank}" if models.tuner == "lora" else "all weights trained"
+    how += " on weights in 4 bits" if models.load_in_4bit else ""
     return how + (", gradient checkpointing" if models.gradient_checkpointing else ", no gradient checkpointing")
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsalign.checkpoint.progress import Progress
+from dsalign.config import ds_files
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group
 from dsalign.data.batches.packing import num_tokens
@@ -23,6 +24,7 @@ from dsalign.engines.self_check import self_check
 from dsalign.guard.wishes import Wishes
 from dsalign.loop.plan import batches_of, context_of, loader_of
 from dsalign.loop.trainer import Trainer
+from dsalign.memory.states import Zero
 from dsalign.models.heads import BIAS, VALUE_HEAD_FILE, WEIGHT
 from dsalign.models.load import VALUE_ROLES
 from dsalign.models.names import Source
@@ -111,7 +113,8 @@ def shortened(config: RunConfig, output_dir: Path) -> RunConfig:
     """The configuration of the step: float32, one micro-batch a step, few sampled tokens by our own engine, nothing
     off-loaded, which would compile an optimizer for the CPU."""
     optim = config.optim
-    own = {"deepspeed": "zero2"} if "offload" in Path(optim.deepspeed).stem else {}
+    zero = Zero.of(ds_files.settings(optim.deepspeed))
+    own = {"deepspeed": "zero2"} if zero.offload_optimizer or zero.offload_param else {}
     rollout = replace(config.rollout, rollout="auto", max_new_tokens=min(NEW_TOKENS, config.rollout.max_new_tokens))
     return config.model_copy(
         update={

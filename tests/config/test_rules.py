@@ -366,6 +366,7 @@ def test_every_rule_has_a_test_here() -> None:
         "evaluation_has_rows",
         "one_source_of_validation",
         "lora_options_need_lora",
+        "four_bits_are_possible",
         "dropout_is_allowed",
         "reference_can_be_cached",
         "all_turns_are_of_demonstrations",

@@ -17,7 +17,7 @@ from support import RankPool, ds_file, quick_if
 
 from dsalign.loop.clock import PHASES
 
-TIMED = ("tokens_per_s", *(f"time/{phase}" for phase in PHASES))
+TIMED = ("tokens_per_s", "memory/peak", *(f"time/{phase}" for phase in PHASES))
 
 
 def words(tiny: Path, stage: str, tuner: str, *more: str) -> list[str]:

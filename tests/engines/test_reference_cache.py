@@ -69,6 +69,7 @@ def test_a_flipped_byte_of_the_weights_is_a_miss(tiny: Path, tmp_path: Path) -> 
     (copy / "notes.txt").write_text("mine")
     assert weights_key(resolve(str(copy)), torch.float32) == key
     assert weights_key(resolve(str(copy)), torch.bfloat16) != key
+    assert weights_key(resolve(str(copy)), torch.float32, four_bit=True) != key
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"a")

@@ -97,6 +97,23 @@ def test_courses_that_are_well(series: dict[str, Course]) -> None:
     assert said(60, **series) == []
 
 
+@pytest.mark.parametrize("spoken", [True, False])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_resumed_run_goes_on_with_its_trends(name: str, spoken: bool) -> None:
+    """Resumed at half of the steps, or behind the warning, from the lines of metrics.jsonl with those of steps that are
+    taken anew: the same guard speaks at the same step as in a run that was not stopped. A guard that has spoken speaks
+    again where the run is to stop, and not where it was a warning."""
+    series, _ = SCRIPTS[name]
+    logged = [{"step": i + 1, **{n.replace("__", "/"): f(i) for n, f in series.items()}} for i in range(60)]
+    whole = Watch()
+    at = next(i for i, one in enumerate(logged) if whole.add(one))
+    for cut in (at // 2, at, at + 3):
+        watch = Watch()
+        watch.recall([{"step": 0, "eval/loss": 1.0}, *logged[: cut + 5], {"no": "step"}], cut, spoken=spoken)
+        spoke = [i for i in range(cut, 60) if watch.add(logged[i])]
+        assert spoke[:1] == ([] if spoken and cut > at else [max(at, cut)])
+
+
 def test_too_few_points_are_no_trend() -> None:
     """The accuracy of a guess wants LONG points, the others ENOUGH."""
     series, _ = SCRIPTS["reward by length"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dsalign.config import rules
 from dsalign.config.parse import parse
 from dsalign.config.schema import RunConfig
 from dsalign.memory import estimate
@@ -54,6 +55,28 @@ def test_lora_shares_the_base_and_trains_little() -> None:
     assert policy.held.weights == 2 * (LLAMA.total + 20_971_520)
     assert policy.held.optimizer == 12 * 20_971_520 / 8
     assert role(found, "reference").how == "policy, adapter off"
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let bitsandbytes be installed, which an estimate does not use."""
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: name)
+
+
+@pytest.mark.usefixtures("packs")
+def test_a_base_in_four_bits_by_hand() -> None:
+    """Linear layers of Llama 8B: 32 x (2 x 4096^2 + 2 x 4096 x 1024 + 3 x 4096 x 14336) = 6,979,321,856 weights of 4
+    bits, an 8-bit scale for 64 and a 32-bit one for 16,384 of them: 0.515869140625 bytes. Embedding, head, norms and
+    the adapter have 2 bytes. A pass unpacks one layer, at most 4096 x 14336; a rollout all."""
+    found, plain = of("dpo", "--load_in_4bit", "true"), of("dpo")
+    policy, other = role(found, "policy"), role(plain, "policy")
+    rest = LLAMA.total - 6_979_321_856 + 20_971_520
+    assert policy.held.weights == 6_979_321_856 * 0.515869140625 + 2 * rest
+    assert policy.work - other.work == policy.forward - other.forward == 2 * 4096 * 14336
+    assert (policy.held.optimizer, policy.trained) == (other.held.optimizer, other.trained)
+    assert of("grpo", "--load_in_4bit", "true").gathered == 2 * 6_979_321_856
+    few = of("grpo", "--load_in_4bit", "true", "--lora_target_modules", "q_proj")
+    assert few.gathered == 2 * 6_979_321_856, "layers without an adapter are unpacked too"
 
 
 def test_ppo_has_the_critic_and_what_scores() -> None:

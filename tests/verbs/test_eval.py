@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsalign import cli
+from dsalign.config.parse import parse
 from dsalign.verbs import evaluated, harness
 
 PAIRS = [("Hi?", "Good.", "Bad"), ("Why?", "So.", "No idea."), ("Who?", "I.", "You and he")]
@@ -98,10 +100,14 @@ def test_two_models_on_prompts(here: Path, capsys: pytest.CaptureFixture[str]) -
     same = measured(capsys, here / "base", "--vs", here / "base", *words)
     assert (same["versus"]["wins"], same["versus"]["ties"]) == (0, 3)
     assert same["versus"]["win rate of the first, ties half"]["value"] == 0.5
-    assert [one["KL per token to the other"] for one in same["models"]] == pytest.approx([0, 0], abs=1e-9)
+    for name in ("KL per token to the other", "KL per answer to the other"):
+        assert [one[name][end] for one in same["models"] for end in ("value", "low", "high")] == pytest.approx([0] * 6)
     found = measured(capsys, here / "adapter", "--vs", here / "base", *words)
     first, second = found["models"]
-    assert first["KL per token to the other"] > 0.01 and second["KL per token to the other"] > 0.01
+    for one in (first, second):
+        token, answer = (one[f"KL per {what} to the other"] for what in ("token", "answer"))
+        assert token["low"] < token["value"] < token["high"] and token["value"] > 0.01 and token["of"] == 3
+        assert answer["value"] == pytest.approx(token["value"] * one["tokens"])
     assert 1 <= first["tokens"] <= 8 and first["reward"] <= 8
     judged = measured(capsys, here / "base", *words[:4], "--reward", here / "rm")
     assert "reward" in judged["models"][0] and not judged["versus"]
@@ -112,6 +118,17 @@ def test_wilson_by_hand() -> None:
     found = evaluated.wilson(8, 10)
     assert (found["low"], found["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert evaluated.wilson(0, 5)["low"] == 0 and evaluated.wilson(0, 5)["high"] == pytest.approx(0.4345, abs=1e-4)
+
+
+def test_the_interval_of_a_ratio_by_hand() -> None:
+    """2, 4 and 9 nats over 2, 2 and 4 tokens: 15 / 8. What is left, -1.75, 0.25 and 1.5, has the variance 2.6875, and
+    the error is sqrt(2.6875 / 3) / (8 / 3) = 0.35493. Over one token each it is the mean, 5, with sqrt(13 / 3)."""
+    nats = torch.tensor([2.0, 4.0, 9.0])
+    found = evaluated.ratio(nats, torch.tensor([2, 2, 4]))
+    assert (found["value"], found["high"] - found["value"]) == pytest.approx((1.875, 1.959964 * 0.35493), rel=1e-4)
+    mean = evaluated.ratio(nats, torch.ones(3))
+    assert (mean["value"], mean["value"] - mean["low"]) == pytest.approx((5.0, 1.959964 * math.sqrt(13 / 3)), rel=1e-6)
+    assert evaluated._cell(mean) == "5 (0.92 to 9.08)" and math.isnan(evaluated.ratio(nats[:1], nats[:1])["low"])
 
 
 def test_the_table_says_what_is_missing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +155,15 @@ def test_lm_eval_is_a_process_of_its_own(
     given = f"pretrained={here / 'base'},peft={here / 'adapter'},tokenizer={here / 'adapter'},dtype=auto"
     assert started[0][:6] == [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args"]
     assert started[0][6].startswith(given) and started[0][7:11] == ["--tasks", "arc_easy,piqa", "--batch_size", "4"]
+
+
+def test_lm_eval_is_given_no_adapter_of_four_bits(here: Path, tmp_path: Path) -> None:
+    """It would open the base as it is on disk."""
+    folder = shutil.copytree(here / "adapter", tmp_path / "adapter")
+    (folder / "base_model.json").write_text(json.dumps({"quantised": "nf4"}))
+    config = parse(["--algo", "sft", "--model", str(folder), "--dataset", "demo:demonstrations"], world_size=1).config
+    with pytest.raises(ValueError, match=r"^lm_eval: .* base in 4 bits, .*; run dsalign merge .* and give that$"):
+        harness.command(str(folder), "arc_easy", config, 8)
 
 
 def test_refusals(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
