@@ -5,6 +5,7 @@ The only reader of argv, RANK, LOCAL_RANK and WORLD_SIZE. Exit codes are those o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import logging
@@ -31,6 +32,9 @@ with lazy.put_off("torch"):  # algorithm files name torch at their top, but only
 PACKAGE = Path(__file__).parent
 SET = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # for the libraries
 LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+# What the system says of a path that a user gave, where no other message was faster.
+UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR)
+LONGEST = 200  # characters of a path that a message repeats
 WAIT_S = 2.0  # a launcher ends the other ranks sooner where rank 0 failed
 
 
@@ -56,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `--print_config | head` has seen enough; without this Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return endings.DONE
+    except OSError as error:
+        if error.errno not in UNUSABLE or not error.filename:
+            raise
+        shown = str(error.filename)[:LONGEST]
+        _say(
+            f"error: {_rank()}{shown}: expected a path that can be used, got: {error.strerror}; check it",
+            *_place(error),
+        )
+        return endings.INPUT
     except KeyboardInterrupt:
         return endings.INTERRUPTED
     finally:
@@ -103,6 +116,10 @@ def _main(given: Sequence[str], typed: bool) -> int:
     lazy.required("torch")
     preflight = importlib.import_module("dsalign.verbs.preflight")
     preflight.check_resume(parsed.config, launch.ranks if launch else ranks.process(env).world_size)
+    preflight.look(parsed.config)
+    if env.get("RANK", "0") == "0":
+        for stand_in in preflight.stand_ins(parsed):
+            _say(stand_in)
     started = shlex.join([sys.argv[0], *given])
     if typed:
         started = preflight.typed(started, env)
@@ -185,7 +202,7 @@ def _rank() -> str:
     return f"rank {os.environ.get('RANK', '?')}: " if several else ""
 
 
-def _place(error: ValueError) -> list[str]:
+def _place(error: ValueError | OSError) -> list[str]:
     """Where an error comes from, if from a library: then it may be a fault rather than a wrong option."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     inside = Path(frame.filename).is_relative_to(PACKAGE)

@@ -58,6 +58,7 @@ FAMILIES = (
         ("SLURM_JOB_ID",),
     ),
 )
+ALONE = {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # without RANK: what a process that is alone may have
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 FIRST_PORT, PORTS = 29600, 20000  # of a job whose launcher chooses none: every rank works out the same
 
@@ -89,14 +90,19 @@ def variables(env: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would have set, for one of several tasks that another launcher started; empty where RANK is set
     already, or this process is alone.
 
-    Raises ValueError where the variables contradict each other, so that several tasks would train as several runs, and
-    where no variable says on which machine rank 0 is.
+    Raises ValueError where the variables contradict each other, or RANK alone is missing, so that several tasks would
+    train as several runs, and where no variable says on which machine rank 0 is.
     """
     if "RANK" in env:
         _agree(env)
         return {}
     task = task_of(env)
     if task is None or task.process.world_size == 1:
+        if several := [name for name, alone in ALONE.items() if env.get(name) not in (None, "", alone)]:
+            raise ValueError(
+                f"environment: expected RANK beside {_shown(env, several)}, got nothing, so that each of several tasks "
+                "would be a run of its own; start with torchrun, or unset it"
+            )
         return {}
     mine, family = task.process, task.family
     alone_on_it = len([one for one in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip()]) == 1

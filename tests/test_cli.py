@@ -375,3 +375,12 @@ def test_print_config_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("verb", ["ls", "stop", "resume", "merge"])
+def test_a_path_that_the_system_refuses_is_no_traceback(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """5000 characters are more than a file's name may have."""
+    assert cli.main([verb, "x" * 5000]) == 2
+    (line, *_) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dsalign: error: xxx") and line.endswith("got: File name too long; check it")
+    assert len(line) < 300

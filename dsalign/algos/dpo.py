@@ -67,6 +67,8 @@ class DPO(Algorithm):
                 f"loss_weights: expected one for each of the {len(self.loss_type)} loss types, "
                 f"got {len(self.loss_weights)}"
             )
+        if self.loss_weights and not any(self.loss_weights) and not self.rpo_alpha:
+            raise ValueError("loss_weights: expected one that is not 0, got none: nothing would be learnt; raise one")
         self._check_smoothing()
         if "sft" in self.loss_type and self.rpo_alpha > 0:
             raise ValueError("loss_type sft and rpo_alpha > 0 both add NLL(chosen); keep one, with --rpo_alpha 0")

@@ -18,7 +18,7 @@ from dsalign.checkpoint.manifest import Entry, Manifest
 from dsalign.checkpoint.progress import Progress
 from dsalign.checkpoint.random_state import random_state, restore_random_state, seed_random_state
 from dsalign.checkpoint.verify import Checkpoint
-from dsalign.config.rules import PROGRESS_FILE
+from dsalign.config.file_rules import PROGRESS_FILE
 from dsalign.config.schema import OutputOptions, RunConfig
 from dsalign.endings import Diverged
 from dsalign.engines import dist

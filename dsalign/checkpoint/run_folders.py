@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsalign.checkpoint import durable, folder_lock, manifest
-from dsalign.config.rules import PROGRESS_FILE
+from dsalign.config.file_rules import PROGRESS_FILE
 from dsalign.config.schema import RunConfig
 from dsalign.config.secrets import redacted
 

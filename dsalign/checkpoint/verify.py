@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dsalign.checkpoint import manifest, run_folders, shards
 from dsalign.checkpoint.manifest import MANIFEST, BrokenError, Entry, Manifest
-from dsalign.config.rules import PROGRESS_FILE
+from dsalign.config.file_rules import PROGRESS_FILE
 from dsalign.engines import dist
 
 logger = logging.getLogger(__name__)

@@ -3,13 +3,15 @@ is found before DeepSpeed, which ignores many of them, is imported."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsalign.config.flags import nearest
 
 BOOL, INT, NUMBER, TEXT, LIST, ANY = "true or false", "a whole number", "a number", "text", "a list", "anything"
-COUNT = "a whole number >= 0"
+COUNT, SHARE = "a whole number >= 0", "a number in [0, 1]"
 NULL = "null"
 Kind = Any  # one of the words above, a tuple of allowed values or of kinds, or a section: key -> kind
 
@@ -26,8 +28,8 @@ ZERO = {
     "overlap_comm": (BOOL, NULL), "compute_grad_norm": BOOL, "load_from_fp32_weights": BOOL, "elastic_checkpoint": BOOL,
     "offload_param": (_OFFLOAD | {"buffer_size": COUNT, "max_in_cpu": COUNT}, NULL),
     "offload_optimizer": (
-        _OFFLOAD | {"pipeline_read": BOOL, "pipeline_write": BOOL, "fast_init": BOOL, "ratio": NUMBER,
-                    "super_offload": BOOL, "cpuadam_cores_perc": NUMBER}, NULL),
+        _OFFLOAD | {"pipeline_read": BOOL, "pipeline_write": BOOL, "fast_init": BOOL, "ratio": SHARE,
+                    "super_offload": BOOL, "cpuadam_cores_perc": SHARE}, NULL),
     "zenflow": (_ZENFLOW, NULL),
     "sub_group_size": COUNT, "cpu_offload_param": (BOOL, NULL), "cpu_offload_use_pin_memory": (BOOL, NULL),
     "cpu_offload": (BOOL, NULL), "stage3_prefetch_bucket_size": COUNT, "stage3_param_persistence_threshold": COUNT,
@@ -83,7 +85,7 @@ KEYS: Mapping[str, Kind] = {
         "overlap_events": BOOL, "use_gds": BOOL,
     },
     "checkpoint": {
-        "tag_validation": TEXT, "load_universal": BOOL, "use_node_local_storage": BOOL,
+        "tag_validation": ("Warn", "Ignore", "Fail"), "load_universal": BOOL, "use_node_local_storage": BOOL,
         "parallel_write": {"pipeline_stage": BOOL}, "checkpoint_serialization": BOOL, "writer": (ANY, NULL),
     },
     "timers": {"throughput": {"enabled": BOOL, "synchronized": BOOL}},
@@ -109,6 +111,7 @@ NOT_DONE = (  # sections that would change what is computed, and that no run her
     "elasticity", "expert_parallel", "graph_harvesting", "nebula", "pipeline", "progressive_layer_drop",
     "sequence_parallel_size", "sparse_attention", "sparse_gradients", "tensor_parallel", "weight_quantization",
 )  # fmt: skip
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # section -> the package that it needs
 UNUSED: Mapping[str, Any] = {  # what every run sets itself -> the value that asks for nothing else
     "steps_per_print": None, "wall_clock_breakdown": False, "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False, "dataloader_drop_last": False,
@@ -137,6 +140,10 @@ def wrong(settings: Mapping[str, Any]) -> Iterator[str]:
     zero = settings.get("zero_optimization")
     if isinstance(zero, dict):
         yield from _offloading(zero)
+    for key, package in MONITORS.items():
+        section = settings.get(key)
+        if isinstance(section, dict) and section.get("enabled") is True and importlib.util.find_spec(package) is None:
+            yield f"{key}: expected {package} to be installed, got none; run pip install {package}, or leave it out"
 
 
 def _of_kind(path: str, kind: Kind, value: Any) -> Iterator[str]:
@@ -159,7 +166,7 @@ def _of_kind(path: str, kind: Kind, value: Any) -> Iterator[str]:
     yield f"{path}: expected {words}, got {_short(value)}; correct it, or leave it out for DeepSpeed's own"
 
 
-_WORDS = (BOOL, INT, NUMBER, TEXT, LIST, ANY, COUNT, NULL)
+_WORDS = (BOOL, INT, NUMBER, SHARE, TEXT, LIST, ANY, COUNT, NULL)
 
 
 def _options(kind: Kind) -> tuple[Any, ...]:
@@ -183,7 +190,8 @@ def _is(kind: Kind, value: Any) -> bool:
     whole = number and float(value).is_integer()
     return {
         BOOL: isinstance(value, bool), INT: whole, NUMBER: number, TEXT: isinstance(value, str),
-        LIST: isinstance(value, list), ANY: True, COUNT: whole and value >= 0, NULL: value is None,
+        SHARE: number and 0 <= value <= 1, LIST: isinstance(value, list), ANY: True,
+        COUNT: whole and value >= 0, NULL: value is None,
     }[kind]  # fmt: skip
 
 
@@ -200,6 +208,16 @@ def _offloading(zero: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path}: expected stage {least} or above beside it, got stage {stage}; raise the stage or remove it"
         if section.get("device") == "nvme" and not section.get("nvme_path"):
             yield f"{path}.nvme_path: expected a folder of the disk beside device nvme, got none; name it"
+        elif section.get("device") == "nvme" and not _can_be_written(str(section["nvme_path"])):
+            yield f"{path}.nvme_path: expected a folder that can be written, got {section['nvme_path']}; name another"
+
+
+def _can_be_written(folder: str) -> bool:
+    """Whether a folder is there and may be written, or can be made."""
+    whole = os.path.abspath(folder)
+    while not os.path.lexists(whole):
+        whole = os.path.dirname(whole)
+    return os.path.isdir(whole) and os.access(whole, os.W_OK | os.X_OK)
 
 
 def _left_open(value: Any) -> bool:

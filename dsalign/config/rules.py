@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import ast
-import glob
-import importlib.util
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dsalign import assets
 from dsalign.assets import rewards
-from dsalign.config import ds_files
+from dsalign.config import file_rules
+from dsalign.config.draft import Draft, Rule, Unread
 from dsalign.config.flags import nearest
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
-MODEL_FILES = ("config.json", "adapter_config.json")
-PROGRESS_FILE = "trainer.json"  # of a checkpoint's folder; without it the checkpoint is not whole
-TEMPLATES = ("chatml", "gemma", "llama3", "mistral", "plain", "qwen", "zephyr")  # data/tokens/chat_templates.py
 FROZEN = {  # option -> the frozen role that it fills
     "ref_model": "reference",
     "ref_model_type": "reference",
@@ -28,40 +20,6 @@ FROZEN = {  # option -> the frozen role that it fills
     "reward_funcs": "reward",
     "reward_weights": "reward",
 }
-
-
-class Unread(Exception):
-    """The signal that a rule reads an unreadable option: that is reported already, so the rule is skipped."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """The options of a run before the rules are checked and a RunConfig is made of them."""
-
-    values: Mapping[str, Any]  # option -> typed value, given or default; an unreadable option is not there
-    where: Mapping[str, str]  # option that was given -> its place, as messages name it
-    algorithm: Any  # an Algorithm, None where it could not be built
-    frozen: Mapping[str, frozenset[str]]  # name of an algorithm -> its frozen roles
-    world_size: int
-
-    def __getitem__(self, name: str) -> Any:
-        """The value of an option. Raises Unread where it could not be read."""
-        if name not in self.values:
-            raise Unread(name)
-        return self.values[name]
-
-    def at(self, name: str) -> str:
-        """The place where an option was given, else its name: the beginning of a message."""
-        return self.where.get(name, name)
-
-    def built(self) -> Any:
-        """The algorithm of the run. Raises Unread where it could not be built."""
-        if self.algorithm is None:
-            raise Unread("algorithm")
-        return self.algorithm
-
-
-Rule = Callable[[Draft], Iterator[str]]
 
 
 def model_has_a_role(draft: Draft) -> Iterator[str]:
@@ -228,101 +186,12 @@ def weights_are_one_a_data_set(draft: Draft) -> Iterator[str]:
         )
 
 
-def data_files_exist(draft: Draft) -> Iterator[str]:
-    """A data set that looks like a file, a folder or demo rows must be one; any other name may be on the hub."""
-    for name in ("dataset", "val_dataset"):
-        for source in draft[name]:
-            path = without_count(source)
-            if (path.lower().endswith(DATA_SUFFIXES) or path[:1] in ("/", ".", "~")) and not is_there(path):
-                yield f"{draft.at(name)}: expected a file or folder that exists, got {path!r}; check the path"
-            elif path.startswith(assets.DEMO) and path not in assets.names() and not is_there(path):
-                advice = nearest(path, assets.names()) or "; choose one"
-                yield f"{draft.at(name)}: expected one of {', '.join(assets.names())}, got {path!r}{advice}"
-
-
-def model_folders_exist(draft: Draft) -> Iterator[str]:
-    """A model that looks like a folder must be one that holds a model; any other name may be registered or on the
-    hub."""
-    for name in ("model", "ref_model", "reward_model"):
-        path = draft[name]
-        if not path:
-            continue
-        folder = Path(path).expanduser()
-        if not folder.exists() and (path[:1] in ("/", ".", "~") or path.count("/") > 1):
-            yield f"{draft.at(name)}: expected a folder that exists, got {path!r}{_nearest_folder(folder)}"
-        elif folder.exists() and not any((folder / file).is_file() for file in MODEL_FILES):
-            yield (
-                f"{draft.at(name)}: expected a model's folder, with {' or '.join(MODEL_FILES)}, got {path!r}, which "
-                "has neither; name the folder that from_pretrained opens"
-            )
-
-
-def _nearest_folder(folder: Path) -> str:
-    """The words '; did you mean X?' for a folder with nearly this name, else advice to check the path."""
-    there = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
-    return nearest(folder.name, there) or "; check the path"
-
-
-def template_is_known(draft: Draft) -> Iterator[str]:
-    """template is a built-in one or a file that exists."""
-    name = draft["template"]
-    if name and name not in TEMPLATES and not Path(name).expanduser().is_file():
-        yield (
-            f"{draft.at('template')}: expected {', '.join(TEMPLATES)} or a .jinja file that exists, got {name!r}"
-            f"{nearest(name, TEMPLATES) or '; check the path, or leave it out for the template of the tokenizer'}"
-        )
-
-
-def trackers_are_installed(draft: Draft) -> Iterator[str]:
-    """report_to names trackers whose package is there."""
-    for name in draft["report_to"]:
-        if importlib.util.find_spec(name) is None:
-            yield (
-                f"{draft.at('report_to')}: expected a tracker that is installed, got {name!r}; run "
-                f"pip install 'dsalign[{name}]', or leave it out: metrics.jsonl is always written"
-            )
-
-
-def output_dir_can_be_written(draft: Draft) -> Iterator[str]:
-    """output_dir is a folder that can be written, or can be made."""
-    folder = Path(draft["output_dir"]).expanduser().absolute()
-    there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
-    if not there.is_dir():
-        yield f"{draft.at('output_dir')}: expected a folder, got {there}, which is a file; name another --output_dir"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        yield f"{draft.at('output_dir')}: expected a folder that can be written, got {there}, which cannot"
-
-
-def checkpoint_exists(draft: Draft) -> Iterator[str]:
-    """resume names a checkpoint's folder, or the latest one of output_dir, which with auto need not be there."""
-    path = draft["resume"]
-    if path == "auto":
-        return
-    if path == "latest":
-        folder = Path(draft["output_dir"])
-        if not any((one / PROGRESS_FILE).is_file() for one in folder.glob("checkpoint-*")):
-            yield (
-                f"{draft.at('resume')}: expected a checkpoint-N in {folder}, got none; leave --resume out to start a "
-                "new run, or name the run's --output_dir"
-            )
-    elif path and not (Path(path).expanduser() / PROGRESS_FILE).is_file():
-        why = "which is no whole checkpoint" if Path(path).expanduser().is_dir() else "which is no folder"
-        yield (
-            f"{draft.at('resume')}: expected latest, auto or the folder of a checkpoint, got {path!r}, {why}; "
-            f"checkpoints are output_dir/checkpoint-N"
-        )
-
-
-def deepspeed_is_known(draft: Draft) -> Iterator[str]:
-    """deepspeed is one of the files that come along, or a file of the user's whose keys DeepSpeed knows."""
-    name, known = draft["deepspeed"], ds_files.names()
-    if name not in known and not Path(name).expanduser().is_file():
-        yield (
-            f"{draft.at('deepspeed')}: expected {', '.join(known)} or a JSON file that exists, got {name!r}"
-            f"{nearest(name, known) or '; check the path'}"
-        )
-    elif name not in known:
-        yield from (f"{draft.at('deepspeed')}: {line}" for line in ds_files.problems(name))
+def columns_are_renamed_once(draft: Draft) -> Iterator[str]:
+    """No two columns get one name."""
+    ours = list(draft["columns"].values())
+    for name in sorted({one for one in ours if ours.count(one) > 1}):
+        theirs = [their for their, one in draft["columns"].items() if one == name]
+        yield f"{draft.at('columns')}: expected one column for {name!r}, got {', '.join(theirs)}; keep one of them"
 
 
 def global_batch_is_large_enough(draft: Draft) -> Iterator[str]:
@@ -337,6 +206,7 @@ def global_batch_is_large_enough(draft: Draft) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    file_rules.names_can_be_paths,
     model_has_a_role,
     rewards_have_a_source,
     reward_functions_are_known,
@@ -350,13 +220,15 @@ RULES: tuple[Rule, ...] = (
     reference_can_be_cached,
     all_turns_are_of_demonstrations,
     weights_are_one_a_data_set,
-    data_files_exist,
-    model_folders_exist,
-    template_is_known,
-    trackers_are_installed,
-    output_dir_can_be_written,
-    checkpoint_exists,
-    deepspeed_is_known,
+    file_rules.data_files_exist,
+    columns_are_renamed_once,
+    file_rules.model_folders_exist,
+    file_rules.template_is_known,
+    file_rules.trackers_are_installed,
+    file_rules.output_dir_can_be_written,
+    file_rules.cache_can_be_written,
+    file_rules.checkpoint_exists,
+    file_rules.deepspeed_is_known,
     global_batch_is_large_enough,
 )
 
@@ -369,16 +241,7 @@ def broken(draft: Draft) -> list[str]:
             problems += rule(draft)
         except Unread:
             continue
+        except (OSError, RuntimeError):
+            if not any("expected a name or a path" in line for line in problems):
+                raise
     return problems
-
-
-def is_there(path: str) -> bool:
-    """Whether there is such a file or folder, or one that a pattern with * ? [ matches."""
-    whole = Path(path).expanduser()
-    return whole.exists() or any(True for _ in glob.iglob(str(whole), recursive=True))
-
-
-def without_count(source: str) -> str:
-    """The name of a data set without its count of rows: rows.jsonl#500 is 500 rows of rows.jsonl."""
-    path, mark, count = source.rpartition("#")
-    return path if mark and count.isdigit() else source

@@ -27,6 +27,8 @@ GLOBAL_BATCH = 16  # groups in an optimizer step where gradient_accumulation_ste
 
 def _resume(text: Any) -> Any:
     """The value of --resume as it is read: the flag alone ("true") means "latest", "false" means None."""
+    if text == "":
+        raise PydanticCustomError("resume", "latest, auto or the folder of a checkpoint")
     return {"true": "latest", "false": None}.get(text.lower(), text) if isinstance(text, str) else text
 
 
@@ -60,12 +62,16 @@ class ModelOptions(_Frozen):
         "smollm2-135m-instruct", min_length=1, description="the model to train: a folder, a hub name or a short name"
     )
     tuner: Literal["lora", "full"] = Field("lora", description="train LoRA adapters or every weight")
-    ref_model: str | None = Field(None, description="the frozen reference; by default the model as it starts")
+    ref_model: str | None = Field(
+        None, min_length=1, description="the frozen reference; by default the model as it starts"
+    )
     ref_model_type: str | None = Field(None, description="stands for ref_model where that is not given")
     ref_cache: Literal["auto", "on", "off"] = Field(
         "auto", description="compute the reference's log-probabilities once and keep them on disk; auto: where it pays"
     )
-    reward_model: str | None = Field(None, description="the frozen reward model: final/, checkpoint-N/ or an adapter")
+    reward_model: str | None = Field(
+        None, min_length=1, description="the frozen reward model: final/, checkpoint-N/ or an adapter"
+    )
     reward_model_type: str | None = Field(None, description="stands for reward_model where that is not given")
     reward_funcs: tuple[str, ...] = Field((), description=REWARD_FUNCS)
     reward_weights: tuple[float, ...] = Field((), description="of the reward model, then of each function; 1 each")
@@ -106,7 +112,7 @@ class DataOptions(_Frozen):
     split_dataset_ratio: float = Field(0.0, ge=0, lt=1, description="share of dataset to evaluate on, in [0, 1)")
     columns: dict[str, str] = Field({}, description="columns to rename, theirs=ours")
     template: str | None = Field(
-        None, description="a chat template, by name or .jinja file; by default the tokenizer's"
+        None, min_length=1, description="a chat template, by name or .jinja file; by default the tokenizer's"
     )
     system: str | None = Field(None, description="the system prompt of rows that have none")
     special_tokens_in_text: bool | None = Field(

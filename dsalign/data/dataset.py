@@ -26,7 +26,7 @@ from dsalign.data.batches.loader import epoch_order
 from dsalign.data.rows.iterate import Skipped, iter_rows
 from dsalign.data.rows.readers import version
 from dsalign.data.rows.records import Row, shorten_name
-from dsalign.data.tokens.encoder import Encoder, Tally, Tokenized, tokenize_rows
+from dsalign.data.tokens.encoder import BLANK, IDENTICAL, SPELLED, UNOPENED, Encoder, Tally, Tokenized, tokenize_rows
 from dsalign.data.tokens.group_store import GroupStore, Part, Stored, write_store
 from dsalign.data.tokens.processes import num_processes, tokenised_chunks
 from dsalign.data.tokens.templates import Template
@@ -141,7 +141,7 @@ def _made_or_found(
             parts = tokenised_chunks(chain(_drained(first), rows), encoder, processes)
             store = write_store(_counted(parts, encoder, tally, total, skipped), tally, skipped, folder)
     counts = store.counts
-    found = Tokenized(store, counts.num_rows, counts.dropped, counts.truncated, counts.unread, counts.spelled)
+    found = Tokenized(store, counts.num_rows, counts.dropped, counts.truncated, counts.unread, counts.noticed)
     return found, counts.skipped
 
 
@@ -234,17 +234,38 @@ def what_was_lost(found: Tokenized, skipped: Skipped) -> list[str]:
 
 
 def what_was_noticed(template: Template, found: Tokenized) -> list[str]:
-    """Lines that name the columns and keys that nothing reads, and how text that spells special tokens is read."""
+    """Lines that name the columns and keys that nothing reads, say how text that spells special tokens is read, and
+    which rows have no text, or answers that do not begin as the template opens them."""
     lines, unread = [], dict(found.unread)
     if unread:
         named = ", ".join(f"{shorten_name(name)} ({count} rows)" for name, count in sorted(unread.items())[:MOST_NAMED])
         more = ", ..." if len(unread) > MOST_NAMED else ""
         lines.append(f"not read: {named}{more}; rename what is meant with --columns theirs=ours, or remove it")
-    if found.spelled:
+    if spelled := found.noticed.get(SPELLED):
         how = "as these tokens" if template.special_in_text else "as text"
         other = "false" if template.special_in_text else "true"
         lines.append(
-            f"{found.spelled} rows spell special tokens in their texts, which are read {how}; "
+            f"{spelled} rows spell special tokens in their texts, which are read {how}; "
             f"--special_tokens_in_text {other} reads them the other way"
+        )
+    if blank := found.noticed.get(BLANK):
+        lines.append(
+            f"{blank} rows have a question or an answer without any text; leave them out if they are not meant"
+        )
+    if identical := found.noticed.get(IDENTICAL):
+        lines.append(
+            f"{identical} rows have the same answer as chosen and rejected: they teach nothing, leave them out"
+        )
+    opened = template.opened.strip()
+    if unopened := found.noticed.get(UNOPENED):
+        lines.append(
+            f"{unopened} rows have answers that do not begin with {opened or 'what'}"
+            f"{',' if opened else ''} with which the template opens every answer: they are learnt behind a prompt "
+            "without it, and the model will be asked with it; let the answers begin with it, or use another --template"
+        )
+    if opened and len(found.groups) and not found.groups[0].completions:
+        lines.append(
+            f"the template opens every answer with {opened}: it is part of the prompt, so the completions that reward "
+            "functions get begin behind it"
         )
     return lines

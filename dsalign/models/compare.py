@@ -32,14 +32,16 @@ def compare_models(
 
     tokenizer: the policy's. rows: the groups of the run. own_ids: roles that read rows in ids of their own.
     A line says where rows are longer than what a model with computed positions was made for.
-    Raises ValueError where the reference's token ids mean something else, or a row has more tokens than a model has
-    learnt positions.
+    Raises ValueError where the reference's token ids mean something else, a model has no embeddings for some of the
+    policy's ids, or a row has more tokens than a model has learnt positions.
     """
     readers = {role: source for role, source in sources.items() if role not in own_ids}
     main = sources[config.algorithm.traits.main]
     for role, source in readers.items():
         if role == "reference" and source.weights != main.weights:
             _same_ids(role, source, config.models, tokenizer)
+        elif source.weights != main.weights:
+            _enough_embeddings(role, source, main, config.models, tokenizer)
     each_once = {source.weights: role for role, source in reversed(readers.items())}
     sampled = config.rollout.max_new_tokens if config.algorithm.traits.online else 0
     enough = config.data.max_length + sampled
@@ -84,6 +86,19 @@ def _same_ids(role: str, source: Source, options: ModelOptions, tokenizer: PreTr
             "%s model %s: its tokenizer lacks %d tokens of the policy's (%s): what it says of them was never trained",
             role, source.weights, len(added), ", ".join(added[:4]),
         )  # fmt: skip
+
+
+def _enough_embeddings(
+    role: str, source: Source, main: Source, options: ModelOptions, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError where a reward model or a critic lacks embeddings for ids that the policy has."""
+    rows, own = vocab_size(source, options), vocab_size(main, options)
+    need = len(tokenizer) if own is None else min(own, len(tokenizer))
+    if rows is not None and rows < need:
+        raise ValueError(
+            f"{role} model {source.weights}: it reads the policy's token ids, of which there are {need}, and has "
+            f"embeddings for {rows}; give a --reward_model whose embedding was resized as the policy's was"
+        )
 
 
 def learnt_positions(source: Source, options: ModelOptions, enough: float = math.inf) -> int | None:

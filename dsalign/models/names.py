@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsalign.config.cache import cache_folder
+from dsalign.config.model_folders import refuse_no_model
 from dsalign.config.reach_hub import EMBEDDED, HUB_NAMES
 from dsalign.models.gguf import EMBEDDED_NAME, import_embedded
 
@@ -64,11 +65,7 @@ def resolve(name: str) -> Source:
                 f"model: the base of the adapter {name} cannot be used: {error}; write where it is into "
                 f"{folder / 'adapter_config.json'}, base_model_name_or_path"
             ) from error
-    if not (folder / "config.json").exists():
-        raise ValueError(
-            f"model: {name} holds neither config.json nor adapter_config.json, so it is no model folder; "
-            "give the folder that from_pretrained opens"
-        )
+    refuse_no_model(folder)
     return Source(str(folder), value_head=folder)
 
 

@@ -11,14 +11,13 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsalign.config.schema import ModelOptions, RunConfig
-from dsalign.data.tokens.templates import Template, load_template
+from dsalign.data.tokens.templates import ANSWER, Template, load_template
 from dsalign.models.adapter_files import num_embeddings
 from dsalign.models.heads import unwrap
 from dsalign.models.names import Source
 from dsalign.models.weights import refuse_other_kinds
 
 logger = logging.getLogger(__name__)
-ANSWER = "an answer"  # what a template is asked to write, to see what stands behind it
 
 
 def template_of(config: RunConfig, source: Source) -> Template:

@@ -29,6 +29,12 @@ from dsalign.data.tokens.text_ids import length_shared
 logger = logging.getLogger(__name__)
 SHOWN = 4  # keys of a fault that its message shows
 PLAIN = ("F64", "F32", "BF16", "F16")  # dtypes of weights that are not quantised, as safetensors writes them
+# How a model was quantised -> the class of transformers that reads it into plain weights.
+DEQUANTISED = {
+    "mxfp4": "Mxfp4Config",  # gpt-oss
+    "fp8": "FineGrainedFP8Config",  # DeepSeek V3 and R1
+    "compressed-tensors": "CompressedTensorsConfig",
+}
 WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
@@ -79,7 +85,27 @@ def load_checked(where: str, config: Any, *, value: bool, **how: Any) -> PreTrai
     if faults:
         raise ValueError(faults.text(where, model))
     refuse_broken(where, {**dict(model.named_parameters()), **_saved_buffers(model)})
+    _say_untied(where, model)
     return model
+
+
+def _say_untied(where: str, model: Any) -> None:
+    """Correct the configuration of a model that was read with a head of its own where it says that there is none: what
+    is written of it would otherwise be read without that head."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = [c for c in {id(c): c for c in (model.config, model.config.get_text_config())}.values() if _ties(c)]
+    if tied and head is not None and getattr(head, "weight", None) is not embedding.weight:
+        for config in tied:
+            config.tie_word_embeddings = False
+        logger.warning(
+            "%s: config.json says that the head is the embedding, but the files hold a head that differs: it is used, "
+            "and what is written says so",
+            where,
+        )
+
+
+def _ties(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 @dataclass(frozen=True)
@@ -183,9 +209,9 @@ def _refuse_quantised(where: str, config: Any) -> None:
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         given = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        method = str(getattr(given.get("quant_method"), "value", given.get("quant_method", "unknown")))
         raise ValueError(
-            f"model: {where} is quantised ({given.get('quant_method', 'unknown')}); give the model that is not, which "
-            "--load_in_4bit true puts into 4 bits as it is read"
+            f"model: {where} is quantised ({method}); give the model that is not{_dequantised(where, method)}"
         )
     for file in weight_files(where):
         if file.suffix != ".safetensors":
@@ -202,6 +228,21 @@ def _refuse_quantised(where: str, config: Any) -> None:
                 f"{file}: {len(odd)} weights are not plain numbers ({key} is {dtype}): quantised? Give the model in "
                 "float32, bfloat16 or float16"
             )
+
+
+def _dequantised(where: str, method: str) -> str:
+    """How to write a quantised model in bfloat16 where transformers can, else what 4 bits are made from. In the original format transformers
+    5.17 would write what it read: quantised again, or under the names of quantised weights."""
+    name = DEQUANTISED.get(method)
+    if name is None:
+        return ", which --load_in_4bit true puts into 4 bits as it is read"
+    return (
+        ", or write it in bfloat16 once and give the folder bf16:\n"
+        f"  from transformers import AutoModelForCausalLM, AutoTokenizer, {name}\n"
+        f"  AutoModelForCausalLM.from_pretrained({where!r}, dtype='bfloat16', quantization_config={name}"
+        "(dequantize=True)).save_pretrained('bf16', save_original_format=False)\n"
+        f"  AutoTokenizer.from_pretrained({where!r}).save_pretrained('bf16')"
+    )
 
 
 @contextmanager

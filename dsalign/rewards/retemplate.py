@@ -22,22 +22,28 @@ class Retemplate:
     """A function from groups in the policy's token ids to groups in the reward model's token ids, by way of text.
 
     template: of the reward model, with its tokenizer. decode: from token ids of the policy to text without special
-    tokens. end_ids: the policy's end tokens.
+    tokens. end_ids: the policy's end tokens. opened: what the policy's template opens every answer with, such as
+    "<think>": it stands in front of a completion as the judge reads it, where the prompt ends with it.
     """
 
     template: Template
     decode: Callable[[Sequence[int]], str]
     end_ids: frozenset[int]
+    opened: str = ""
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         """Each group's conversation, written by the reward model's template and tokenizer. A completion that was cut
         off gets no end token there either, unless it is empty as text. Raises ValueError where the template refuses a
         conversation."""
-        items = [(group.turns, [self.decode(ids) for ids in group.completions]) for group in groups]
+        items = [(group.turns, self._said(group)) for group in groups]
         encoded = self.template.encode_many(items, [group.tools for group in groups]) if items else []
         return [
             self._read(group, found.prompt, found.completions) for group, found in zip(groups, encoded, strict=True)
         ]
+
+    def _said(self, group: Group) -> list[str]:
+        front = self.opened if self.opened and self.decode(group.prompt).endswith(self.opened) else ""
+        return [front + self.decode(ids) for ids in group.completions]
 
     def _read(self, group: Group, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Group:
         pairs = zip(group.completions, completions, strict=True)
@@ -75,4 +81,4 @@ def retemplate_of(config: RunConfig, sources: Mapping[str, Source], policy: Temp
     if warning:
         logger.warning("reward model: %s", warning)
     template = replace(template, whole=False)  # it judges what its template shows it: no reason to end a run
-    return Retemplate(template, decoder(policy.tokenizer), policy.end_ids)
+    return Retemplate(template, decoder(policy.tokenizer), policy.end_ids, policy.opened)

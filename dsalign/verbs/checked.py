@@ -98,10 +98,13 @@ def _template(config: RunConfig, held: dict[str, Any]) -> Line:
 
 
 def _data(config: RunConfig, held: dict[str, Any]) -> list[Line]:
-    report = data_report.examine(config)
-    groups = report.tokenized.groups
-    held["groups"] = groups
-    of = report.lengths["whole"]
+    reports = data_report.examine(config)
+    held["groups"] = reports[0].tokenized.groups
+    return [line for report in reports for line in _of_rows(report)]
+
+
+def _of_rows(report: data_report.DataReport) -> list[Line]:
+    groups, of = report.tokenized.groups, report.lengths["whole"]
     lost = [f"{n} dropped ({rule})" for rule, n in report.tokenized.dropped.items()]
     counts = ", ".join([f"{len(groups)} rows of {' '.join(report.sources)}", *lost])
     lines = [Line("data", OK, f"{counts}; tokens: p50 {of.p50}, p95 {of.p95}, largest {of.largest}")]

@@ -18,7 +18,8 @@ from dsalign.verbs import preflight
 SUMMARY = "what a data set is to a run: dsalign data check|show"
 USAGE = """usage: dsalign data check|show --algo NAME [options of a run] [--json] [--n N] [--ids]
 
-  check   rows kept, dropped and cut, lengths, and what is wrong with them; exit code 2 where something is
+  check   rows kept, dropped and cut, lengths, and what is wrong with them, those of --val_dataset as well; exit code 2
+          where something is
   show    rows as the model gets them: which tokens are prompt, which are learnt from
   --json  one JSON object on standard output in place of text
   --n N   rows to show [3]
@@ -75,6 +76,10 @@ def run(request: Request | None) -> int:
     if request.verb == "show":
         data_report.show(request.config, count=request.n, as_json=request.as_json, ids=request.ids)
         return 0
-    report = data_report.examine(request.config)
-    print(json.dumps(report.as_json(), ensure_ascii=False) if request.as_json else report.text())
-    return 2 if report.has_errors() else 0
+    trained, *held = data_report.examine(request.config)
+    if request.as_json:
+        evaluated = {"val_dataset": held[0].as_json()} if held else {}
+        print(json.dumps(trained.as_json() | evaluated, ensure_ascii=False))
+    else:
+        print("\n".join(one.text() for one in (trained, *held)))
+    return 2 if any(one.has_errors() for one in (trained, *held)) else 0

@@ -79,15 +79,20 @@ def _histogram(of: Lengths) -> Iterator[str]:
             yield f"  {i * width:>6} {'#' * -(-count * WIDTH // most)} {count}"
 
 
-def examine(config: RunConfig) -> DataReport:
-    """Read, tokenise and check the training data sets of a run. Bad rows are counted and become an error of the report,
-    or with on_bad_row skip a warning.
+def examine(config: RunConfig) -> list[DataReport]:
+    """Read, tokenise and check the training data sets of a run, and those to evaluate on where it has some: a report
+    for each of the two. Bad rows are counted and become an error of the report, or with on_bad_row skip a warning.
 
     Raises ValueError where no row is left, or where a bad row makes the rest of its file unreadable.
     """
-    template = _template(config)
+    template, options = _template(config), config.data
+    given = [(options.dataset, options.dataset_weights)] + ([(options.val_dataset, ())] if options.val_dataset else [])
+    return [_examined(config, template, sources, weights) for sources, weights in given]
+
+
+def _examined(config: RunConfig, template: Template, sources: Sequence[str], weights: Sequence[float]) -> DataReport:
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "skip"})})
-    tokenized, skipped = dataset.tokenized(lenient, template, config.data.dataset, config.data.dataset_weights)
+    tokenized, skipped = dataset.tokenized(lenient, template, sources, weights)
     groups = tokenized.groups
     survey = Survey(groups, template.end_ids, template.tokenizer.bos_token_id)
     findings = survey.findings()
@@ -106,9 +111,7 @@ def examine(config: RunConfig) -> DataReport:
     except ValueError as error:
         findings.insert(0, Finding("error", "rows that the model cannot read", 1, (), str(error)))
     notes = [*config.algorithm.notes(groups), *dataset.what_was_noticed(template, tokenized)]
-    return DataReport(
-        config.data.dataset, tokenized, skipped, findings, survey.lengths(), notes, config.data.max_length
-    )
+    return DataReport(sources, tokenized, skipped, findings, survey.lengths(), notes, config.data.max_length)
 
 
 def _template(config: RunConfig) -> Template:

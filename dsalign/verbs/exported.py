@@ -13,7 +13,7 @@ import torch
 from dsalign.checkpoint import plain_folder
 from dsalign.checkpoint.export import export
 from dsalign.checkpoint.manifest import MANIFEST
-from dsalign.config.rules import PROGRESS_FILE
+from dsalign.config.file_rules import PROGRESS_FILE
 from dsalign.engines.alone import Alone
 from dsalign.models import load
 from dsalign.models.names import BASE_FILE, Source, located_base, resolve

@@ -93,4 +93,5 @@ def as_read(judge: Model, model: Model, groups: Sequence[Group]) -> Sequence[Gro
     if reads_ids(judge.template.tokenizer, model.template):
         return groups
     template = replace(judge.template, whole=False)  # it judges what its template shows it
-    return Retemplate(template, decoder(model.template.tokenizer), model.template.end_ids)(groups)
+    policy = model.template
+    return Retemplate(template, decoder(policy.tokenizer), policy.end_ids, policy.opened)(groups)

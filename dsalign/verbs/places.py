@@ -14,6 +14,8 @@ import yaml
 
 from dsalign.checkpoint import run_folders
 from dsalign.config import reach_hub
+from dsalign.config.model_folders import problems, refuse_no_model
+from dsalign.config.parse import ConfigError
 from dsalign.data.rows.registry import REGISTERED
 
 logger = logging.getLogger(__name__)
@@ -23,12 +25,14 @@ def model_of(name: str) -> str:
     """The model that a name means: of a run's folder its final/, or where it has none its newest checkpoint, which a
     line says; any other name as it is.
 
-    Raises ValueError for the folder of a run with neither, and for a path where nothing is.
+    Raises ValueError for the folder of a run with neither, and for a path where nothing is, or no model.
     """
     folder = Path(name).expanduser()
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model: there is no folder {name}; expected a folder, a hub name or a short name")
     if not (folder / run_folders.CONFIG).is_file() or (folder / "config.json").exists():
+        if folder.exists():
+            refuse_no_model(folder)
         return name
     if (folder / "final").is_dir():
         return str(folder / "final")
@@ -62,9 +66,14 @@ def ask_the_hub(models: Mapping[str, str | None], more: Sequence[reach_hub.Neede
     """Ask once whether the hub is there, if a model needs it. models: option -> name, None = not given. more: what else
     is needed.
 
-    Raises ConfigError, a line for each name that cannot be had, where it cannot be reached.
+    Raises ConfigError, a line for each name that cannot be had, where it cannot be reached, and for each folder that
+    lacks a part of a model.
     """
     names = {option: name and model_of(name) for option, name in models.items()}
+    folders = {option: Path(name).expanduser() for option, name in names.items() if name}
+    found = [(option, one) for option, folder in folders.items() for one in problems(folder, tokenizer=False)]
+    if found:
+        raise ConfigError([f"{option}: {problem}" for option, problem in found])
     if line := reach_hub.ready_for([*reach_hub.of_models(names), *more], data_sets()):
         print(f"dsalign: {line}", file=sys.stderr)
 

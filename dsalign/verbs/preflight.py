@@ -7,14 +7,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsalign import endings
+from dsalign import assets, endings
 from dsalign.checkpoint import folder_lock, resuming
-from dsalign.config import reach_hub
+from dsalign.config import model_folders, reach_hub
+from dsalign.config.file_rules import without_count
+from dsalign.config.parse import ConfigError, Parsed
 from dsalign.config.schema import RunConfig
+from dsalign.data.rows import iterate, readers
 from dsalign.data.rows.registry import REGISTERED
 from dsalign.guard import parents, signals
 from dsalign.rewards.functions import load_function
 
+LARGE_BYTES = 16 << 20  # of a file that is read as a whole
 STARTED_AS = parents.STARTED_AS  # the variable by which our own launcher hands on the command that it stands for
 
 
@@ -58,6 +62,53 @@ def load_rewards(config: RunConfig) -> None:
     if config.algorithm.traits.roles.get("reward") == "frozen":
         for name in config.models.reward_funcs:
             load_function(name)
+
+
+def look(config: RunConfig) -> None:
+    """Look at what lies on this machine before anything is loaded: the files of the models, and the first row of every
+    data set. Raises ConfigError with a line for each thing that is wrong."""
+    problems = [*_of_models(config), *_of_first_rows(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _of_models(config: RunConfig) -> Iterator[str]:
+    for name in ("model", "ref_model", "reward_model"):
+        given = getattr(config.models, name)
+        for problem in model_folders.problems(Path(given).expanduser(), tokenizer=name == "model") if given else ():
+            yield f"{name}: {problem}"
+
+
+def _of_first_rows(config: RunConfig) -> Iterator[str]:
+    """A wrong file, column or algorithm, told by the first row. A file that must be read as a whole is left for later
+    where it is large."""
+    options = config.data
+    for name in ("dataset", "val_dataset"):
+        for source in map(without_count, getattr(options, name)):
+            try:
+                if readers.reads_at_once(source, LARGE_BYTES):
+                    rows = iterate.iter_rows(
+                        [source],
+                        config.algorithm.traits.data,
+                        columns=options.columns,
+                        system=options.system,
+                        skipped=iterate.Skipped() if options.on_bad_row == "skip" else None,
+                    )
+                    next(rows, None)
+            except ValueError as error:
+                yield f"{name}: {error}"
+
+
+def stand_ins(parsed: Parsed) -> list[str]:
+    """A line for each of data and reward that is a demo of ours, though the user named something of their own."""
+    config, lines = parsed.config, []
+    own_rows = not any(source.startswith(assets.DEMO) for source in config.data.dataset)
+    for name, given in (("dataset", parsed.origins["model"] != "default"), ("reward_funcs", own_rows)):
+        if given and parsed.origins[name].endswith("default"):
+            value = ", ".join(config.options()[name])
+            if value.startswith(assets.DEMO):
+                lines.append(f"no --{name} was given: it is {value}, which comes with dsalign to try it out")
+    return lines
 
 
 def check_resume(config: RunConfig, ranks: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsalign.checkpoint import run_folders
 from dsalign.config import flags, parse
-from dsalign.config.rules import PROGRESS_FILE
+from dsalign.config.file_rules import PROGRESS_FILE
 from dsalign.config.secrets import HIDDEN
 
 SUMMARY = "go on with a run from its newest checkpoint: dsalign resume RUN"

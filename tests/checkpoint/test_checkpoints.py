@@ -12,7 +12,7 @@ from run_cases import Run
 from support import RankPool, quick_if
 from transformers import AutoModelForCausalLM
 
-from dsalign.config.rules import PROGRESS_FILE
+from dsalign.config.file_rules import PROGRESS_FILE
 
 RESUMED = ((0, "full", "sft"), (3, "lora", "dpo"))  # the rest slowly
 

@@ -21,8 +21,8 @@ from dsalign.checkpoint.run_folders import (
     run_of,
     set_aside,
 )
+from dsalign.config.file_rules import PROGRESS_FILE
 from dsalign.config.parse import parse
-from dsalign.config.rules import PROGRESS_FILE
 
 
 def earlier_run(folder: Path) -> Path:

@@ -39,3 +39,12 @@ def with_checkpoint(folder: Path) -> str:
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "trainer.json").touch()
     return str(folder)
+
+
+def told(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
+    """The problems of a command, none where it is right."""
+    try:
+        parse([*argv, *base], world_size=1)
+    except ConfigError as error:
+        return error.problems
+    return []

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from dsalign import cli
 from dsalign.config import foreign
 
+LONG = "x" * 5000  # more than a file system takes
 SFT, DPO, PPO, KTO = (f"--algo {name} --model m --dataset rows" for name in ("sft", "dpo", "ppo", "kto"))
 WORDS = [  # the words of a command, and how a line of its answer begins
     ("", "algo: expected one of"),
@@ -50,6 +53,9 @@ WORDS = [  # the words of a command, and how a line of its answer begins
     (f"{SFT} --tuner full --lora_rank 4", "--lora_rank: expected tuner lora, got full"),
     (f"{SFT} --columns a", "--columns: expected theirs=ours, got 'a'"),
     (f"{SFT} --columns =a", "--columns: expected theirs=ours, got"),
+    (f"{SFT} --columns a=b=c", "--columns: expected theirs=ours, got 'a=b=c'"),
+    (f"{SFT} --columns a=b a=c", "--columns: expected each column once, got 'a' again"),
+    (f"{SFT} --columns a=c b=c", "--columns: expected one column for 'c', got a, b"),
     (f"{SFT} --beta 1", "--beta: expected an option of sft, got one of"),
     (f"{SFT} --seed 1 --seed 2", "--seed: expected seed once"),
     (f"{SFT} --lr 1 --learning_rate 2", "--learning_rate: expected learning_rate once, got --lr and --learning_rate"),
@@ -71,6 +77,31 @@ WORDS = [  # the words of a command, and how a line of its answer begins
     (f"{SFT} --output_dir file/in", "--output_dir: expected a folder, got"),
     (f"{SFT} --resume", "--resume: expected a checkpoint-N in output/sft, got none"),
     (f"{SFT} --resume checkpoint-9", "--resume: expected latest, auto or the folder of a checkpoint"),
+    (f"{SFT} --resume=", "--resume: expected latest, auto or the folder of a checkpoint, got ''"),
+    (f"{SFT} --template=", "--template: expected some text, got ''"),
+    ("--algo sft --model= --dataset rows", "--model: expected some text, got ''"),
+    (f"{DPO} --ref_model=", "--ref_model: expected some text, got ''"),
+    ("--algo sft --model m --dataset no.tsv", "--dataset: expected a file or folder that exists, got 'no.tsv'"),
+    ("--algo sft --model m --dataset no.xlsx", "--dataset: expected a file or folder that exists, got 'no.xlsx'"),
+    ("--algo sft --model m --dataset file#0", "--dataset: expected #n with n rows, 1 or more, got 'file#0'"),
+    ("--algo sft --model m --dataset file#-1", "--dataset: expected #n with a whole number, got 'file#-1'"),
+    ("--algo sft --model m --dataset file#all", "--dataset: expected #n with a whole number, got 'file#all'"),
+    (f"{SFT} -x", "--dataset: expected a data set, got '-x'; write options as --name value"),
+    ("--algo sft --model m --dataset empty", "dataset: data folder 'empty': expected files that end in"),
+    ("--algo sft --model m --dataset file", "dataset: data file 'file': expected a name that ends in"),
+    ("--algo dpo --model m --dataset d.jsonl", "dataset: d.jsonl:1: expected the columns of a format for pairs"),
+    ("--algo sft --model m --dataset d.jsonl --columns prompt=q", "dataset: d.jsonl:1: expected the columns of a form"),
+    ("--algo sft --model m --dataset page.json", "dataset: page.json: expected rows, got an HTML page"),
+    (f"{SFT} --val_dataset page.json --eval_steps 1", "val_dataset: page.json: expected rows, got an HTML page"),
+    (f"--algo sft --model m --dataset {LONG}.jsonl", "--dataset: expected a name or a path, got 'xxxxxxxxxx"),
+    (f"--algo sft --model {LONG} --dataset rows", "--model: expected a name or a path, got 'xxxxxxxxxx"),
+    ("--algo sft --model ~nobody9/m --dataset rows", "--model: expected a name or a path, got '~nobody9/m'"),
+    (f"{SFT} --output_dir {LONG}", "--output_dir: expected a name or a path, got 'xxxxxxxxxx"),
+    (f"{SFT} --deepspeed {LONG}", "--deepspeed: expected a name or a path, got 'xxxxxxxxxx"),
+    (f"{SFT} --template {LONG}.jinja", "--template: expected a name or a path, got 'xxxxxxxxxx"),
+    (f"{SFT} --resume {LONG}", "--resume: expected a name or a path, got 'xxxxxxxxxx"),
+    (f"{SFT} --system \udcff", "--system: expected text in UTF-8 without NUL, got"),
+    (f"{DPO} --loss_weights 0 --rpo_alpha 0", "--loss_weights: expected one that is not 0"),
     (f"{SFT} --resume empty", "--resume: expected latest, auto or the folder of a checkpoint, got 'empty', which"),
     (f"{SFT} --max_wall 55min", "--max_wall: expected a time such as 55m, 3h or 3300s, more than 0, got '55min'"),
     (f"{SFT} --max_wall 0", "--max_wall: expected a time such as 55m, 3h or 3300s, more than 0, got '0'"),
@@ -110,6 +141,11 @@ FILES = [  # a YAML file or a DeepSpeed file, and how a line of the answer begin
     ("a.yaml", "algo: sft\noptim: {deep: {er: 1}}\n", ":2: optim.deep: expected a known option"),
     ("a.yaml", "algo: sft\ncolumns: {a: b, a: c}\n", ":2: columns: expected each key once"),
     ("a.yaml", "algo: sft\nlora: {rank: [[1]]}\n", ":2: lora: expected a value, a list"),
+    ("a.yaml", "algo: sft\na: " + "[" * 3000, ":2: expected mappings and lists at most 20 deep"),
+    ("a.yaml", "algo: sft\na: " + "{b: " * 3000, ":2: expected mappings and lists at most 20 deep"),
+    ("a.yaml", 'algo: sft\noutput_dir: "a\\0b"\n', ":2: output_dir: expected text in UTF-8 without NUL"),
+    ("a.yaml", "algo: sft\ncolumns: {a: c, b: c}\n", ":2: columns: expected one column for 'c', got a, b"),
+    ("a.yaml", 'algo: sft\ntemplate: ""\n', ":2: template: expected some text, got ''"),
     ("a.yaml", "\x00", ": expected YAML, got a syntax error"),
     ("d.json", {"zero_optimizaton": {"stage": 2}}, ": zero_optimizaton: expected a DeepSpeed key"),
     ("d.json", {"zero_optimization": {"stage": 9}}, ": zero_optimization.stage: expected 0, 1, 2, 3, got 9"),
@@ -122,6 +158,18 @@ FILES = [  # a YAML file or a DeepSpeed file, and how a line of the answer begin
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
         ": zero_optimization.off",
     ),
+    (
+        "d.json",
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 2}}},
+        ": zero_optimization.offload_optimizer.ratio: expected a number in [0, 1], got 2",
+    ),
+    ("d.json", {"comet": {"enabled": True}}, ": comet: expected comet_ml to be installed, got none; run pip"),
+    (
+        "d.json",
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/dev/null/x"}}},
+        ": zero_optimization.offload_param.nvme_path: expected a folder that can be written, got /dev/null/x",
+    ),
+    ("d.json", {"checkpoint": {"tag_validation": "x"}}, ": checkpoint.tag_validation: expected 'Warn', 'Ignore', 'F"),
     ("d.json", [], " must hold a JSON object"),
     ("d.json", "{'stage': 1}", ":1: expected JSON, got "),
     ("d.json", '{"aio": {}, "aio": {}}', ": expected each key once, got aio twice"),
@@ -131,6 +179,9 @@ ENVIRONMENTS = [
     ({"NPROC_PER_NODE": "x"}, "NPROC_PER_NODE: expected a whole number"),
     ({"MASTER_PORT": "99999"}, "MASTER_PORT: expected a port"),
     ({"MASTER_PORT": "http"}, "MASTER_PORT: expected a whole number"),
+    ({"WORLD_SIZE": "2"}, "environment: expected RANK beside WORLD_SIZE=2, got nothing"),
+    ({"LOCAL_RANK": "1"}, "environment: expected RANK beside LOCAL_RANK=1, got nothing"),
+    ({"DSALIGN_CACHE": "/dev/null/x"}, "DSALIGN_CACHE: expected a folder that can be written, got /dev/null/x"),
     ({"RANK": "0"}, "LOCAL_RANK: expected a whole number"),
     ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "environment: expected LOCAL_RANK <= RANK < WORLD_SIZE"),
     ({"OMPI_COMM_WORLD_RANK": "0"}, "environment: expected OMPI_COMM_WORLD_SIZE beside"),
@@ -148,6 +199,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "r.py").write_text("def score(completions): ...\nasync def later(completions): ...\n")
     (tmp_path / "s.py").write_text("def f(:\n")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "q", "completion": "c"}\n')
+    (tmp_path / "page.json").write_text("<html></html>")
 
 
 def answer(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -162,6 +215,45 @@ def answer(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_there_are_a_hundred() -> None:
     assert len(WORDS) + len(FILES) + len(ENVIRONMENTS) >= 100
+
+
+ALONE = """
+import contextlib, io, json, os, sys, time
+from dsalign import cli
+words, files, environments = json.load(sys.stdin)
+given = [(one.split(), {}) for one, _ in words]
+for number, (name, content, _) in enumerate(files):
+    place = f"{number}{os.path.splitext(name)[1]}"
+    with open(place, "w") as file:
+        file.write(content if isinstance(content, str) else json.dumps(content))
+    model = "--config {} --model m" if name.endswith("yaml") else "--algo sft --model m --dataset rows --deepspeed {}"
+    given.append((model.format(place).split(), {}))
+given += [("--algo sft --model m --dataset rows".split(), env) for env, _ in environments]
+codes, longest, before = [], 0.0, dict(os.environ)
+for argv, env in given:
+    os.environ.update(env)
+    began = time.process_time()
+    with contextlib.redirect_stderr(io.StringIO()):
+        codes.append(cli.main(argv))
+    longest = max(longest, time.process_time() - began)
+    os.environ.clear()
+    os.environ.update(before)
+heavy = [name for name in ("torch", "torch._C", "transformers", "deepspeed", "datasets") if name in sys.modules]
+print(json.dumps([codes, longest, heavy]))
+"""
+
+
+def test_none_of_them_imports_torch() -> None:
+    """All in one process of their own, in which nothing was imported before: each ends with 2, in less than a second,
+    and no large library is there when all are answered."""
+    root = str(Path(cli.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        input=json.dumps([WORDS, FILES, ENVIRONMENTS]), capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    codes, longest, heavy = json.loads(done.stdout)
+    assert len(codes) >= 100 and set(codes) == {2} and longest < 1.0 and heavy == []
 
 
 @pytest.mark.parametrize(("words", "said"), WORDS)

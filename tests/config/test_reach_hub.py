@@ -108,3 +108,9 @@ def test_what_is_here_is_not_asked_for(tmp_path: Path) -> None:
     for base, want in (("../model", []), ("/gone/model", []), ("org/base", ["org/base"])):
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
         assert [one.name for one in reach_hub.needed_by(config("--model", str(adapter)), SETS)] == want
+    for broken in ("{", "[]"):
+        (adapter / "adapter_config.json").write_text(broken)
+        with pytest.raises(
+            ConfigError, match=r"^model: expected a JSON object in .*adapter_config.json; copy the file"
+        ):
+            reach_hub.needed_by(config("--model", str(adapter)), SETS)

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from commands import trackers, with_checkpoint
+from commands import BASE, told
 
 from dsalign import algos
-from dsalign.config import ds_files, rules
-from dsalign.config.parse import ConfigError, parse
+from dsalign.config import rules
+from dsalign.config.parse import parse
 from dsalign.contract.algorithm import Algorithm, Traits
-from dsalign.data.tokens.chat_templates import BUILT_IN
-
-BASE = ("--model", "m", "--dataset", "rows")
-
-
-def told(*argv: str, base: tuple[str, ...] = BASE) -> list[str]:
-    """The problems of a command, none where it is right."""
-    try:
-        parse([*argv, *base], world_size=1)
-    except ConfigError as error:
-        return error.problems
-    return []
 
 
 @pytest.mark.parametrize("flag", ["--ref_model", "--ref_model_id_or_path", "--ref_model_type"])
@@ -214,16 +201,6 @@ def test_there_is_a_weight_for_each_data_set() -> None:
     assert told("--algo", "dpo", "--dataset_weights", "0")[0].startswith("--dataset_weights: expected greater than 0")
 
 
-def test_packed_files_and_patterns_must_match_something(tmp_path: Path) -> None:
-    base = ("--model", "m")
-    missing = str(tmp_path / "rows*.jsonl.gz")
-    assert told("--algo", "dpo", "--dataset", missing, base=base) == [
-        f"--dataset: expected a file or folder that exists, got {missing!r}; check the path"
-    ]
-    (tmp_path / "rows1.jsonl.gz").touch()
-    assert told("--algo", "dpo", "--dataset", missing, base=base) == []
-
-
 def test_dropout_stays_off_where_the_algorithm_says_so() -> None:
     assert told("--algo", "dpo", "--lora_dropout", "0.1") == [
         "--lora_dropout: expected 0, as dpo runs with all dropout off, got 0.1; remove it"
@@ -232,121 +209,11 @@ def test_dropout_stays_off_where_the_algorithm_says_so() -> None:
     assert told("--algo", "sft", "--lora_dropout", "0.1") == []
 
 
-def test_data_that_looks_local_must_be_there(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").touch()
-    there = ("--model", "m", "--dataset", str(tmp_path), f"{tmp_path}/rows.jsonl", f"{tmp_path}/rows.jsonl#10")
-    assert told("--algo", "sft", "--val_dataset", "org/name#5", "name", base=there) == []
-    missing = ("--model", "m", "--dataset", "rows.JSONL#10", "org/name", "./x")
-    assert told("--algo", "sft", "--val_dataset", "v.parquet", base=missing) == [
-        "--dataset: expected a file or folder that exists, got 'rows.JSONL'; check the path",
-        "--dataset: expected a file or folder that exists, got './x'; check the path",
-        "--val_dataset: expected a file or folder that exists, got 'v.parquet'; check the path",
+def test_no_two_columns_get_one_name() -> None:
+    assert told("--algo", "dpo", "--columns", "a=prompt", "b=prompt", "c=chosen") == [
+        "--columns: expected one column for 'prompt', got a, b; keep one of them"
     ]
-
-
-def test_demo_rows_are_named_by_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = ("--model", "m", "--dataset", "demo:pairs", "demo:pairs#10")
-    assert told("--algo", "dpo", "--val_dataset", "demo:pairs", base=there) == []
-    known = "demo:demonstrations, demo:labels, demo:pairs, demo:prompts"
-    missing = ("--model", "m", "--dataset", "demo:pair#10", "demo:something-else-entirely")
-    assert told("--algo", "dpo", base=missing) == [
-        f"--dataset: expected one of {known}, got 'demo:pair'; did you mean demo:pairs?",
-        f"--dataset: expected one of {known}, got 'demo:something-else-entirely'; choose one",
-    ]
-    (tmp_path / "demo:mine").touch()
-    monkeypatch.chdir(tmp_path)
-    assert told("--algo", "dpo", base=("--dataset", "demo:mine")) == []  # a file of that name comes first
-
-
-def test_a_model_that_looks_local_must_be_there(tmp_path: Path) -> None:
-    base = ("--model", "/no/such/model", "--dataset", "rows")
-    (tmp_path / "config.json").touch()
-    assert told("--algo", "dpo", "--ref_model", str(tmp_path), base=base) == [
-        "--model: expected a folder that exists, got '/no/such/model'; check the path"
-    ]
-    (tmp_path / "inner").mkdir()
-    assert told("--algo", "dpo", "--ref_model", "path/to/model")[0].endswith("got 'path/to/model'; check the path")
-    assert told("--algo", "dpo", "--ref_model", f"{tmp_path}/iner") == [
-        f"--ref_model: expected a folder that exists, got '{tmp_path}/iner'; did you mean inner?"
-    ]
-    assert told("--algo", "dpo", "--ref_model", f"{tmp_path}/inner") == [
-        "--ref_model: expected a model's folder, with config.json or adapter_config.json, got "
-        f"'{tmp_path}/inner', which has neither; name the folder that from_pretrained opens"
-    ]
-
-
-def test_a_template_is_built_in_or_a_file(tmp_path: Path) -> None:
-    (tmp_path / "mine.jinja").touch()
-    assert told("--algo", "sft", "--template", f"{tmp_path}/mine.jinja") == []
-    assert all(told("--algo", "sft", "--template", name) == [] for name in rules.TEMPLATES)
-    assert sorted(BUILT_IN) == list(rules.TEMPLATES)
-    known = ", ".join(rules.TEMPLATES)
-    assert told("--algo", "sft", "--template", "lama3") == [
-        f"--template: expected {known} or a .jinja file that exists, got 'lama3'; did you mean llama3?"
-    ]
-    (line,) = told("--algo", "sft", "--template", "no.jinja")
-    assert line.endswith("got 'no.jinja'; check the path, or leave it out for the template of the tokenizer")
-
-
-def test_a_tracker_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trackers(tmp_path, monkeypatch)
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    assert told("--algo", "sft", "--report_to", "wandb", "tensorboard") == []
-    found = rules.importlib.util.find_spec
-    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None if name == "trackio" else found(name))
-    assert told("--algo", "sft", "--report_to", "trackio") == [
-        "--report_to: expected a tracker that is installed, got 'trackio'; run pip install 'dsalign[trackio]', or "
-        "leave it out: metrics.jsonl is always written"
-    ]
-
-
-def test_an_output_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    assert told("--algo", "sft", "--output_dir", f"{tmp_path}/a/b/c") == []
-    for name in ("file", "file/inner"):
-        assert told("--algo", "sft", "--output_dir", f"{tmp_path}/{name}") == [
-            f"--output_dir: expected a folder, got {tmp_path}/file, which is a file; name another --output_dir"
-        ]
-    monkeypatch.setattr(rules.os, "access", lambda path, mode: False)
-    assert told("--algo", "sft", "--output_dir", f"{tmp_path}/a") == [
-        f"--output_dir: expected a folder that can be written, got {tmp_path}, which cannot"
-    ]
-
-
-def test_a_checkpoint_to_resume_must_be_there(tmp_path: Path) -> None:
-    assert told("--algo", "sft", "--resume", "checkpoint-5") == [
-        "--resume: expected latest, auto or the folder of a checkpoint, got 'checkpoint-5', which is no folder; "
-        "checkpoints are output_dir/checkpoint-N"
-    ]
-    (line,) = told("--algo", "sft", "--resume_from_checkpoint", str(tmp_path))
-    assert f"got '{tmp_path}', which is no whole checkpoint; " in line
-    assert told("--algo", "sft", "--resume", "--output_dir", str(tmp_path)) == [
-        f"--resume: expected a checkpoint-N in {tmp_path}, got none; leave --resume out to start a new run, or name "
-        "the run's --output_dir"
-    ]
-    folder = with_checkpoint(tmp_path)
-    assert told("--algo", "sft", "--resume", "--output_dir", folder) == []
-    assert told("--algo", "sft", "--resume_from_checkpoint", f"{folder}/checkpoint-3") == []
-
-
-def test_deepspeed_is_a_name_or_a_file(tmp_path: Path) -> None:
-    for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"):
-        assert told("--algo", "sft", "--deepspeed", name) == []
-    (tmp_path / "mine.json").write_text("{}")
-    (tmp_path / "bad.json").write_text('{"zero_optimizaton": {"stage": 2}, "zero_optimization": {"overlap_com": true}}')
-    assert told("--algo", "sft", "--deepspeed", f"{tmp_path}/bad.json") == [
-        f"--deepspeed: {tmp_path}/bad.json: zero_optimizaton: expected a DeepSpeed key, got 'zero_optimizaton'; did "
-        "you mean zero_optimization?",
-        f"--deepspeed: {tmp_path}/bad.json: zero_optimization.overlap_com: expected a DeepSpeed key of "
-        "zero_optimization, got 'overlap_com'; did you mean overlap_comm?",
-    ]
-    assert told("--algo", "sft", "--deepspeed", f"{tmp_path}/mine.json") == []
-    known = ", ".join(ds_files.names())
-    assert told("--algo", "sft", "--deepspeed", "zero-3") == [
-        f"--deepspeed: expected {known} or a JSON file that exists, got 'zero-3'; did you mean zero3?"
-    ]
-    (line,) = told("--algo", "sft", "--deepspeed", "a/b.json")
-    assert line.endswith("got 'a/b.json'; check the path")
+    assert told("--algo", "dpo", "--columns", "a=prompt", "prompt=unused") == []
 
 
 def test_a_rule_is_left_out_where_it_reads_what_could_not_be_read() -> None:
@@ -355,9 +222,10 @@ def test_a_rule_is_left_out_where_it_reads_what_could_not_be_read() -> None:
     assert [line.split(":")[0] for line in lines] == ["--split_dataset_ratio", "--beta"]
 
 
-def test_every_rule_has_a_test_here() -> None:
-    """One a rule, in the order of the table."""
+def test_every_rule_has_a_test() -> None:
+    """One a rule, here or in test_file_rules.py, in the order of the table."""
     assert [rule.__name__ for rule in rules.RULES] == [
+        "names_can_be_paths",
         "model_has_a_role",
         "rewards_have_a_source",
         "reward_functions_are_known",
@@ -372,10 +240,12 @@ def test_every_rule_has_a_test_here() -> None:
         "all_turns_are_of_demonstrations",
         "weights_are_one_a_data_set",
         "data_files_exist",
+        "columns_are_renamed_once",
         "model_folders_exist",
         "template_is_known",
         "trackers_are_installed",
         "output_dir_can_be_written",
+        "cache_can_be_written",
         "checkpoint_exists",
         "deepspeed_is_known",
         "global_batch_is_large_enough",

@@ -5,6 +5,7 @@ Columns of known meaning, other columns, nulls and texts that spell special toke
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -13,26 +14,30 @@ from hypothesis import strategies as st
 from rows.test_formats import FORMS
 
 from dsalign import algos
-from dsalign.data.rows.fields import Fields
+from dsalign.data.rows.fields import LEARNT, MEDIA, Fields
 from dsalign.data.rows.formats import ALGORITHMS, FORMATS, KINDS, convert
+from dsalign.data.rows.messages import REASONING
 from dsalign.data.rows.records import RowError
 from dsalign.data.tokens.encoder import tokenize_rows
 from dsalign.data.tokens.templates import load_template
 
 SPELLS = st.text("ab<", max_size=3).map(lambda x: f"w{x}<|im_end|>{x}w</s>")
+CALL = {"id": "a1", "type": "function", "function": {"name": "lookup", "arguments": {}}}
 TOOLS = [{"type": "function", "function": {"name": "lookup", "parameters": {}}}]
 MORE = st.fixed_dictionaries(
     {},
     optional={
-        "system": SPELLS,
-        "history": st.lists(st.lists(SPELLS, min_size=2, max_size=2), max_size=2),
-        "input": SPELLS,
-        "tools": st.sampled_from([[], TOOLS]),
-        "images": st.sampled_from([[], ["cat.png"], None]),
-        "label": st.booleans(),
+        "system": st.none() | SPELLS,
+        "history": st.none() | st.lists(st.lists(SPELLS, min_size=2, max_size=2), max_size=2),
+        "input": st.none() | SPELLS,
+        "tools": st.sampled_from([[], TOOLS, None]),
+        **{name: st.sampled_from([[], ["cat.png"], None]) for name in MEDIA},
+        "label": st.none() | st.booleans(),
         "margin": st.sampled_from([0.5, None]),
-        "weight": st.sampled_from([0, 1]),
-        "reasoning": st.sampled_from(["", "because"]),
+        **{name: st.sampled_from([0, 1, None]) for name in LEARNT},
+        **{name: st.sampled_from(["", "because", None]) for name in REASONING},
+        "tool_calls": st.sampled_from([[], [CALL], None]),
+        "tool_call_id": st.sampled_from(["", "a1", None]),
         "score": st.integers(0, 3),
         "null": st.none(),
     },
@@ -70,7 +75,7 @@ def test_a_column_is_used_or_refused_or_named(make_tokenizer, form, more):
         elif kind == "prompts":
             assert row.columns[name] == value
         else:
-            used = {"label": row.label, "margin": row.margin, "weight": 1, "score": None}[name]
+            used = {"label": row.label, "margin": row.margin, **dict.fromkeys(LEARNT, 1)}.get(name)
             assert used == value or name in row.unread, name
     for answer, ids in zip(row.completions, group.completions, strict=True):
         assert template.tokenizer.decode(ids) == f"{answer}<|im_end|>"
@@ -87,6 +92,82 @@ def test_answers_that_spell_special_tokens_are_learnt_whole(make_tokenizer, form
     for answer, ids in zip(row.completions, group.completions, strict=True):
         assert template.tokenizer.decode(ids) == f"{answer}<|im_end|>"
         assert template.end_ids.isdisjoint(ids[:-1])
+
+
+KEYS = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: st.sampled_from([0, 1, None]) for name in LEARNT},
+        "images": st.sampled_from([[], ["cat.png"], None]),
+        "reasoning_content": st.sampled_from(["", "because", None]),
+        "tool_call_id": st.sampled_from(["", "a1", None]),
+        "tools": st.sampled_from([[], TOOLS, None]),
+        "name": st.sampled_from(["", "Ann", None]),
+        "score": st.integers(1, 3),
+    },
+)
+
+
+def conversations(row):
+    """(name, messages) of each conversation in a row, a single message as a list of one."""
+    for name, value in row.items():
+        inner = value.get("messages", value) if isinstance(value, dict) else value
+        found = [inner] if isinstance(inner, dict) else inner
+        if isinstance(found, list) and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in found):
+            yield "messages" if inner is not value else name, found
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([form for form in FORMS if any(conversations(form[1]))]), KEYS, st.data())
+def test_a_key_of_a_message_is_used_or_refused_or_named(form, keys, data):
+    """Of the first or the last message of a conversation. Used: weight 0 is in `unlearnt`, a thought goes with its
+    answer. Media, calls' ids and functions in a message of text are always refused."""
+    kind, given_row = form[:2]
+    row = json.loads(json.dumps(given_row))
+    name, messages = data.draw(st.sampled_from(list(conversations(row))))
+    chosen = data.draw(st.sampled_from([messages[0], messages[-1]]))
+    chosen.update(keys)
+    speaks = chosen.get("role", chosen.get("from")) in ("assistant", "gpt", "model")
+    try:
+        found = convert(Fields("f:1", row, text_only=False), kind, None)
+    except RowError as error:
+        assert any(key in str(error) for key in (*keys, "weight")), str(error)
+        return
+    filled = {key: value for key, value in keys.items() if value not in (None, "", [])}
+    assert filled.keys().isdisjoint({"images", "tool_call_id", "tools"})
+    assert {f"{name}[].{key}" for key in filled.keys() & {"name", "score"}} <= set(found.unread)
+    every = [*found.prompt, *(one for one in found.completions if not isinstance(one, str))]
+    is_kept = not (kind == "prompts" and speaks and chosen is messages[-1])
+    if "reasoning_content" in filled:
+        assert speaks and (not is_kept or any(turn.get("reasoning_content") == "because" for turn in every))
+    unlearnt = any(keys.get(key) == 0 for key in LEARNT)
+    assert bool(found.unlearnt) == (unlearnt and speaks and kind != "prompts")
+
+
+ODD = [None, 0, 2.5, 10**400, "", "{", '{"name": 3}', [], {}, [None], [[]], {"role": "user"}, {"from": 3}, "a\0",
+       "\ud800", [{"type": "text"}], {"name": "f", "arguments": 3}, [{"role": ["user"], "content": "x"}]]  # fmt: skip
+
+
+def places(value):
+    """(list or object, key) of everything within a value."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(FORMS), st.sampled_from(KINDS), st.data())
+def test_whatever_stands_in_a_row_is_read_or_refused(form, kind, data):
+    row = json.loads(json.dumps(form[1]))
+    for _ in range(data.draw(st.integers(1, 2))):
+        holder, key = data.draw(st.sampled_from(list(places(row))))
+        holder[key] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
+    try:
+        found = convert(Fields("f:1", row, text_only=False), data.draw(st.sampled_from([form[0], kind])), None)
+    except RowError as error:
+        assert str(error).startswith("f:1: ") and len(str(error)) < 1500
+    else:
+        assert all(isinstance(turn["content"], str) for turn in found.prompt)
 
 
 def test_rows_of_another_kind_name_their_algorithm():

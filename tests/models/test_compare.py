@@ -139,6 +139,24 @@ def test_a_reference_with_too_few_embeddings_is_refused(
         assert "lacks 1 tokens of the policy's (<new>)" in caplog.text
 
 
+def test_a_reward_model_with_too_few_embeddings_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """The policy was resized for a token more, the reward model was not; one that reads text needs no such embedding.
+    A token that the policy has no embedding for either is no fault of the reward model's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    resized = tiny_folder(tmp_path / "resized", num_hidden_layers=1, vocab_size=VOCABULARY + 1)
+    sources = {"policy": Source(str(resized)), "reward": Source(str(tiny)), "value": Source(str(tiny))}
+    config = run("ppo", resized, "--reward_funcs", "demo:friendly")
+    with pytest.raises(
+        ValueError, match=rf"^reward model {tiny}: .* there are {VOCABULARY + 1}, and has .* {VOCABULARY};"
+    ):
+        compare_models(config, sources, tokenizer, [])
+    with pytest.raises(ValueError, match=rf"^value model {tiny}: it reads the policy's token ids"):
+        compare_models(config, sources, tokenizer, [], own_ids=["reward"])
+    sources["policy"] = Source(str(tiny_folder(tmp_path / "other", num_hidden_layers=1)))
+    compare_models(config, sources, tokenizer, [])
+
+
 @pytest.mark.parametrize(
     ("algo", "rows", "said"),
     [("sft", [row(4, 3), row(10, 20)], "1 row(s) may have more, the first rows.jsonl:1 with 30: "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -10,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from experts import SIZES
 from safetensors.torch import load_file, save_file
-from support import VOCABULARY, section, tiny_config, tiny_folder
+from support import VOCABULARY, section, tiny_config, tiny_folder, tiny_tokenizer
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
+    GptOssConfig,
+    LlamaConfig,
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
@@ -28,7 +33,7 @@ from dsalign.config.schema import ModelOptions
 from dsalign.models import load
 from dsalign.models.heads import ValueModel
 from dsalign.models.names import resolve
-from dsalign.models.weights import load_checked, read_tensors, refuse_broken
+from dsalign.models.weights import DEQUANTISED, load_checked, read_tensors, refuse_broken
 
 State = dict[str, Tensor]
 CPU = torch.device("cpu")
@@ -209,6 +214,20 @@ def test_a_file_that_was_cut_is_named(left: int, tmp_path: Path) -> None:
         opened(folder)
 
 
+def test_a_head_that_differs_from_the_embedding_it_should_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """config.json says tied, the file has both: the file's head is used, and written as such. Equal ones are tied."""
+    folder = tiny_folder(tmp_path, num_hidden_layers=1, tie_word_embeddings=True)
+    rewrite(folder, lambda state: state | {"lm_head.weight": state["model.embed_tokens.weight"] + 1})
+    model = opened(folder)
+    assert bool((model.lm_head.weight == model.model.embed_tokens.weight + 1).all())
+    assert model.config.tie_word_embeddings is False and "the files hold a head that differs" in caplog.text
+    model.save_pretrained(tmp_path / "again")
+    assert bool((opened(tmp_path / "again").lm_head.weight == model.lm_head.weight).all())
+    caplog.clear()
+    rewrite(folder, lambda state: state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()})
+    assert opened(folder).config.tie_word_embeddings is True and "differs" not in caplog.text
+
+
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     """By the configuration, and by the dtype of a file whose configuration says nothing."""
     folder = tiny_folder(tmp_path, num_hidden_layers=1)
@@ -219,8 +238,47 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
         opened(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ValueError, match=rf"^model: {folder} is quantised \(gptq\); give the model that is not$"):
+    with pytest.raises(ValueError, match=rf"^model: {folder} is quantised \(gptq\); give the model that is not, which --load_in_4bit"):
         opened(folder)
+    for method, name in DEQUANTISED.items():  # each names the class of transformers that reads it into plain weights
+        written = {**config, "quantization_config": {"quant_method": method}}
+        (folder / "config.json").write_text(json.dumps(written))
+        with pytest.raises(
+            ValueError,
+            match=rf"(?s)is quantised \({method}\); give .*, or write it in bfloat16 once.*{name}\(dequantize",
+        ):
+            load_checked(str(folder), LlamaConfig(**written), value=False)
+        assert "dequantize" in inspect.signature(getattr(transformers, name)).parameters
+
+
+def test_mxfp4_is_read_by_what_its_message_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts of a gpt-oss as they are published: 32 numbers of 4 bits beside one scale of 8. The lines of the
+    message, run as they stand, leave a folder that opens: 2 (byte 0x44, two numbers each) times 2^(128 - 127) = 4."""
+    experts, wide = 2, 32
+    sizes = {**SIZES, "hidden_size": wide, "intermediate_size": wide, "num_hidden_layers": 1}
+    config = GptOssConfig(**sizes, num_local_experts=experts, head_dim=8)
+    state = {key: tensor.clone() for key, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    for name, rows in (("gate_up_proj", 2 * wide), ("down_proj", wide)):
+        key = f"model.layers.0.mlp.experts.{name}"
+        del state[key]
+        state[f"{key}_blocks"] = torch.full((experts, rows, 1, 16), 0x44, dtype=torch.uint8)
+        state[f"{key}_scales"] = torch.full((experts, rows, 1), 128, dtype=torch.uint8)
+    config.save_pretrained(tmp_path / "gpt-oss")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt-oss")
+    file = tmp_path / "gpt-oss" / "config.json"
+    described = json.loads(file.read_text()) | {"architectures": ["GptOssForCausalLM"]}
+    file.write_text(json.dumps(described | {"quantization_config": {"quant_method": "mxfp4"}}))
+    save_file(state, tmp_path / "gpt-oss" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"gpt-oss is quantised \(mxfp4\); give the model that is not, or write it in"
+    ) as caught:
+        opened(tmp_path / "gpt-oss")
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line.strip() for line in str(caught.value).splitlines()[1:]))
+    layer = opened(tmp_path / "bf16").model.layers[0].mlp.experts
+    assert layer.down_proj.dtype == torch.bfloat16 and bool(
+        (layer.down_proj == 4).all() & (layer.gate_up_proj == 4).all()
+    )
 
 
 @pytest.mark.parametrize(

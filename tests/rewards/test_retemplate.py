@@ -26,3 +26,17 @@ def test_reading_renders_the_conversation_again() -> None:
     assert found.prompt == so
     assert found.completions == ((*yes, 2), no, (2,), (2,))
     assert found.where == group.where and reading([]) == []
+
+
+def test_a_tag_that_the_prompt_opens_is_the_answers_to_the_judge() -> None:
+    """Where the prompt ends with it; a prompt from a row whose answer has none does not."""
+    tokenizer = tiny_tokenizer()
+    template = Template("q", tokenizer, "{% for m in messages %}{{ m.content }};{% endfor %}", END)
+    texts = {(50, 9): "so(", (50,): "so", (51, 3): "a) b"}
+    reading = Retemplate(template, lambda ids: texts[tuple(ids)], frozenset({3}), opened="(")
+    groups = [
+        replace(one, prompt=prompt, turns=({"role": "user", "content": "so"},))
+        for prompt, one in zip(((50, 9), (50,)), groups_of(((51, 3),), ((51, 3),)), strict=True)
+    ]
+    found = [tokenizer.decode(group.completions[0]) for group in reading(groups)]
+    assert found == ["(a) b;<|im_end|>", "a) b;<|im_end|>"]

@@ -147,3 +147,18 @@ def test_a_wrong_word_is_said_before_torch_is_imported() -> None:
 def test_a_check_needs_no_deepspeed(words: list[str]) -> None:
     imported, _ = python(["check", *words], "deepspeed")
     assert not imported
+
+
+def test_rows_to_evaluate_on_are_checked_too(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A report of their own behind the other; an error of theirs is an error."""
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps(PAIRS[0]) + "\n")
+    more = ["--val_dataset", str(held), "--eval_steps", "5"]
+    code, out = run(["check", *words, *more], capsys)
+    assert code == 0 and f"{words[-1]}: 2 rows, 2 kept" in out and f"{held}: 1 rows, 1 kept" in out
+    assert json.loads(run(["check", *words, *more, "--json"], capsys)[1])["val_dataset"]["rows"] == 1
+    held.write_text(held.read_text() + '{"prompt": 3}\n')
+    code, out = run(["check", *words, *more], capsys)
+    assert code == 2 and f"error: 1 bad rows: the first: {held}:2: expected the columns of a format" in out

@@ -52,7 +52,8 @@ class Fields:
         """`value`, where it is text that a tokenizer can read. Raises RowError where it is none, or holds a NUL or half
         of a surrogate pair."""
         if not isinstance(value, str):
-            raise self.bad(column, "text", value, "write a string, or name another column with --columns theirs=ours")
+            renamed = "" if "[" in column else ", or name another column with --columns theirs=ours"
+            raise self.bad(column, "text", value, f"write a string{renamed}")
         if "\0" in value:
             fix = f"the character at {value.index(chr(0))} is NUL: leave the row out, or write it again"
             raise self.bad(column, "text", value, fix)
@@ -132,7 +133,7 @@ class Fields:
             return None
         try:
             number = float(value) if self.text_only or type(value) in (int, float) else math.nan
-        except ValueError:
+        except (TypeError, ValueError, OverflowError):  # 1 and 400 zeros is a whole number to JSON
             number = math.nan
         if not math.isfinite(number):
             raise self.bad("margin", "a finite number", value, "write a number, or leave the column out")

@@ -133,15 +133,22 @@ def _whole(fields: Fields, column: str) -> Turns:
     value = fields.values[column]
     if isinstance(value, str):
         if not is_transcript(value):
-            fix = "write message lists, or put the question into a column prompt"
+            fix = f"write message lists, or put the question into a column prompt{_flag_for_question(fields)}"
             raise fields.bad(column, "a whole conversation", value, fix)
         text = fields.text(column)
         return order(fields, column, list(transcript(text)), last=("assistant",))
     given = turns(fields, column)
     if len(given) == 1:
-        fix = "an answer alone needs its question: name its column with --columns theirs=prompt"
+        flag = _flag_for_question(fields) or ": --columns theirs=prompt"
+        fix = f"an answer alone needs its question in a column prompt{flag}"
         raise fields.bad(column, "a whole conversation", value, fix)
     return order(fields, column, given, last=("assistant",))
+
+
+def _flag_for_question(fields: Fields) -> str:
+    """How to rename the column that looks like the question of these answers; "" where none does."""
+    renamed = _renaming(set(fields.values), "pairs")
+    return f": --columns {as_flags(renamed)}" if renamed else ""
 
 
 # Required columns -> reader; the first line whose columns a row has is its format. `system` and `tools` may be beside,
@@ -272,7 +279,7 @@ def _no_format(fields: Fields, kind: str) -> RowError:
     return RowError(
         f"{fields.where}: expected the columns of a format for {kind} ({' | '.join(FORMATS[kind])}), "
         f"got {', '.join(map(shorten_name, fields.values)) or 'none'}{null} in {shorten(fields.values)}; "
-        f"{_advice(fields.values.keys(), kind)}"
+        f"{_advice(fields, kind)}"
     )
 
 
@@ -287,16 +294,28 @@ ALIASES = {
 }
 
 
-def _advice(has: Iterable[str], kind: str) -> str:
-    """What to do about a row without a format: names to change where that gives it one, or the algorithm for rows like
-    this."""
-    columns = set(has)
+def _advice(fields: Fields, kind: str) -> str:
+    """What to do about a row without a format: a null to fill, names to change where that gives it one, or the
+    algorithm for rows like this."""
+    columns, null = set(fields.values), set(fields.null)
     renamed = _renaming(columns, kind)
     if renamed:
         return f"rename with --columns {as_flags(renamed)}"
-    for other in ("pairs", "labels", "demonstrations", "prompts"):
-        if other != kind and any(columns >= set(needs.split(", ")) for needs in FORMATS[other]):
-            return f"these are rows for --algo {ALGORITHMS[other]}"
+    layouts = {name: [set(needs.split(", ")) for needs in FORMATS[name]] for name in FORMATS}
+    lacking = [sorted(needs - columns) for needs in layouts[kind] if needs & columns and columns | null >= needs]
+    if lacking:
+        return f"give {', '.join(lacking[0])} a value, or leave such rows out with --on_bad_row skip"
+    others = [name for name in ("pairs", "labels", "demonstrations", "prompts") if name != kind]
+    for other in others:
+        if any(columns >= needs for needs in layouts[other]):
+            alone = f"the row has no answer, which {kind} need; " if other == "prompts" else ""
+            return f"{alone}these are rows for --algo {ALGORITHMS[other]}"
+    for other in others:
+        if renamed := _renaming(columns, other):
+            return f"these are rows for --algo {ALGORITHMS[other]} once renamed with --columns {as_flags(renamed)}"
+    known = {*KNOWN, "system", "tools"}.union(*(needs for every in layouts.values() for needs in every))
+    if fields.text_only and columns.isdisjoint(known):
+        return "is the first line of the file a row? It must name the columns, as prompt,completion does"
     return "rename with --columns theirs=ours"
 
 
@@ -313,6 +332,6 @@ def _renaming(columns: set[str], kind: str) -> dict[str, str]:
             near = difflib.get_close_matches(ours, left, 2, 0.8) or near
             if len(near) == 1 or (near and near[0] in ALIASES.get(ours, ())):
                 found[left[near[0]]] = ours
-        if len(found) == len(absent) and len(absent) < len(needs.split(", ")) and not 0 < len(best) <= len(found):
+        if absent and len(found) == len(absent) and not 0 < len(best) <= len(found):
             best = found
     return best

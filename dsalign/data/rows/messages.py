@@ -6,6 +6,7 @@ Every key of known meaning is used, or the row is refused naming it; the names o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ ROLES = {
 }
 CALL = '{"name": ..., "arguments": {...}}'
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
+OTHER_PARTS = "write text; a thought goes into the message's reasoning_content, a call into its tool_calls"
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content's parts
 # Keys that only one role has, and what to do about one that another role has.
 OF_ASSISTANT = {
@@ -50,6 +52,8 @@ def turns(fields: Fields, column: str) -> Turns:
         value = [value]
     if not isinstance(value, list) or not value:
         fix = "CSV holds single turns: use .jsonl" if fields.text_only else 'write [{"role": ..., "content": ...}]'
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")) and not fields.text_only:
+            fix = "it is JSON as text: write the list itself, without quotes"
         raise fields.bad(column, "a list of messages", value, fix)
     return [_turn(fields, f"{column}[{i}]", column, message) for i, message in enumerate(value)]
 
@@ -61,12 +65,14 @@ def _turn(fields: Fields, column: str, list_name: str, message: object) -> Messa
             if theirs is not None:
                 ours = ROLES.get(theirs) if isinstance(theirs, str) else None
                 if ours is None:
-                    fix = "rename the role, or leave the row out"
+                    small = theirs.lower() if isinstance(theirs, str) else ""
+                    fix = f"write {small!r}" if small in ROLES else "rename the role, or leave the row out"
                     raise fields.bad(f"{column}.{role}", f"one of {', '.join(ROLES)}", theirs, fix)
                 if len(message) == 2 and isinstance(message.get(content), str) and theirs != "function_call":
                     return {"role": ours, "content": fields.check_text(f"{column}.{content}", message[content])}
                 return _message(fields, column, list_name, ours, content, message, theirs == "function_call")
-    raise fields.bad(column, "a message", message, 'write {"role": ..., "content": ...}')
+    alone = ", or the text alone, not in a list" if isinstance(message, str) else ""
+    raise fields.bad(column, "a message", message, f'write {{"role": ..., "content": ...}}{alone}')
 
 
 def _message(
@@ -136,7 +142,8 @@ def _text(fields: Fields, column: str, value: object) -> str:
             texts.append(fields.check_text(f"{column}[{i}]", part))
         else:
             kind = part.get("type") if isinstance(part, Mapping) else part
-            raise fields.bad(f"{column}[{i}]", "parts of type text", kind, NO_MEDIA)
+            media = isinstance(kind, str) and re.search("image|audio|video|file|media", kind)
+            raise fields.bad(f"{column}[{i}]", "parts of type text", kind, NO_MEDIA if media else OTHER_PARTS)
     return "".join(texts)
 
 

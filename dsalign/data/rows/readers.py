@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dsalign import assets
-from dsalign.data.rows import folders, hub, text_files
+from dsalign.data.rows import first_bytes, folders, hub, text_files
 from dsalign.data.rows.dataset_info import notes_of
 from dsalign.data.rows.folders import SUFFIXES, Files, is_data, suffix_of
 from dsalign.data.rows.records import Record, RowError, shorten, without_nulls
@@ -22,6 +22,11 @@ READERS: Mapping[str, Callable[[Path, str], Iterator[Item]]] = {
     ".json": text_files.json_array,
     ".csv": text_files.csv_rows,
     ".tsv": text_files.tsv_rows,
+}
+# What a file of some format is that has no rows and is not empty.
+NOTHING = {
+    **dict.fromkeys((".csv", ".tsv"), "a header alone"),
+    **dict.fromkeys((".parquet", ".arrow"), "a table without rows"),
 }
 
 
@@ -122,6 +127,22 @@ def _local(name: str) -> Files | None:
     return None
 
 
+def reads_at_once(source: str, most: int) -> bool:
+    """Whether the first row of a source can be had at once: its files are on this machine, and the first is read line
+    by line, or has at most `most` bytes. Raises ValueError where a path, folder or glob has no data files."""
+    files = _local(source)
+    if not files:
+        return False
+    path = files[0][0]
+    by_row = suffix_of(path) in (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+    return by_row or path.stat().st_size * _packed(path) <= most
+
+
+def _packed(path: Path) -> int:
+    """About how many times larger a file is when it is unpacked."""
+    return 8 if path.suffix in text_files.COMPRESSED else 1
+
+
 def _num_rows(path: Path) -> int | None:
     """About how many rows a file has; None where that cannot be told without parsing it."""
     suffix = path.suffix
@@ -143,6 +164,7 @@ def _file(path: Path, name: str) -> Iterator[Item]:
             f"data file {name!r}: expected a name that ends in {', '.join(SUFFIXES)}, or of text with .gz or .zst "
             f"behind it, got {path.suffix!r}; convert or rename the file"
         )
+    first_bytes.check(path, name, suffix)
     empty, notes = True, notes_of(path)
     for record in READERS.get(suffix, _arrow)(path, name):
         empty = False
@@ -150,7 +172,15 @@ def _file(path: Path, name: str) -> Iterator[Item]:
             record = record._replace(values=notes.applied(record.values))
         yield record
     if empty:
-        raise RowError(f"{name}: expected at least one row, got an empty file; remove it or write it again")
+        got = "an empty file" if _blank(path) else NOTHING.get(suffix, "an empty list")
+        raise RowError(f"{name}: expected at least one row, got {got}; remove it or write it again")
+
+
+def _blank(path: Path) -> bool:
+    """Whether a file has nothing but white space in its first bytes."""
+    with suppress(*text_files.BROKEN), text_files.opened(path) as file:
+        return not file.read(first_bytes.HEAD).strip()
+    return False
 
 
 def _arrow(path: Path, name: str) -> Iterator[Item]:
@@ -169,7 +199,7 @@ def _arrow(path: Path, name: str) -> Iterator[Item]:
                 Record(f"{name}:row {number}", {column: without_nulls(value) for column, value in row.items()})
                 for number, row in enumerate(rows, 1)
             )
-    except pyarrow.lib.ArrowException as error:
+    except (pyarrow.lib.ArrowException, OSError) as error:
         kind = "Parquet" if path.suffix == ".parquet" else "Arrow's stream format"
         raise ValueError(
             f"data file {name!r}: expected {kind}, got an error: {shorten(str(error))}; write the file again"

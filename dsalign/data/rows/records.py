@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ def shorten(value: object) -> str:
 
 def shorten_name(name: str) -> str:
     """The name of a column or key for a message, without quotes."""
-    return shorten(name)[1:-1]
+    return shorten(name)[1:-1] or "''"
 
 
 def printable(text: str) -> str:
@@ -107,4 +108,4 @@ def rename(where: str, values: Mapping[str, Any], columns: Mapping[str, str]) ->
 
 def as_flags(columns: Mapping[str, str]) -> str:
     """A renaming as --columns takes it: theirs=ours, one behind the other."""
-    return " ".join(f"{theirs}={ours}" for theirs, ours in columns.items())
+    return shlex.join(f"{theirs}={ours}" for theirs, ours in columns.items())

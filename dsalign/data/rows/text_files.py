@@ -21,10 +21,12 @@ from dsalign.data.rows.records import MAX_DEPTH, SHOWN_CHARS, Record, RowError, 
 MAX_ROW_BYTES = 50_000_000  # of a line; longer ones are other files' contents by mistake
 MAX_UNPACKED_BYTES = 1 << 31  # of a compressed file that must be read as a whole
 COMPRESSED = (".gz", ".zst")
+NO_ROWS = ("tools", "history", "images", "videos", "audios")  # lists that belong to a row
+BROKEN = (OSError, EOFError, zlib.error)  # what reading a damaged compressed file raises
 Item = Record | RowError
 
 
-def _open(path: Path) -> IO[bytes]:
+def opened(path: Path) -> IO[bytes]:
     """The file's bytes, decompressed where its name ends in .gz or .zst."""
     if path.suffix == ".gz":
         return cast(IO[bytes], gzip.open(path))
@@ -38,14 +40,14 @@ def _open(path: Path) -> IO[bytes]:
 def _lines(path: Path, name: str) -> Iterator[str | RowError]:
     """The lines with their line ends, without a byte order mark; in the place of one that cannot be read its error."""
     try:
-        with _open(path) as file:
+        with opened(path) as file:
             number = 0
             while raw := file.readline(MAX_ROW_BYTES + 1):  # never more, as 14 MB may unpack to a line of 3 GB
                 number += 1
                 yield _line(raw, f"{name}:{number}", "utf-8-sig" if number == 1 else "utf-8")
                 while len(raw) > MAX_ROW_BYTES and raw[-1:] != b"\n":
                     raw = file.readline(MAX_ROW_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
+    except BROKEN as error:
         if path.suffix not in COMPRESSED:
             raise
         raise RowError(f"{name}: expected a whole {path.suffix} file, got an error: {error}; pack it again") from error
@@ -60,10 +62,9 @@ def _line(raw: bytes, where: str, encoding: str) -> str | RowError:
     try:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
-        wide = " (it looks like UTF-16)" if b"\0" in raw[:SHOWN_CHARS] else ""
         return RowError(
             f"{where}: expected UTF-8, got byte 0x{raw[error.start]:02x} at position {error.start + 1} "
-            f"of {shorten(raw)}{wide}; save the file as UTF-8"
+            f"of {shorten(raw)}; save the file as UTF-8"
         )
 
 
@@ -95,6 +96,7 @@ def _refuse_constant(word: str) -> NoReturn:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 _SPACE = re.compile(r"[ \t\r\n]*")
+PYTHON = re.compile(r"'|True\b|False\b|None\b")  # what a dict looks like that was printed
 
 
 def _decode(text: str, start: int, name: str, line: int, fix: str) -> tuple[Any, int]:
@@ -105,9 +107,10 @@ def _decode(text: str, start: int, name: str, line: int, fix: str) -> tuple[Any,
     except json.JSONDecodeError as error:
         column = error.pos - text.rfind("\n", 0, error.pos)
         near = text[max(error.pos - 20, 0) : error.pos + 20]
+        python = "; Python wrote this: let json.dumps write it" if PYTHON.match(text, error.pos) else ""
         raise RowError(
             f"{name}:{line + text.count(chr(10), start, error.pos)}: expected JSON, got {shorten(near)} "
-            f"({error.msg} at character {column}); {fix}"
+            f"({error.msg} at character {column}); {fix}{python}"
         ) from error
     except RecursionError as error:
         raise _nested(name, line) from error
@@ -140,7 +143,7 @@ def json_lines(path: Path, name: str) -> Iterator[Item]:
         start = _blank(line, 0)
         if start == len(line):
             continue
-        if not seen and line[start] == "[":
+        if not seen and line[start] == "[" and line[_blank(line, start + 1) :][:1] in ("", "{", "]"):
             yield from json_array(path, name)
             return
         seen = True
@@ -172,7 +175,11 @@ def json_array(path: Path, name: str) -> Iterator[Item]:
         if end != len(text):
             yield from json_lines(path, name)
             return
-        start = _only_list(text, start, first, name)
+        rows = _rows_of(first, name)
+        if rows is None:
+            yield Record(f"{name}:1", first)
+            return
+        start = _start_of(text, start, rows, name)
     elif text[start] != "[":
         raise RowError(f"{name}:1: expected an array of rows, got {shorten(text[start:])}; write [{{...}}, {{...}}]")
     line, counted = 1, 0
@@ -194,20 +201,45 @@ def json_array(path: Path, name: str) -> Iterator[Item]:
         raise RowError(f"{name}: expected nothing after the array, got {shorten(rest)}; keep one array a file")
 
 
-def _only_list(text: str, start: int, value: Mapping[str, Any], name: str) -> int:
-    """Position at which the only list of the object at `start` begins. Raises RowError where it holds none, or
-    several."""
-    lists = [key for key, item in value.items() if isinstance(item, list)]
-    if len(lists) != 1:
+def _rows_of(value: Mapping[str, Any], name: str) -> str | None:
+    """The key under which an object holds the rows of a file; None where it is a row itself. Raises RowError where it
+    holds columns, or several lists of rows."""
+    lists = [key for key, item in value.items() if isinstance(item, list) and _may_be_rows(key, item)]
+    if len(lists) == 1:
+        return lists[0]
+    if lists:
         raise RowError(
             f"{name}:1: expected an array of rows or an object with one list, got an object whose lists are {lists}; "
             "write an array, or one row a line in a .jsonl file"
         )
+    columns = [key for key, item in value.items() if _may_be_column(item)]
+    if len(columns) > 1 and len(columns) == len(value):
+        raise RowError(
+            f"{name}:1: expected an array of rows, got columns, {shorten(columns)}, each with the values of all rows; "
+            'write one object a row (pandas: to_json with orient="records")'
+        )
+    return None
+
+
+def _may_be_rows(key: str, items: list[Any]) -> bool:
+    """Whether a list in an object may hold the rows of a file: objects that are neither messages nor functions."""
+    return key not in NO_ROWS and all(isinstance(item, dict) and not item.keys() & {"role", "from"} for item in items)
+
+
+def _may_be_column(item: object) -> bool:
+    """Whether a value of an object holds one value of each row: texts or numbers in a list, or under 0, 1, 2, ..."""
+    if isinstance(item, dict):
+        return "0" in item
+    return isinstance(item, list) and bool(item) and not any(isinstance(one, dict) for one in item)
+
+
+def _start_of(text: str, start: int, rows: str, name: str) -> int:
+    """Position at which the list under the key `rows` of the object at `start` begins."""
     position = _blank(text, start + 1)
     while True:
         key, position = _decode(text, position, name, 1, "")
         position = _blank(text, position + 1)
-        if key == lists[0]:
+        if key == rows:
             return position
         _, position = _decode(text, position, name, 1, "")
         position = _blank(text, position + 1)
@@ -248,8 +280,11 @@ def _cells(path: Path, name: str, delimiter: str) -> Iterator[Item]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
+            open_quote = (
+                "; the quote that opens a cell in this row is never closed" if "end of data" in str(error) else ""
+            )
             raise RowError(
-                f"{where}: expected CSV, got an error: {error}; quote text that holds quotes, or use .jsonl"
+                f"{where}: expected CSV, got an error: {error}{open_quote}; quote text that holds quotes, or use .jsonl"
             ) from error
         if cells is None:
             return
@@ -270,6 +305,12 @@ def _cells(path: Path, name: str, delimiter: str) -> Iterator[Item]:
 def _check_header(header: list[str], where: str, delimiter: str) -> None:
     if len(set(header)) != len(header):
         raise RowError(f"{where}: expected each column name once, got {shorten(header)}; rename one")
+    blank = [column for column in header if column != column.strip()]
+    if blank:
+        raise RowError(
+            f"{where}: expected names of columns without a blank around them, got {shorten(blank)}; remove the blanks "
+            f"beside each {delimiter!r}, in all lines, as they belong to the cells"
+        )
     other = next((mark for mark in ";\t,|" if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and other is not None:
         fix = {"\t": "call it .tsv", ",": "call it .csv"}.get(other, "write it again with commas")

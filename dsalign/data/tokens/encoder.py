@@ -22,6 +22,9 @@ CHUNK = 1024  # rows a tokenizer call: enough for its threads, little memory
 THREADS = 2  # chunks that are encoded at a time: one is rendered while another is read, without the interpreter lock
 TOO_LONG = "longer than max_length"
 NOTHING_LEFT = "no completion token left"
+# What is noticed of rows: a text that spells a special token; answers that do not begin as the template opens them;
+# no text in the question or in an answer; the same answer as chosen and rejected.
+SPELLED, UNOPENED, BLANK, IDENTICAL = "spelled", "unopened", "blank", "identical"
 T = TypeVar("T")
 
 
@@ -34,7 +37,7 @@ class Tokenized:
     dropped: Mapping[str, int]  # rule -> rows
     truncated: int  # groups that lost tokens
     unread: Mapping[str, int] = field(default_factory=dict)  # column or key of messages that nothing reads -> rows
-    spelled: int = 0  # rows with a text that spells a special token
+    noticed: Mapping[str, int] = field(default_factory=dict)  # SPELLED, UNOPENED, ... -> rows
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)  # rule -> rows
     truncated: int = 0  # groups that lost tokens
     unread: Counter[str] = field(default_factory=Counter)  # column or key of messages that nothing reads -> rows
-    spelled: int = 0  # rows with a text that spells a special token
+    noticed: Counter[str] = field(default_factory=Counter)  # SPELLED, UNOPENED, ... -> rows
     refused: Skipped = field(default_factory=Skipped)  # rows that the template refused, not among num_rows
 
     def add(self, other: Tally) -> None:
@@ -54,7 +57,7 @@ class Tally:
         self.dropped.update(other.dropped)
         self.truncated += other.truncated
         self.unread.update(other.unread)
-        self.spelled += other.spelled
+        self.noticed.update(other.noticed)
         self.refused.merge(other.refused)
 
 
@@ -95,7 +98,7 @@ class Encoder:
                 tally.refused.add(encoded)
                 continue
             tally.num_rows += 1
-            tally.spelled += encoded.spelled
+            tally.noticed.update(_noticed(row, encoded))
             if row.unread:
                 tally.unread.update(row.unread)
             cut = self._cut(row, encoded, tally)
@@ -165,6 +168,7 @@ class Encoder:
             )
         if not some:
             counts = ", ".join(f"{n} {rule}" for rule, n in tally.dropped.items()) or "there was none"
+            counts += f"; {skipped.count} more are bad, the first: {skipped.first}" if skipped else ""
             raise ValueError(
                 f"data set: expected rows of at most max_length = {self.max_length} tokens, got none of "
                 f"{tally.num_rows} rows ({counts}); raise --max_length, or use --truncation_strategy left"
@@ -192,8 +196,21 @@ def tokenize_rows(rows: Iterable[Row], template: Template, *, skipped: Skipped |
     bad.merge(tally.refused)
     encoder.check(bool(groups), tally, bad)
     return Tokenized(
-        tuple(groups), tally.num_rows, dict(tally.dropped), tally.truncated, dict(tally.unread), tally.spelled
+        tuple(groups), tally.num_rows, dict(tally.dropped), tally.truncated, dict(tally.unread), dict(tally.noticed)
     )
+
+
+def _noticed(row: Row, encoded: Encoded) -> Iterator[str]:
+    """What is worth a line about a row that is used all the same."""
+    if encoded.spelled:
+        yield SPELLED
+    if encoded.unopened:
+        yield UNOPENED
+    asked = row.prompt[-1]
+    if not (asked["content"].strip() and all(a.strip() for a in row.completions if isinstance(a, str))):
+        yield BLANK
+    if len(row.completions) == 2 and row.completions[0] == row.completions[1]:
+        yield IDENTICAL
 
 
 def _check_weights(rows: Sequence[Row]) -> None:

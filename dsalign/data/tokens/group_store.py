@@ -21,21 +21,21 @@ from dsalign.data.rows.iterate import Skipped
 from dsalign.data.tokens.encoder import Tally
 
 IDS, KNOWN, INDEX, MANIFEST = "ids.bin", "known.bin", "index.bin", "manifest.json"
-STORE_FORMAT = 3  # of the files
+STORE_FORMAT = 4  # of the files
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Counts:
     """How many rows of a store's data set were read, dropped (rule -> rows), truncated, and skipped as bad; how often
-    nothing read a column or a key of messages; and how many rows spell a special token."""
+    nothing read a column or a key of messages; and of how many rows each thing of `encoder._noticed` was."""
 
     num_rows: int
     dropped: Mapping[str, int]
     truncated: int
     skipped: Skipped
     unread: Mapping[str, int]
-    spelled: int
+    noticed: Mapping[str, int]
 
 
 class LazyGroups(Sequence[Group], ABC):
@@ -78,7 +78,7 @@ class GroupStore(LazyGroups):
             manifest["truncated"],
             skipped,
             manifest["unread"],
-            manifest["spelled"],
+            manifest["noticed"],
         )
         self._index = np.memmap(folder / INDEX, dtype=np.int64, mode="r").reshape(-1, 2)
         self._ids, self._known = (_map(folder / name) for name in (IDS, KNOWN))
@@ -160,7 +160,7 @@ def write_store(parts: Iterable[Stored], tally: Tally, skipped: Skipped, folder:
         "dropped": dict(tally.dropped),
         "truncated": tally.truncated,
         "unread": dict(tally.unread),
-        "spelled": tally.spelled,
+        "noticed": dict(tally.noticed),
         "skipped": [skipped.count, skipped.first],
         "files": {name: _digest(staging / name) for name in (IDS, KNOWN, INDEX)},
     }

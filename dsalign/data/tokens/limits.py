@@ -190,9 +190,10 @@ watch = _Watch()
 def rendered(
     template: Any, conversations: Sequence[Any], tools: Sequence[Any] | None, given: Mapping[str, Any]
 ) -> list[str]:
-    """Each conversation as text. template: of `bounded_template`. given: what else it may read.
+    """Each conversation as text. template: of `bounded_template`, which gets lists as transformers gives them, since it
+    may add to them. given: what else it may read.
 
     Raises TooMuch where the template takes more than CPU_S or MEMORY_BYTES, and whatever the template raises.
     """
     with watch.over():
-        return [template.render(messages=turns, tools=tools, documents=None, **given) for turns in conversations]
+        return [template.render(messages=list(turns), tools=tools, documents=None, **given) for turns in conversations]

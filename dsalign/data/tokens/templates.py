@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,14 @@ from dsalign.data.rows.records import Answer, shorten
 from dsalign.data.tokens.chat_templates import BUILT_IN
 from dsalign.data.tokens.render import Conversation, Renderer, Tools
 from dsalign.data.tokens.spelled import Spelled, texts_of
-from dsalign.data.tokens.text_ids import TextIds, length_shared
+from dsalign.data.tokens.text_ids import TextIds, lacks, length_shared
 from dsalign.data.tokens.whole_answers import FIX, Missing, answer_end, check_prompt, compact
 
 NAMES = tuple(BUILT_IN)
+ANSWER = "an answer"  # what a template is asked to write, to see what it writes around it
+KEPT = "earlier turns to stay as they are when the conversation goes on"
+OPENED = "every answer to begin as the template opens it"
+OPEN_TAG = re.compile(r"<[^<>/\s]+>\s*$")
 
 
 class Encoded(NamedTuple):
@@ -30,6 +35,7 @@ class Encoded(NamedTuple):
     completions: list[list[int]]  # each ends with its one end token
     masks: list[list[bool]] | None = None  # which completion tokens an assistant wrote; None = all
     spelled: bool = False  # whether a text of the row spells a special token
+    unopened: bool = False  # whether an answer does not begin with all that the template opens answers with
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ class Template:
                 if answer:
                     self._check_learnt(answer, full[len(encoded.prompt) :], tail)
             shown = self._spelled.shown(text) if spells and not self.special_in_text else text
-            found.append(encoded._replace(prompt_text=shown, spelled=spells))
+            unopened = any(lacks(full, text) for full in texts)
+            found.append(encoded._replace(prompt_text=shown, spelled=spells, unopened=unopened))
         return found
 
     def _mask_spelled(self, given: list[Any], spelled: Sequence[bool]) -> list[int]:
@@ -191,8 +198,8 @@ class Template:
         ):
             spans = []
             for turn, (opening, closing), first, last in zip(at, cut, ends[::2], ends[1::2], strict=True):
-                self._check_prefix(opening, text)
-                self._check_prefix(closing, text)
+                self._check_prefix(closing, text, KEPT)
+                self._check_prefix(opening, text, OPENED)
                 span = (length_shared(first, whole), length_shared(last, whole))
                 if turn not in skip:
                     self._check_turn(messages[: turn + 1], opening, closing, whole[slice(*span)])
@@ -212,13 +219,12 @@ class Template:
             raise self._left_out(error) from error
         self._check_learnt(messages[-1], ids, tail)
 
-    def _check_prefix(self, part: str, whole: str) -> None:
+    def _check_prefix(self, part: str, whole: str, expected: str) -> None:
         if not whole.startswith(part):
-            same = next(i for i, x in enumerate(part) if whole[i : i + 1] != x)
+            same = length_shared(part, whole)
             raise ValueError(
-                f"template {self.name!r}: expected earlier turns to stay as they are when the conversation goes on, "
-                f"got {whole[same : same + 40]!r} in place of {part[same : same + 40]!r}; use --assistant_turns last, "
-                "or name a template that keeps them"
+                f"template {self.name!r}: expected {expected}, got {whole[same : same + 40]!r} in place of "
+                f"{part[same : same + 40]!r}; use --assistant_turns last, or name another template"
             )
 
     def _masked(
@@ -276,6 +282,19 @@ class Template:
         except ValueError:
             return ""
         return opening.removeprefix(without) if opening.startswith(without) else ""
+
+    @cached_property
+    def opened(self) -> str:
+        """The tag that the template opens for every answer and leaves to the answer to close, such as "<think>\\n" of
+        reasoning models; "" where there is none."""
+        asked: Conversation = [{"role": "user", "content": "."}]
+        try:
+            (text,) = self._render_all([([*asked, {"role": "assistant", "content": ANSWER}], ())])
+            (opening,) = self._render_all([(asked, ())], True)
+        except ValueError:
+            return ""
+        tag = OPEN_TAG.search(self._opens)
+        return tag[0] if tag and text[: text.rfind(ANSWER)] != opening else ""
 
     def prepare(self) -> None:
         """Compute what is computed once for a tokenizer, before threads can race for it."""

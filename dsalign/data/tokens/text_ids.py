@@ -130,3 +130,8 @@ def length_shared(a: Sequence[Any], b: Sequence[Any]) -> int:
     if list(b[: len(a)]) == list(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def lacks(whole: str, opening: str) -> bool:
+    """Whether a rendered conversation lacks more than white space of what its prompt ends with."""
+    return not whole.startswith(opening) and bool(opening[length_shared(opening, whole) :].strip())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import pytest
@@ -70,6 +72,18 @@ FORMS = [
     ("labels", {"query": "q", "response": "c", "label": True, **HISTORY}, turns("a", "b", "q"), ("c",)),
     ("labels", {"messages": turns("q", "c"), "label": True}, turns("q"), ("c",)),
     ("demonstrations", {"messages": turns("q", "a", "p", "c")}, turns("q", "a", "p"), ("c",)),
+    (
+        "demonstrations",
+        {
+            "messages": [
+                {"role": "developer", "content": "s"},
+                {"role": "human", "content": [{"type": "text", "text": "q"}]},
+                {"role": "model", "content": [{"type": "output_text", "text": "c"}]},
+            ]
+        },
+        turns("q", system="s"),
+        ("c",),
+    ),
     ("demonstrations", {"prompt": "q", "completion": ""}, turns("q"), ("",)),
     ("demonstrations", {"prompt": turns("q"), "completion": answer("c")}, turns("q"), ("c",)),
     ("demonstrations", {"instruction": "i", "input": "x", "output": "c"}, turns("i\nx"), ("c",)),
@@ -93,6 +107,22 @@ FORMS = [
 def test_formats(one, kind, row, prompt, completions):
     label = True if kind == "labels" else None
     assert one(row, kind) == Row("a.jsonl:1", tuple(prompt), tuple(completions), label)
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_single_turns_are_the_same_in_csv(write, delimiter):
+    """Every layout whose columns are texts, a number or a label; line ends and quotes in the cells."""
+    name, found = "a.csv" if delimiter == "," else "a.tsv", 0
+    for kind, row, prompt, completions in FORMS:
+        if any(isinstance(value, list | dict) for value in row.values()):
+            continue
+        table = io.StringIO()
+        csv.writer(table, delimiter=delimiter).writerows([row, row.values()])
+        (read,) = read_rows([write(name, table.getvalue())], kind)
+        label = True if kind == "labels" else None
+        assert (read.prompt, read.completions, read.label) == (tuple(prompt), tuple(completions), label)
+        found += 1
+    assert found >= 12
 
 
 def test_every_format_has_a_case_above():

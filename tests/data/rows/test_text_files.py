@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 
 import pyarrow.parquet
 import pytest
@@ -26,6 +27,13 @@ def test_json_array_names_the_line_each_row_begins_on(write):
 def test_json_object_with_one_list(write):
     name = write("a.json", '{"version": {"rows": 2},\n "rows": [\n{"a": [1]},\n{"a": [2]}], "n": 2}')
     assert read(name) == [("a.json:3", {"a": [1]}), ("a.json:4", {"a": [2]})]
+
+
+def test_one_row_in_a_json_file_is_a_row(write):
+    """Whatever lists of its own it has: messages, tools, texts."""
+    said = [{"role": "user", "content": "q"}]
+    for row in ({"a": 1}, {"messages": said}, {"messages": said, "tools": [{"name": "f"}]}, {"a": ["x"], "b": "y"}):
+        assert read(write("a.json", json.dumps(row, indent=1))) == [("a.json:1", row)]
 
 
 def test_json_lines_named_json_and_an_array_named_jsonl(write):
@@ -92,8 +100,27 @@ BAD_FILES = {
     "duplicate key": ("a.jsonl", '{"a": 1, "b": 2, "a": 3}\n', "a.jsonl:1: expected each key once, got 'a' twice"),
     "nan": ("a.jsonl", '{"a": NaN}\n', "a.jsonl:1: expected a JSON number, got NaN"),
     "scalar json": ("a.json", "3", "a.json:1: expected an array of rows, got '3'"),
-    "no list": ("a.json", '{"a": 1}', r"a.json:1: expected an array .* whose lists are \[\]"),
     "two lists": ("a.json", '{"a": [], "b": []}', r"whose lists are \['a', 'b'\]; write an array"),
+    "two lists of rows": ("a.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', r"lists are \['train', 'test'\]"),
+    "columns": (
+        "a.json",
+        '{"a": [1, 2], "b": [3, 4]}',
+        r"a.json:1: expected an array of rows, got columns, \['a', 'b'",
+    ),
+    "columns of pandas": ("a.json", '{"a": {"0": 1}, "b": {"0": 3}}', 'pandas: to_json with orient="records"'),
+    "rows as lists": (
+        "a.jsonl",
+        '["q", "c"]\n["p", "d"]\n',
+        r"a.jsonl:1: expected a row as a JSON object, got list \[",
+    ),
+    "printed by Python": (
+        "a.jsonl",
+        "{'a': True}\n",
+        r"a.jsonl:1: expected JSON, .*; Python wrote this: let json.dumps",
+    ),
+    "a word of Python": ("a.json", '[{"a": None}]', r"a.json:1: .*Python wrote this"),
+    "csv quote left open": ("a.csv", 'a,b\n"1,2\n3,4\n', r"a.csv:2: .*the quote that opens a cell .* is never closed"),
+    "csv blanks": ("a.csv", "a, b\n1, 2\n", r"a.csv:1: expected names of columns without a blank .*, got \[' b'\]"),
     "array cut off": ("a.json", '[{"a": 1},\n{"a": 2}\n', "a.json:2: expected ',' or ']' after this row, got the end"),
     "array broken": ("a.json", '[{"a": 1}\n{"a": 2}]', "a.json:1: expected ',' or ']' after this row, got '{"),
     "row broken": ("a.json", '[{"a": 1},\n{"a":\n,}]', "a.json:3: expected JSON.*the array must be complete"),
@@ -127,7 +154,7 @@ def test_a_compressed_line_is_bounded_before_it_is_read(write, tmp_path, monkeyp
     """1 MB of a line of zeros packs to 1 kB. At most MAX_ROW_BYTES + 1 are asked for at a time."""
     monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1000)
     write("a.jsonl.gz", gzip.compress(b"0" * 1_000_000 + b'\n{"a": 1}\n'))
-    asked, opened = [], text_files._open
+    asked, opened = [], text_files.opened
 
     class Counted:
         def __init__(self, file):
@@ -143,7 +170,7 @@ def test_a_compressed_line_is_bounded_before_it_is_read(write, tmp_path, monkeyp
             asked.append(size)
             return self.file.readline(size)
 
-    monkeypatch.setattr(text_files, "_open", lambda path: Counted(opened(path)))
+    monkeypatch.setattr(text_files, "opened", lambda path: Counted(opened(path)))
     first, second = read_source("a.jsonl.gz", 0)
     assert "at most 1000 bytes, got a longer one" in str(first) and second.values == {"a": 1}
     assert set(asked) == {1001}

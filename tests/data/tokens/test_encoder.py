@@ -49,6 +49,7 @@ def test_groups_carry_what_the_rows_know(template):
         3,
         {},
         0,
+        noticed={"blank": 1},
     )
 
 

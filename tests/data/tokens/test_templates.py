@@ -311,7 +311,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
     """Its answer as the last one is still learnt from, the text that the generation prompt inserts being prompt."""
     template = load(make_tokenizer(chat_template=THINKING), None)
     turns = ANSWERED[1:]
-    with pytest.raises(ValueError, match=r"expected earlier turns to stay as they are .*, got 'a</s>.*'<think>'; use"):
+    with pytest.raises(
+        ValueError, match=r"expected earlier turns to stay as they are .*, got 'a</s>.*'<think>a</s>'; u"
+    ):
         template.encode_turns([turns])
     prompt, (completion,) = template.encode(turns[:-1], ["c"])
     assert template.tokenizer.decode(prompt) == "[u]q[a]a</s>[u]p[a]<think>"

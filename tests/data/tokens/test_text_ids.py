@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AddedToken
 
-from dsalign.data.tokens.text_ids import TextIds
+from dsalign.data.tokens.text_ids import TextIds, lacks
 from dsalign.data.tokens.words import reads_words
 
 PIECES = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_", "end|>", "user\n", "a", " ", "  ", "é", "\n", "<", "ab"]
@@ -127,3 +127,12 @@ def test_a_tokenizer_without_a_fast_half_reads_whole_texts():
         ([1, 120], []),
     ]
     assert ids.of([]) == [] == ids.branching([])
+
+
+def test_what_a_conversation_lacks_of_its_prompt():
+    """White space at the end is not missed; a tag is."""
+    assert [lacks(whole, "<A><think>\n") for whole in ("<A><think>\nhm", "<A><think>hm", "<A>two")] == [
+        False,
+        False,
+        True,
+    ]
