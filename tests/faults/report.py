@@ -9,7 +9,7 @@ from pathlib import Path
 HEAD = """# Reliability
 
 What happens where something breaks, as `make test-faults` finds it, which writes this page. Seconds: from the end of
-the first rank to the end of the last one.
+the first rank to the end of the last one; where no rank ends, what looking at the checkpoints and choosing one took.
 
 | kind | fault | what happens | seconds |
 |---|---|---|---|
@@ -19,7 +19,7 @@ the first rank to the end of the last one.
 def page(rows: list[dict[str, str | float]]) -> str:
     """The page with a line for each row, by kind and fault."""
     ordered = sorted(rows, key=lambda row: (str(row["kind"]), str(row["fault"])))
-    lines = [f"| {r['kind']} | {r['fault']} | {r['happens']} | {float(r['seconds']):.1f} |\n" for r in ordered]
+    lines = [f"| {r['kind']} | {r['fault']} | {r['happens']} | {float(r['seconds']):.2f} |\n" for r in ordered]
     return HEAD + "".join(lines)
 
 

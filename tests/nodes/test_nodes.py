@@ -114,16 +114,12 @@ def cut(run: Run, cluster: Cluster) -> None:
     cluster.link(1, "down")
 
 
-OPEN = pytest.mark.xfail(reason="a cut cable leaves ranks behind for longer than 45 s, on at least one side")
-
-
 @pytest.mark.parametrize(
     ("way", "fault"),
     [
         *((way, killed) for way in WAYS),
         *((way, told) for way in WAYS),
-        pytest.param("no_ssh", cut, marks=OPEN),
-        pytest.param("torchrun", cut, marks=OPEN),
+        *((way, cut) for way in WAYS),
     ],
     ids=lambda one: one if isinstance(one, str) else one.__name__,
 )
