@@ -113,7 +113,7 @@ def test_a_soak_of_ppo(forks: Forks, record: Record, tiny: Path, tmp_path: Path)
         assert len(happened) < 40
     assert len(happened) >= LEAST, happened
     assert learnt(out, STEPS) == learnt(straight, STEPS), happened
-    assert not set(leftovers(out)) - {"bad", "crash"}
+    assert not set(leftovers(out)) - {"bad"}
     what = f"{STEPS} steps of PPO at ZeRO-3 with LoRA and {len(happened)} faults: kills, SIGTERM, damage, NaN"
     record("soak", what, "resumed each time, equal", slowest)
     print(f"{len(happened)} faults in {time.monotonic() - began:.0f} s, the slowest end {slowest:.1f} s", flush=True)
