@@ -94,6 +94,7 @@ def leftovers(output_dir: Path) -> list[str]:
         "samples.jsonl",
         "report.html",
         "learnt.txt",
+        "events.jsonl",
         "crash",  # the stacks of ranks that another one's end has ended
     )
     return sorted(p.name for p in output_dir.iterdir() if not p.name.startswith((*known, "run.json", "aside-")))
