@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(lacking(NEEDED)), reason=f"make test-nodes {lacking(NEEDED)}"),
 ]
-SECONDS = 300.0
+SECONDS = 600.0
 LONG = 40  # steps of a run that something happens to
 GONE_S = 15.0  # within which every rank has left after a fault
 COMMON = ("--num_train_epochs", "20",
