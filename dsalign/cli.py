@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return endings.INPUT
     except KeyboardInterrupt:
         return endings.INTERRUPTED
+    except Exception:  # a fault of this program or of a library: Python's own exit code, 1, would say less
+        traceback.print_exc()
+        return endings.FAULT
     finally:
         for name, value in before.items():
             if value is None:

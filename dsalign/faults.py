@@ -1,8 +1,8 @@
 """Named points at which the tests make a run fail: nothing happens there unless DSALIGN_TEST is 1. Imports no torch.
 
 DSALIGN_FAULT holds faults separated by commas, each POINT:RANK:KIND or POINT:RANK:KIND:N for the Nth time that the rank
-comes there (from 1, the default). Kinds: kill (SIGKILL of the process), stop (SIGSTOP), raise (a RuntimeError), full
-(the OSError of a full disk), sleep (an hour), nan (the value passed there becomes NaN).
+comes there (from 1, the default). Kinds: kill (SIGKILL of the process), stop (SIGSTOP), term (SIGTERM), raise (a
+RuntimeError), full (the OSError of a full disk), sleep (an hour), nan (the value passed there becomes NaN).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from typing import Any
 
-KINDS = ("kill", "stop", "raise", "full", "sleep", "nan")
+KINDS = ("kill", "stop", "term", "raise", "full", "sleep", "nan")
 _seen: Counter[str] = Counter()
 
 
@@ -53,6 +53,8 @@ def _act(kind: str | None, point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     elif kind == "raise":
         raise RuntimeError(f"a test raises at {point}")
     elif kind == "full":

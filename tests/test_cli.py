@@ -302,13 +302,19 @@ def test_an_error_of_dsalign_itself_needs_no_place(
     assert line.startswith("dsalign: error: RANK: expected a whole number >= 0 in the environment, got nothing")
 
 
-def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, MemoryError, OSError])
+def test_other_errors_keep_their_traceback_and_exit_3(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Faults of the program or of a library, as endings.py has them; Python alone would exit with 1."""
+
     def fail() -> None:
-        raise RuntimeError("a fault")
+        raise kind("a fault")
 
     replace_train(monkeypatch, fail)
-    with pytest.raises(RuntimeError, match="a fault"):
-        cli.main(BASE)
+    assert cli.main(BASE) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last):") and "a fault" in said.splitlines()[-1]
 
 
 def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:

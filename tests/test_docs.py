@@ -52,7 +52,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
 }
 # Flags of other programs that a page's commands use.
 OTHERS = {
-    "num_accelerators": "deepspeed", "hostfile": "deepspeed", "include": "deepspeed",
+    "num_accelerators": "deepspeed", "hostfile": "deepspeed", "include": "deepspeed", "no_ssh": "deepspeed",
     "no_deps": "pip", "no_build_isolation": "pip",
     "nnodes": "torchrun", "nproc_per_node": "torchrun", "node_rank": "torchrun", "rdzv_endpoint": "torchrun",
     "rdzv_backend": "torchrun", "master_addr": "torchrun", "master_port": "torchrun",

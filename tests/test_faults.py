@@ -37,7 +37,7 @@ def test_a_value_becomes_nan_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSALIGN_FAULT", "save:1:explode")
-    with pytest.raises(ValueError, match="expected one of kill, stop, raise, full, sleep, nan, got explode"):
+    with pytest.raises(ValueError, match="expected one of kill, stop, term, raise, full, sleep, nan, got explode"):
         faults.at("save")
 
 

@@ -8,15 +8,17 @@ from dsalign import phases
 
 
 def test_intervals_are_counted_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Marks at 10, 11, 13, 16: one second of start, two of a, three of a again."""
+    """Marks at 10, 11, 13, 16: one second of start, two of a, three of a again, which are 0.5 s a unit of its work."""
     times = iter([10.0, 11.0, 13.0, 16.0])
     monkeypatch.setattr(phases.time, "monotonic", lambda: next(times))
     phases.begin()
     before = phases.now.marks
     phases.mark("a", 4)
-    phases.mark()
+    phases.mark(work=6.0)
     phases.mark("b")
-    assert {name: list(found) for name, found in phases.seconds.items()} == {"start": [1.0], "a": [2.0, 3.0]}
+    assert {name: list(found.recent) for name, found in phases.past.items()} == {"start": [1.0], "a": [2.0, 3.0]}
+    assert list(phases.past["a"].rates) == [2.0, 0.5]
+    assert (phases.past["a"].count, phases.past["a"].longest) == (2, 3.0)
     assert phases.now == phases.Now("b", 4, before + 3, 16.0)
 
 

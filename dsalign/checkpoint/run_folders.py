@@ -26,11 +26,15 @@ NEWEST = ("latest", "auto")  # values of --resume that name no folder
 
 
 def new_folder(config: RunConfig, command: str) -> None:
-    """Make the output folder, with config.yaml and command.txt; an earlier run's folder of that name is moved aside."""
+    """Make the output folder, with config.yaml and command.txt; an earlier run's folder of that name is moved aside,
+    also with --resume auto, where it has no checkpoint: nothing of it could be gone on with, and nothing is removed."""
     output_dir, models = Path(config.output.output_dir), config.models
     read = [models.model, models.ref_model, models.reward_model, *config.data.dataset, *config.data.val_dataset]
     if moved := move_aside(output_dir, read):
-        logger.warning("%s holds an earlier run: moved to %s", output_dir, moved)
+        what = "an earlier run:"
+        if config.output.resume == "auto":
+            what = "a run without a checkpoint, which begins again at step 0: what it left was"
+        logger.warning("%s holds %s moved to %s", output_dir, what, moved)
     output_dir.mkdir(parents=True, exist_ok=True)
     if moved:
         folder_lock.keep(moved, output_dir)

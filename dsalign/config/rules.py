@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 from dsalign import assets
 from dsalign.assets import rewards
-from dsalign.config import file_rules
+from dsalign.config import ds_files, file_rules
 from dsalign.config.draft import Draft, Rule, Unread
 from dsalign.config.flags import nearest
 

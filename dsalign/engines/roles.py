@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsalign import phases
 from dsalign.contract.groups import Group, Output
-from dsalign.data.batches.packing import Inputs, bins, chunks, joined, num_computed, packed, padded
+from dsalign.data.batches.packing import Inputs, bins, chunks, joined, num_computed, num_tokens, packed, padded
 from dsalign.engines import dist
 from dsalign.models.adapters import with_start_weights
 from dsalign.models.load import VALUE_ROLES
@@ -159,8 +159,9 @@ class Roles:
         whole, members = joined(groups)
         with torch.no_grad():
             for positions in self.micro_batches(role, whole, range(len(whole)), batch_size):
-                phases.mark()
-                out = self.forward(role, [whole[i] for i in positions])
+                part = [whole[i] for i in positions]
+                phases.mark(work=num_tokens(part))
+                out = self.forward(role, part)
                 inside = [member for i in positions for member in members[i]]
                 sizes = [out.size(groups[i]) for i in inside]
                 for i, one in zip(inside, out.numbers.float().cpu().split(sizes), strict=True):  # type: ignore[no-untyped-call]

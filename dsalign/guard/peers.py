@@ -7,15 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-from dsalign.guard.vitals import Card, State
+from dsalign.guard.vitals import Card, Doing, State
+from dsalign.phases import Past
 
 SILENT_S = 5.0  # without a heartbeat, or stopped: then the process is looked for
 GONE_S = 8.0  # without a heartbeat, and nothing answers on its machine
 TIMES = 10.0  # the longest interval that a phase had
-IDLE_S, BUSY_S = 8.0, 180.0  # the least limit of a rank that computes nothing, and of one that computes
+IDLE_S, SPIN_S, BUSY_S = 8.0, 10.0, 180.0  # the least limits: see `limit_of`
+SHARE = 6.0  # the least limit of a phase that waits for something outside is this part of peer_timeout
+SEEN = 20  # intervals after which a phase has shown how long it takes for so much work
 FULL_STEP = "optimizer step"  # once a rank has taken one, phases that only compute have shown how long they last
 JUDGES = (0, 1)  # ranks that watch all others, who watch these two: the work grows with the number of ranks alone
-COMPUTES = frozenset({"micro-batch", FULL_STEP, "train", "reference", "rollout", "wait"})  # wait for nothing outside
+EVEN = frozenset({"micro-batch", FULL_STEP, "reference"})  # they only compute, and their time goes by their work
+COMPUTES = EVEN | {"train", "rollout", "score", "wait"}  # wait for nothing outside
+# Phases that come again and wait for disks, services or a user's code -> (intervals seen before, times the longest).
+OUTSIDE = {**dict.fromkeys(("prepare", "evaluate", "save", "log"), (2, TIMES)), "reward function": (10, 30.0)}
 
 
 class Beat(NamedTuple):
@@ -46,18 +52,35 @@ class Loss:
 
 
 def limit_of(
-    phase: str, seconds: Mapping[str, Sequence[float]], *, idle: bool, waits: bool, peer_timeout: float
+    phase: str, past: Mapping[str, Past], *, doing: Doing, waits: bool, peer_timeout: float, work: float = 1.0
 ) -> float:
-    """The seconds without progress after which a rank hangs.
+    """The seconds without progress after which a rank hangs; peer_timeout where the phase has not shown another one.
 
-    seconds: phase -> how long its last intervals took. Phases that wait for disks, servers or one rank alone have no
-    other limit than peer_timeout; the others get it from their own intervals, and more where something still computes.
+    past: phase -> its intervals. doing: what the rank is seen to do. waits: it waits for other ranks. work: what there
+    is to do in the interval that runs. A phase that only computes gets its limit from its own intervals: from the last
+    ones where the rank does nothing, or computes itself and the time goes by the work; else from the longest ever, and
+    far more, as something may compile. A phase that waits for something outside gets it from the longest ever too, but
+    not while the kernel waits for a disk.
     """
-    seen = seconds.get(phase, ())
-    if phase not in COMPUTES or len(seen) < 2 or not seconds.get(FULL_STEP):
+    seen = past.get(phase)
+    if seen is None or FULL_STEP not in past:
         return peer_timeout
-    least = IDLE_S if idle and not waits else BUSY_S
-    return min(max(TIMES * max(seen), least), peer_timeout)
+    if phase in OUTSIDE and doing != "disk":
+        least, times = OUTSIDE[phase]
+        return (
+            min(max(times * seen.longest, peer_timeout / SHARE), peer_timeout) if seen.count >= least else peer_timeout
+        )
+    if phase not in COMPUTES or seen.count < 2:
+        return peer_timeout
+    if waits:
+        found = max(TIMES * max(seen.recent), BUSY_S)
+    elif doing == "nothing":
+        found = max(TIMES * max(seen.recent), IDLE_S)
+    elif doing == "computes" and phase in EVEN and seen.count >= SEEN:
+        found = max(TIMES * max(seen.rates) * work, SPIN_S)
+    else:
+        found = max(TIMES * seen.longest, BUSY_S)
+    return min(found, peer_timeout)
 
 
 class Peers:
@@ -147,7 +170,8 @@ class Peers:
             return None
         rank = min(suspects, key=lambda r: (suspects[r].step, suspects[r].marks, r))
         more = "" if len(suspects) < len(every) else " (every rank waits; this one is furthest behind)"
-        hint = "; a longer --peer_timeout waits longer" if limit >= self.peer_timeout else ""
+        longer = limit >= self.peer_timeout or suspects[rank].phase in OUTSIDE
+        hint = "; a longer --peer_timeout waits longer" if longer else ""
         text = f"{self.place(rank, suspects[rank])} hangs: no progress for {suspects[rank].age:.0f} s"
         return Loss("hung", rank, f"{text}, its limit is {limit:.0f} s{more}{hint}")
 

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,15 @@ from dsalign.engines.dist import is_collective
 
 PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-IDLE = 0.2  # a process that takes less of a core than this computes nothing
+IDLE, BUSY = 0.2, 0.5  # a process that takes less of a core computes nothing; one that takes more computes itself
+SLACK_S = 3.0  # of the time without progress that need not have been idle
 DEPTH = 12  # frames from the innermost one in which a collective is looked for
 ANSWER_S = 2.0  # a process that lives answers in a millisecond
+AGAIN_S = 3.0  # between two questions to one process
+COMPILERS = ("/triton/", "/torch/_inductor/", "/torch/_dynamo/")  # in the paths of their files
 
 State = Literal["runs", "stopped", "gone", "unknown"]
+Doing = Literal["nothing", "computes", "disk", "other"]  # "other": too little to tell, or it may be a compiler
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Card:
     host: str
     pid: int
     born: str  # when the process began, so that a pid is not taken for another process that has it later
-    space: str  # the machine's boot and the pid namespace: pids of one space can be compared
+    space: str  # the machine's boot and the namespaces of pids and network: within one, /proc tells all of a process
     address: str  # where its pulse answers
     port: int
 
@@ -43,7 +47,7 @@ def card_of(rank: int, address: str, port: int) -> Card:
     """The card of this process. address, port: of its pulse."""
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-        space = f"{boot} {os.readlink(PROC / 'self/ns/pid')}"
+        space = " ".join([boot, *(os.readlink(PROC / "self/ns" / kind) for kind in ("pid", "net"))])
     except OSError:
         space = ""
     return Card(rank, socket.gethostname(), os.getpid(), _stat(os.getpid())[1], space, address, port)
@@ -85,6 +89,27 @@ def answers(card: Card) -> State:
     return "runs" if found == [True] else "unknown"
 
 
+class Questions:
+    """`answers` without waiting: a thread asks, and until it has an answer that is recent a process counts as "runs".
+
+    ask: a card -> what its process does; it may last for seconds.
+    """
+
+    def __init__(self, ask: Callable[[Card], State] = answers) -> None:
+        self._ask = ask
+        self._asked: dict[int, tuple[float, list[State]]] = {}  # rank -> when, and the answer where it is there
+
+    def __call__(self, card: Card) -> State:
+        """What is known of a process; asks again where that is old."""
+        now = time.monotonic()
+        at, found = self._asked.get(card.rank, (-1e9, []))
+        if now - at >= AGAIN_S:
+            fresh: list[State] = []
+            self._asked[card.rank] = now, fresh
+            threading.Thread(target=lambda: fresh.append(self._ask(card)), daemon=True).start()
+        return found[0] if found and now - at < 2 * AGAIN_S else "runs"
+
+
 def waits(frame: FrameType | None) -> bool:
     """Whether a thread with this innermost frame waits inside a collective for other ranks."""
     innermost = True
@@ -94,6 +119,17 @@ def waits(frame: FrameType | None) -> bool:
         if is_collective(frame.f_code.co_filename, frame.f_code.co_name, innermost=innermost):
             return True
         frame, innermost = frame.f_back, False
+    return False
+
+
+def compiles(frames: Iterable[FrameType]) -> bool:
+    """Whether a thread with one of these innermost frames is inside a compiler of kernels, or what one has compiled."""
+    for innermost in frames:
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if any(name in frame.f_code.co_filename for name in COMPILERS):
+                return True
+            frame = frame.f_back
     return False
 
 
@@ -110,13 +146,23 @@ class Idleness:
     def restart(self) -> None:
         """Begin anew, as the main thread has made progress."""
         self._cpu, self._below, self._at, self.seconds = time.process_time(), -1.0, time.monotonic(), 0.0
+        self._first, self._state = self._cpu, ""
+
+    def doing(self, age: float, frames: Iterable[FrameType]) -> Doing:
+        """What this process does, as seen by the last `look`. age: seconds since `restart`. frames: the innermost ones
+        of its threads."""
+        if self.seconds >= age - SLACK_S:
+            return "nothing"
+        if self._state == "D":
+            return "disk"
+        return "computes" if self._cpu - self._first >= BUSY * age and not compiles(frames) else "other"
 
     def look(self) -> float:
         """The seconds of idleness up to now, 0 where there is none; to be called about once a second."""
         at, cpu = time.monotonic(), time.process_time()
         passed = max(at - self._at, 1e-3)
-        state = _stat(os.getpid(), self._thread)[0]
-        below = self._children() if cpu - self._cpu < IDLE * passed and state == "S" else -1.0
+        self._state = _stat(os.getpid(), self._thread)[0]
+        below = self._children() if cpu - self._cpu < IDLE * passed and self._state == "S" else -1.0
         same = self._below >= 0 and below >= 0 and below - self._below < IDLE * passed
         self.seconds = self.seconds + min(passed, 2.0) if same else 0.0
         self._cpu, self._at, self._below = cpu, at, below

@@ -73,7 +73,7 @@ class Watchdog:
         self._pulse = board.Pulse()
         card = vitals.card_of(self.rank, self._pulse.address, self._pulse.port)
         cards = dist.everyones(card)
-        self.peers = Peers(card, cards, peer_timeout, vitals.state_of, vitals.answers)
+        self.peers = Peers(card, cards, peer_timeout, vitals.state_of, vitals.Questions())
         self._board = board.Board(f"peers/{dist.from_rank_0(uuid.uuid4().hex)}")
         self._main = threading.current_thread()
         self._idleness = vitals.Idleness(threading.get_native_id())
@@ -141,10 +141,12 @@ class Watchdog:
         if now.marks != old.marks:
             self._idleness.restart()
         age = old.age + passed if now.marks == old.marks else 0.0
-        idle = self._idleness.look() >= age - 3 * TICK_S
+        self._idleness.look()
         frames = sys._current_frames()
-        waits = vitals.waits(frames.get(self._main.ident or 0))
-        limit = limit_of(now.phase, phases.seconds, idle=idle, waits=waits, peer_timeout=self.peer_timeout)
+        waits, doing = vitals.waits(frames.get(self._main.ident or 0)), self._idleness.doing(age, frames.values())
+        limit = limit_of(
+            now.phase, phases.past, doing=doing, waits=waits, peer_timeout=self.peer_timeout, work=now.work
+        )
         self._beat = Beat(old.beats + 1, now.phase, now.step, now.marks, age, limit, waits, self._ended)
 
     @property
@@ -156,7 +158,8 @@ class Watchdog:
         """The loss of the launcher, where the store is its own and does not answer."""
         if self._deaf < 2 * REPLY_S or not board.outlives_ranks():
             return None
-        return Loss("lost", -1, "the launcher of the first machine was lost, with the store by which the ranks meet")
+        text = "the launcher of the first machine, with the store by which the ranks meet, was lost: it does not answer"
+        return Loss("lost", -1, text)
 
     def _claimed(self, loss: Loss) -> Loss:
         """The first cause: `loss`, unless another rank was quicker."""

@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 
+from dsalign import phases
 from dsalign.contract.algorithm import Algorithm, loss_of
 from dsalign.data.batches.loader import Loader
 from dsalign.data.batches.packing import cut
@@ -35,6 +36,7 @@ def evaluate(algorithm: Algorithm, roles: Roles, ctx: RunContext, loader: Loader
             units.update(algorithm.units(cut(prepared, everything, torch.device("cpu"))))
             for role in traits.trained:
                 for part in roles.micro_batches(role, prepared.groups, everything):
+                    phases.mark()
                     micro = cut(prepared, part, roles.device)
                     loss = loss_of(
                         algorithm, role, roles.forward(role, micro.groups, entropy="entropy" in traits.needs), micro

@@ -198,10 +198,10 @@ class Trainer:
         """Run the forward passes of the engine's trained roles over one micro-batch, and one backward pass of the sum
         of their losses, as each backward pass must reach every trained parameter of its engine. Returns the loss times
         world_size, detached: DeepSpeed's average over ranks takes the factor out of the gradients."""
-        phases.mark("micro-batch")
+        groups = [prepared.groups[i] for i in positions]
+        phases.mark("micro-batch", work=num_tokens(groups))
         engine = self.roles.engines[name]
         scales = {unit: dist.world_size() / count for unit, count in counts.items() if count}
-        groups = [prepared.groups[i] for i in positions]
 
         def loss_of(role: str) -> Tensor:
             def of_part(part: slice, out: Output) -> Tensor:

@@ -231,8 +231,9 @@ def _refuse_quantised(where: str, config: Any) -> None:
 
 
 def _dequantised(where: str, method: str) -> str:
-    """How to write a quantised model in bfloat16 where transformers can, else what 4 bits are made from. In the original format transformers
-    5.17 would write what it read: quantised again, or under the names of quantised weights."""
+    """How to write a quantised model in bfloat16 where transformers can, else what 4 bits are made from. In the
+    original format transformers 5.17 would write what it read: quantised again, or under the names of quantised
+    weights."""
     name = DEQUANTISED.get(method)
     if name is None:
         return ", which --load_in_4bit true puts into 4 bits as it is read"

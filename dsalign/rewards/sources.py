@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dsalign import phases
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Group, Scores
 from dsalign.data.tokens.templates import Template
@@ -77,7 +78,9 @@ class Rewards:
             return [torch.zeros(0) for _ in groups]
         columns = {key: [g.columns.get(key) for g, _ in each] for key in sorted({k for g in groups for k in g.columns})}
         texts = [self._decode(c) for _, c in each]
-        rewards = call(name, function, [g.prompt_text for g, _ in each], texts, columns, [g.where for g, _ in each])
+        prompts, rows = [g.prompt_text for g, _ in each], [g.where for g, _ in each]
+        with phases.within("reward function"):
+            rewards = call(name, function, prompts, texts, columns, rows)
         sizes = [len(g.completions) for g in groups]
         return list(torch.split(torch.tensor(rewards, dtype=torch.float32), sizes))
 

@@ -128,6 +128,18 @@ def test_auto_starts_or_goes_on(tmp_path: Path) -> None:
     assert find("auto", tmp_path) == [tmp_path / "checkpoint-3"] and find(None, tmp_path) == []
 
 
+def test_auto_begins_again_where_a_run_left_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where it was killed before its first: one line says so, and its log is kept beside the folder."""
+    run = earlier_run(tmp_path / "sft")
+    words = ["--algo", "sft", "--output_dir", str(run), "--resume", "auto"]
+    assert find("auto", run) == []
+    new_folder(parse(words, world_size=1).config, "again")
+    assert [one.message for one in caplog.records] == [
+        f"{run} holds a run without a checkpoint, which begins again at step 0: what it left was moved to {run}.1"
+    ]
+    assert (tmp_path / "sft.1" / "metrics.jsonl").read_text() == "{}\n" and (run / "config.yaml").exists()
+
+
 def test_what_the_newest_checkpoint_keeps_is_read(tmp_path: Path) -> None:
     """Of the first one in which it can be read."""
     folders = [tmp_path / name for name in ("a", "b", "c")]

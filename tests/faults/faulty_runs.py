@@ -56,14 +56,14 @@ def words(algo: str, stage: int, tuner: str, model: Path, folder: Path) -> list[
     return found
 
 
-def learnt(output_dir: Path) -> str:
-    """The sha256 of every weight in final/ and of both moments of every optimizer in the last checkpoint. The master
+def learnt(output_dir: Path, step: int = STEPS) -> str:
+    """The sha256 of every weight in final/ and of both moments of every optimizer in the checkpoint of a step. Master
     weights are left out: those of final/ are the same, and DeepSpeed's padding of them is memory that nobody set."""
     total = hashlib.sha256()
     for path in sorted((output_dir / "final").rglob("*.safetensors")):
         for name, tensor in sorted(load_file(path).items()):
             total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    shards = sorted((output_dir / f"checkpoint-{STEPS}" / "engines").rglob("*_states.pt"))
+    shards = sorted((output_dir / f"checkpoint-{step}" / "engines").rglob("*_states.pt"))
     assert shards
     for path in shards:
         for moment in moments(torch.load(path, weights_only=False)):
@@ -94,6 +94,8 @@ def leftovers(output_dir: Path) -> list[str]:
         "samples.jsonl",
         "report.html",
         "learnt.txt",
+        "events.jsonl",
+        "crash",  # the stacks of ranks that another one's end has ended
     )
     return sorted(p.name for p in output_dir.iterdir() if not p.name.startswith((*known, "run.json", "aside-")))
 

@@ -44,7 +44,7 @@ class Forks:
         theirs.close()
 
     def run(
-        self, function: Callable[..., Any], *args: Any, world: int = 2, fault: str = "", limit_s: float = 240.0
+        self, function: Callable[..., Any], *args: Any, world: int = 2, fault: str = "", limit_s: float = 1200.0
     ) -> list[Ended]:
         """How each rank ended. fault: as in DSALIGN_FAULT. limit_s: seconds for all."""
         self._pipe.send((function, args, world, fault, limit_s))

@@ -8,8 +8,13 @@ from pathlib import Path
 
 HEAD = """# Reliability
 
-What happens where something breaks, as `make test-faults` finds it, which writes this page. Seconds: from the end of
-the first rank to the end of the last one.
+What happens where something breaks, as `make test-faults` finds it, which writes this page. Two ranks; "equal" is every
+weight and both moments of the optimizer, to the last bit, beside a run in which nothing happens. Seconds: from the end
+of the first rank to that of the last one; where no rank ends, what looking at checkpoints and choosing one took.
+
+A run that is stopped loses nothing. One that is killed loses the steps since its last checkpoint, at most
+`--save_steps`, and computes them again; where that checkpoint is damaged, those since the one before. With
+`--save_total_limit 1` there is no other one, and a run whose only checkpoint is damaged does not start.
 
 | kind | fault | what happens | seconds |
 |---|---|---|---|
@@ -19,7 +24,7 @@ the first rank to the end of the last one.
 def page(rows: list[dict[str, str | float]]) -> str:
     """The page with a line for each row, by kind and fault."""
     ordered = sorted(rows, key=lambda row: (str(row["kind"]), str(row["fault"])))
-    lines = [f"| {r['kind']} | {r['fault']} | {r['happens']} | {float(r['seconds']):.1f} |\n" for r in ordered]
+    lines = [f"| {r['kind']} | {r['fault']} | {r['happens']} | {float(r['seconds']):.2f} |\n" for r in ordered]
     return HEAD + "".join(lines)
 
 

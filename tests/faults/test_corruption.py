@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,12 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def timed(two_ranks: RankPool, out: Path) -> tuple[tuple[str, list[str]], float]:
+    """(what --resume finds in an output folder, the seconds it takes)."""
+    began = time.monotonic()
+    return two_ranks.run(chosen, out, "latest"), time.monotonic() - began
+
+
 def fell_back(found: tuple[str, list[str]], out: Path, *reasons: str) -> None:
     """The older checkpoint was taken, and one line says why."""
     name, (line,) = found
@@ -76,9 +83,9 @@ def test_every_file_is_watched(damage: Callable[[Path], None], run: Path, two_ra
         out = Path(shutil.copytree(run, tmp_path / name.replace("/", "-")))
         damage(out / "checkpoint-4" / name)
         words = ("does not match its", "cannot be read", "has ", "is missing", "it has no manifest.json")
-        found = two_ranks.run(chosen, out, "latest")
+        found, seconds = timed(two_ranks, out)
         fell_back(found, out, *(f"{name} {word}" for word in words[:4]), *words[4:])
-        record("corruption", f"{damage.__name__} {name}", "told, the checkpoint before it is used", 0.0)
+        record("corruption", f"{damage.__name__} {name}", "told, the checkpoint before it is used", seconds)
 
 
 def swapped(out: Path) -> None:
@@ -191,9 +198,10 @@ def test_a_checkpoint_that_is_not_as_written(case: str, out: Path, two_ranks: Ra
     """Whole files in wrong places, paths that lead outside, and code: the checkpoint before it is used; none runs."""
     damage, reason = CASES[case]
     damage(out)
-    fell_back(two_ranks.run(chosen, out, "latest"), out, reason)
+    found, seconds = timed(two_ranks, out)
+    fell_back(found, out, reason)
     assert not (out / "ran").exists()
-    record("corruption", case, "told, the checkpoint before it is used", 0.0)
+    record("corruption", case, "told, the checkpoint before it is used", seconds)
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused(out: Path, two_ranks: RankPool) -> None:
@@ -209,14 +217,14 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(out: Path, two_ranks: Ran
 def test_no_whole_checkpoint_is_an_error_and_never_step_0(out: Path, two_ranks: RankPool, record: Record) -> None:
     flip(out / "checkpoint-4/trainer.json")
     (out / "checkpoint-2/manifest.json").unlink()
-    said, lines = two_ranks.run(chosen, out, "latest")
+    (said, lines), seconds = timed(two_ranks, out)
     assert said == (
         f"resume: no checkpoint in {out} can be used: checkpoint-4: trainer.json does not match its checksum; "
         "checkpoint-2: it has no manifest.json. Nothing was started: put a whole copy there, or give another "
         "--output_dir to begin from step 0"
     )
     assert len(lines) == 2
-    record("corruption", "every checkpoint damaged", "refused with each one's reason, exit code 2", 0.0)
+    record("corruption", "every checkpoint damaged", "refused with each one's reason, exit code 2", seconds)
 
 
 def test_a_foreign_checkpoint_needs_trust(out: Path, two_ranks: RankPool, tmp_path: Path) -> None:
@@ -254,12 +262,14 @@ def test_a_run_goes_on_from_the_whole_one(
     """One bit of checkpoint-4 is wrong: from checkpoint-2 the run ends as if nothing had been; the bad one is kept."""
     flip(out / "checkpoint-4/engines/policy" / OPTIM.format(1))
     (out / "final").rename(out.parent / "earlier")
+    began = time.monotonic()
     ended = forks.run(actor_and_critic, out, 2, "latest")
+    seconds = time.monotonic() - began
     assert [one.code for one in ended] == [0, 0]
     assert f"skipping {out}/checkpoint-4: engines/policy/{OPTIM.format(1)} does not match its checksum" in ended[0].text
     assert (out / "learnt.txt").read_text() == straight(2) and not leftovers(out)
     assert (out / "aside-1" / "checkpoint-4").is_dir()
-    record("corruption", "one bit of a shard, the run goes on", "resumed from step 2, equal", 0.0)
+    record("corruption", "one bit of a shard, the run goes on to its end", "resumed from step 2, equal", seconds)
 
 
 def test_a_run_that_goes_back_keeps_both_branches(out: Path, forks: Forks, two_ranks: RankPool) -> None:

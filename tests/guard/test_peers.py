@@ -5,29 +5,63 @@ from __future__ import annotations
 import pytest
 
 from dsalign.guard.peers import Beat, Loss, Peers, limit_of
-from dsalign.guard.vitals import Card, State
+from dsalign.guard.vitals import Card, Doing, State
+from dsalign.phases import Past
 
-STEADY = {"micro-batch": [0.2, 1.5, 0.3], "optimizer step": [0.1, 0.1], "save": [2.0, 2.0], "rollout": [30.0]}
+STEADY = {"micro-batch": [0.2, 1.5, 0.3], "optimizer step": [0.1, 0.1], "rollout": [30.0]}
 CARDS = [Card(rank, f"node{rank}", 100 + rank, "1", "", "10.0.0.1", 9) for rank in range(4)]
 
 
-def limit(phase: str, *, idle: bool = True, waits: bool = False, seconds: dict[str, list[float]] = STEADY) -> float:
-    return limit_of(phase, seconds, idle=idle, waits=waits, peer_timeout=600.0)
+def limit(
+    phase: str, *, doing: Doing = "nothing", waits: bool = False, seconds: dict[str, list[float]] = STEADY,
+    work: float = 1.0,
+) -> float:  # fmt: skip
+    """The limit after such seconds of intervals, each of them with 100 units of work in the phase micro-batch."""
+    past = {name: Past() for name in seconds}
+    for name, each in seconds.items():
+        for one in each:
+            past[name].add(one, 100.0 if name == "micro-batch" else 1.0)
+    return limit_of(phase, past, doing=doing, waits=waits, peer_timeout=600.0, work=work)
 
 
 def test_limits_come_from_the_run() -> None:
-    """10 x 1.5 s is 15 s; 10 x 0.1 s is below the least, 8 s where nothing computes and 180 s where something does."""
+    """10 x 1.5 s is 15 s; 10 x 0.1 s is below the least, 8 s where nothing computes and 180 s where something may."""
     assert limit("micro-batch") == 15.0 and limit("optimizer step") == 8.0
-    assert limit("micro-batch", idle=False) == 180.0
+    assert limit("micro-batch", doing="other") == 180.0
     assert limit("micro-batch", waits=True) == 180.0, "who waits for others tells nothing by being idle"
     assert limit("micro-batch", seconds={**STEADY, "micro-batch": [100.0, 1.0]}) == 600.0, "never above --peer_timeout"
 
 
+def test_who_computes_has_as_long_as_its_work_may_take() -> None:
+    """Twenty micro-batches of 100 tokens in 0.5 s, the longest in 2: 100 tokens may take 10 x 2 s, 1,000 may 200 s. One
+    less, or a rollout, whose passes over prompts are few and long, shows nothing: 10 x the longest ever, 180 s or more.
+    """
+    seen = {**STEADY, "micro-batch": [0.5] * 19 + [2.0], "rollout": [40.0] + [0.1] * 60}
+    assert limit("micro-batch", doing="computes", seconds=seen, work=100.0) == 20.0
+    assert limit("micro-batch", doing="computes", seconds=seen, work=1000.0) == 200.0
+    assert limit("micro-batch", doing="computes", seconds=seen, work=10.0) == 10.0, "the least"
+    assert limit("micro-batch", doing="computes", seconds={**seen, "micro-batch": [0.5] * 19}, work=100.0) == 180.0
+    assert limit("rollout", doing="computes", seconds=seen) == 400.0 and limit("rollout", seconds=seen) == 8.0
+
+
+@pytest.mark.parametrize("doing", ["nothing", "computes", "other"])
+def test_what_waits_for_something_outside_has_minutes(doing: Doing) -> None:
+    """10 x the longest save ever and 30 x the longest reward, of which ten were seen, and at least 600 / 6 s."""
+    seen = {**STEADY, "save": [2.0] * 2, "prepare": [45.0] + [0.1] * 70, "log": [0.1]}
+    seen["reward function"] = [0.1] * 9 + [12.0]
+    assert limit("save", doing=doing, seconds=seen) == 100.0 and limit("prepare", doing=doing, seconds=seen) == 450.0
+    assert limit("reward function", doing=doing, seconds=seen) == 360.0
+    assert limit("reward function", doing=doing, seconds={**seen, "reward function": [0.1] * 9}) == 600.0
+    assert limit("log", doing=doing, seconds=seen) == 600.0, "seen once"
+    assert limit("save", doing="disk", seconds=seen) == 600.0, "a disk that does not answer is none of its doing"
+
+
 @pytest.mark.parametrize(
     ("phase", "seconds"),
-    [("save", STEADY), ("rollout", STEADY), ("models", STEADY), ("micro-batch", {"micro-batch": [0.1, 0.1]})],
-    ids=["waits for a disk", "seen once", "never seen", "no optimizer step yet"],
-)
+    [("vLLM", {**STEADY, "vLLM": [0.1] * 20}), ("rollout", STEADY), ("models", STEADY),
+     ("micro-batch", {"micro-batch": [0.1, 0.1]}), ("save", {"save": [0.1, 0.1]})],
+    ids=["a server with limits of its own", "seen once", "never seen", "no optimizer step yet", "nor here"],
+)  # fmt: skip
 def test_without_an_own_limit_it_is_peer_timeout(phase: str, seconds: dict[str, list[float]]) -> None:
     assert limit(phase, seconds=seconds) == 600.0
 

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -54,6 +56,52 @@ def test_a_pulse_answers_while_its_process_lives() -> None:
     assert vitals.answers(card) == "gone"
 
 
+def test_asking_does_not_wait() -> None:
+    """A process counts as one that runs until its answer is there; the next question comes three seconds later."""
+    asked, told = threading.Event(), threading.Event()
+
+    def ask(card: vitals.Card) -> vitals.State:
+        asked.set()
+        told.wait(10)
+        return "unknown"
+
+    known = vitals.Questions(ask)
+    card = vitals.card_of(1, "", 0)
+    assert known(card) == "runs" and asked.wait(10) and known(card) == "runs"
+    told.set()
+    asked.clear()
+    until = time.monotonic() + 2
+    while known(card) == "runs" and time.monotonic() < until:
+        time.sleep(0.01)
+    assert known(card) == "unknown" and not asked.is_set()
+
+
+def test_a_compiler_is_seen_on_any_stack() -> None:
+    def frame() -> types.FrameType:
+        return sys._getframe()
+
+    inside = {"frame": frame}
+    exec(compile("def run():\n    return frame()", f"{sys.prefix}/torch/_inductor/codecache.py", "exec"), inside)
+    assert vitals.compiles([sys._getframe(), inside["run"]()]) and not vitals.compiles([sys._getframe()])
+
+
+def test_what_a_process_does() -> None:
+    """Sleeping 0.3 s of 0.3 is nothing, though the three seconds of slack are over; computing all of them is that, with
+    a compiler on the stack or computing a little it is not known."""
+    idle = vitals.Idleness(_sleeper(), lambda: 5.0)
+    idle.seconds = 7.0
+    assert idle.doing(10.0, []) == "nothing" and idle.doing(10.1, []) == "other"
+    until = time.process_time() + 0.2
+    while time.process_time() < until:
+        pass
+    idle.look()
+    assert idle.seconds == 0.0
+    frame = sys._getframe()
+    assert idle.doing(3.1, [frame]) == "other", "0.2 s of work in 3.1 s"
+    idle._first -= 2.0
+    assert idle.doing(3.1, [frame]) == "computes"
+
+
 def waiting() -> list[bool]:
     """Whether this thread is seen to wait: in a collective of torch, and outside one."""
     found = [vitals.waits(sys._getframe())]
@@ -97,8 +145,6 @@ def test_idleness_counts_neither_work_here_nor_below() -> None:
 
 def _sleeper() -> int:
     """The native id of a thread that sleeps until the end."""
-    import threading  # noqa: PLC0415
-
     thread = threading.Thread(target=time.sleep, args=(60,), daemon=True)
     thread.start()
     while thread.native_id is None or vitals._stat(os.getpid(), thread.native_id)[0] != "S":

@@ -23,6 +23,8 @@ QUICK: dict[str, tuple[Callable[[int, Path], Any], str]] = {
     "rank_0_killed": (cases.train, AT.format(0, "kill")),
     "rank_0_stopped": (cases.train, AT.format(0, "stop")),
     "hung": (cases.train, AT.format(1, "sleep")),
+    "score_hangs": (cases.scored, ""),
+    "score_slow": (cases.scored, ""),
     "key_error": (cases.train, ""),
     "value_error": (cases.train, ""),
     "agreed": (cases.agreed, ""),
@@ -34,6 +36,7 @@ MORE: dict[str, tuple[Callable[[int, Path], Any], str]] = {
     "os_exit": (cases.train, ""),
     "same": (cases.same_error, ""),
     "suspended": (cases.suspended, ""),
+    **{name: (cases.spins, "") for name in ("spins", "much_work", "in_compiler")},
     **{name: (cases.long_phase, "") for name in ("data", "save", "score", "compile", "no_python")},
 }
 
@@ -95,6 +98,16 @@ def test_a_rank_that_hangs_is_named_with_its_phase(ended: dict[str, tuple[Ended,
     assert "in _act" in (ended["hung"][1] / "crash" / "rank-1.txt").read_text(), "where it sleeps: faults.py"
 
 
+def test_a_reward_that_hangs_is_told_from_a_slow_one(ended: dict[str, tuple[Ended, Path]]) -> None:
+    """The longest of twelve took 0.3 s, and 30 times as long is no hang: 9 s."""
+    check(ended["score_hangs"], [77, 77], "rank 1 on ", {0, 1})
+    said = ended["score_hangs"][0].said
+    assert re.search(r" in reward function, step 11, hangs: no progress for \d+ s, its limit is (9|1\d) s", said), said
+    assert "; a longer --peer_timeout waits longer; the stacks of all ranks" in said
+    found, folder = ended["score_slow"]
+    assert found.codes == [0, 0] and found.said == "" and not (folder / "crash").exists(), found
+
+
 def test_an_error_on_one_rank_ends_all(ended: dict[str, tuple[Ended, Path]]) -> None:
     check(ended["key_error"], [77, 3], "rank 1 on ", {0, 1})
     said = ended["key_error"][0].said
@@ -109,7 +122,14 @@ def test_an_agreed_error_and_an_early_end_are_no_loss(ended: dict[str, tuple[End
     check(ended["early"], [0, 0], "", set(), lines=0)
 
 
-@pytest.mark.slow  # ten more cases of 15 s side by side
+@pytest.mark.slow
+def test_a_rank_that_computes_for_ever(more_ended: dict[str, tuple[Ended, Path]]) -> None:
+    """A micro-batch of as much work as thirty before it, of 50 ms each, is given up after ten seconds."""
+    check(more_ended["spins"], [77, 77], "in micro-batch, step 29, hangs: no progress for ", {0, 1})
+    assert "its limit is 10 s" in more_ended["spins"][0].said
+
+
+@pytest.mark.slow  # thirteen more cases of 15 s side by side
 def test_more_ways_to_be_lost(more_ended: dict[str, tuple[Ended, Path]]) -> None:
     check(more_ended["stopped"], [77, 77], "was lost: its process is stopped", {0, 1})
     check(more_ended["sys_exit"], [77, 3], "in score, step 10, failed: SystemExit: 0", {0, 1})
@@ -120,10 +140,13 @@ def test_more_ways_to_be_lost(more_ended: dict[str, tuple[Ended, Path]]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["data", "save", "score", "compile", "no_python", "suspended"])
+@pytest.mark.parametrize(
+    "name", ["data", "save", "score", "compile", "no_python", "suspended", "much_work", "in_compiler"]
+)
 def test_what_takes_long_is_no_hang(name: str, more_ended: dict[str, tuple[Ended, Path]]) -> None:
     """One rank prepares data, saves, waits for a reward, waits for a compiler, or runs a library that keeps Python from
-    running, 11 s where a step takes 0.05 s; or all ranks are stopped for 12 s."""
+    running, 11 s where a step takes 0.05 s; or all ranks are stopped for 12 s; or one computes for 14 s, as it has so
+    much to do, or compiles."""
     found, folder = more_ended[name]
     assert found.codes == [0, 0] and found.said == "" and not (folder / "crash").exists(), found
 

@@ -59,6 +59,40 @@ def train(rank: int, folder: Path) -> None:
         steps(rank, folder)
 
 
+def scored(rank: int, folder: Path) -> None:
+    """Twelve scores of 0.3 s between steps, then one on rank 1 that takes 7 s, or never ends in a case of that name.
+    30 x 0.3 s are 9 s, and a sixth of --peer_timeout is 4."""
+    join(rank)
+    with watchdog.watched(folder, 24.0):
+        for turn in range(12):
+            steps(rank, folder, 1, turn)
+            with phases.within("reward function"):
+                time.sleep(0.3)
+            dist.barrier()
+        stamp(rank, folder)
+        with phases.within("reward function"):
+            if rank == 1:
+                time.sleep(3600 if folder.name == "score_hangs" else 7)
+        dist.barrier()
+
+
+def spins(rank: int, folder: Path) -> None:
+    """Steps of 50 ms with ten tokens each; at step 30 rank 1 computes for ever. A case of another name ends after 14 s:
+    as its micro-batch has 5,000 tokens, or as it is inside a compiler."""
+    join(rank)
+    with watchdog.watched(folder, 600.0):
+        steps(rank, folder, 30)
+        stamp(rank, folder)
+        with phases.within("train"):
+            phases.mark("micro-batch", work=5000 if folder.name == "much_work" else 1)
+            if rank == 1:
+                inside = "/torch/_inductor/compile.py" if folder.name == "in_compiler" else "loop.py"
+                seconds = 3600 if folder.name == "spins" else 14
+                run = "import time\nend = time.time() + seconds\nwhile time.time() < end: pass"
+                exec(compile(run, inside, "exec"), {"seconds": seconds})
+            dist.barrier()
+
+
 def join(rank: int) -> None:
     """Join the process group."""
     dist.init(rank, peer_timeout=600.0)

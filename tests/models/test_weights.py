@@ -238,7 +238,9 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
         opened(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ValueError, match=rf"^model: {folder} is quantised \(gptq\); give the model that is not, which --load_in_4bit"):
+    with pytest.raises(
+        ValueError, match=rf"^model: {folder} is quantised \(gptq\); give the model that is not, which --load_in_4bit"
+    ):
         opened(folder)
     for method, name in DEQUANTISED.items():  # each names the class of transformers that reads it into plain weights
         written = {**config, "quantization_config": {"quant_method": method}}

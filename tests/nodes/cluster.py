@@ -34,6 +34,8 @@ SSH = """Host *
   StrictHostKeyChecking yes
   BatchMode yes
   ConnectTimeout 5
+  ServerAliveInterval 5
+  ServerAliveCountMax 2
 """
 SLURM_CONF = """ClusterName=dsalign
 SlurmctldHost=node0
