@@ -60,19 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `--print_config | head` has seen enough; without this Python complains once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return endings.DONE
-    except OSError as error:
-        if error.errno not in UNUSABLE or not error.filename:
-            raise
-        shown = str(error.filename)[:LONGEST]
-        _say(
-            f"error: {_rank()}{shown}: expected a path that can be used, got: {error.strerror}; check it",
-            *_place(error),
-        )
-        return endings.INPUT
     except KeyboardInterrupt:
         return endings.INTERRUPTED
-    except Exception:  # a fault of this program or of a library: Python's own exit code, 1, would say less
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
+            shown = f"{_rank()}{str(error.filename)[:LONGEST]}"
+            _say(f"error: {shown}: expected a path that can be used, got: {error.strerror}; check it", *_place(error))
+            return endings.INPUT
+        traceback.print_exc()  # a fault of this program or of a library: Python's own exit code, 1, would say less
         return endings.FAULT
     finally:
         for name, value in before.items():

@@ -26,14 +26,15 @@ HALF = 0.25  # the limit in half precision, where two orders of summation differ
 
 def self_check(roles: Roles, groups: Sequence[Group]) -> None:
     """Compute two short groups with every engine, in packed rows and in padded rows. Where the numbers differ, or where
-    a layer reads what packed rows do not have, the engine uses padded rows from then on, and one line says so.
-    Collective.
+    a layer reads what packed rows do not have, the engine uses padded rows from then on, and one line says so. Values
+    of a new critic, which are all 0, show nothing: what was found for a model of its class holds for it. Collective.
 
     Raises ValueError where the log-probabilities of an engine differ from those of its model's own forward pass: then
     dsalign does not know what this architecture does between its head and its logits.
     """
     first = [groups[i] for i in range(min(len(groups), LOOKED_AT))]
     sample = [_answered(group) for group in sorted(first, key=lambda g: (num_tokens([g]), g.index))[:2]]
+    reasons: dict[str, str] = {}  # name of a model's class -> why it takes no packed rows, "" where it does
     for role, engine in roles.engines.items():
         module = engine.module
         limit = limit_of(module)
@@ -47,7 +48,10 @@ def self_check(roles: Roles, groups: Sequence[Group]) -> None:
             gap = largest_gap(together, alone, roles) / scale
             if wanted or not gap <= limit:
                 why = f"layers of {name} ask for {wanted}" if wanted else f"packed rows of {name} differ by {gap:.2g}"
+            elif largest_gap(alone, torch.zeros_like(alone), roles) == 0:
+                why = reasons.get(name, "")
             module.shares = not why
+        reasons.setdefault(name, why)
         if why and dist.rank() == 0:
             logger.warning("%s: one completion a row, which is slower: %s", role, why)
         if isinstance(module, CausalModel):
