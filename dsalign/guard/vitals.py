@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -150,12 +151,14 @@ class Idleness:
 
     def doing(self, age: float, frames: Iterable[FrameType]) -> Doing:
         """What this process does, as seen by the last `look`. age: seconds since `restart`. frames: the innermost ones
-        of its threads."""
+        of its threads. Where it uses a GPU, nobody can tell that it computes: a process that waits there for another
+        rank's part of a collective is as busy."""
         if self.seconds >= age - SLACK_S:
             return "nothing"
         if self._state == "D":
             return "disk"
-        return "computes" if self._cpu - self._first >= BUSY * age and not compiles(frames) else "other"
+        busy = self._cpu - self._first >= BUSY * age
+        return "computes" if busy and not compiles(frames) and not on_gpu() else "other"
 
     def look(self) -> float:
         """The seconds of idleness up to now, 0 where there is none; to be called about once a second."""
@@ -167,6 +170,12 @@ class Idleness:
         self.seconds = self.seconds + min(passed, 2.0) if same else 0.0
         self._cpu, self._at, self._below = cpu, at, below
         return self.seconds
+
+
+def on_gpu() -> bool:
+    """Whether this process has begun to use a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 def _of_children() -> float:

@@ -85,9 +85,9 @@ def test_a_compiler_is_seen_on_any_stack() -> None:
     assert vitals.compiles([sys._getframe(), inside["run"]()]) and not vitals.compiles([sys._getframe()])
 
 
-def test_what_a_process_does() -> None:
+def test_what_a_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sleeping 0.3 s of 0.3 is nothing, though the three seconds of slack are over; computing all of them is that, with
-    a compiler on the stack or computing a little it is not known."""
+    a compiler on the stack or computing a little it is not known; nor on a GPU, where waiting for it is as busy."""
     idle = vitals.Idleness(_sleeper(), lambda: 5.0)
     idle.seconds = 7.0
     assert idle.doing(10.0, []) == "nothing" and idle.doing(10.1, []) == "other"
@@ -100,6 +100,8 @@ def test_what_a_process_does() -> None:
     assert idle.doing(3.1, [frame]) == "other", "0.2 s of work in 3.1 s"
     idle._first -= 2.0
     assert idle.doing(3.1, [frame]) == "computes"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert idle.doing(3.1, [frame]) == "other"
 
 
 def waiting() -> list[bool]:
