@@ -15,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsalign.launcher import free_port
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # the peer's environment has no dsalign
+
+from dsalign.launcher import free_port  # noqa: E402  needs the line above
+
 SIDES = ("dsalign", "trl")
 TRL = "1.16.0"
 TRL_OF_PPO = "1.10.0"  # the last one that has it
