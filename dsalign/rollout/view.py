@@ -12,7 +12,6 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +70,12 @@ def view_of(
     configs = {id(inner.config): config, id(inner.config.get_text_config()): config.get_text_config()}
     seen: dict[int, Any] = {}
     if turns is not None:
-        copied = partial(_copy_alone, configs=configs)
-        seen = {id(layer): Gathered(layer, i, turns, copied) for i, layer in enumerate(layers)}
+        seen = {
+            id(layer): Gathered(layer, i, turns, lambda module: _copy(module, {}, configs))
+            for i, layer in enumerate(layers)
+        }
     view: PreTrainedModel = _copy(inner, seen, configs)
     return view.eval()
-
-
-def _copy_alone(module: nn.Module, configs: dict[int, Any]) -> Any:
-    return _copy(module, {}, configs)
 
 
 def _copy(module: nn.Module, seen: dict[int, Any], configs: dict[int, Any]) -> Any:
