@@ -63,6 +63,11 @@ _COLUMNS = "write --columns theirs=ours, as question=prompt"
 _SAMPLING = "leave it out: completions are sampled by --temperature, --top_p and --top_k"
 _PLAIN_LORA = "leave it out: adapters are plain LoRA, by --lora_rank, --lora_alpha and --lora_dropout"
 _FOLDER = "leave it out: it is that of the model's folder"
+_FILLED = "leave it out; --max_tokens N fills a micro-batch with N tokens"
+_BEST = "leave it out: the checkpoint with the lowest eval/loss is kept"
+_CRITIC = "leave it out: the critic starts from --reward_model, or from --model"
+_EVALUATED = "leave it out: evaluation has the micro-batches of training"
+_PROCESSES = "leave it out; --dataset_num_proc N has N processes tokenise"
 _LAUNCH = "leave it out; the launcher and --deepspeed decide that"
 SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
     "evaluation_strategy": _EVERY.format("--eval_steps"), "eval_strategy": _EVERY.format("--eval_steps"),
@@ -94,22 +99,22 @@ SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
     "save_safetensors": _OUT, "disable_tqdm": _OUT, "use_gradient_checkpointing": "write --gradient_checkpointing true",
     "gradient_checkpointing_kwargs": "leave it out; --gradient_checkpointing true is all there is",
     "do_eval": "leave it out; --eval_steps with --val_dataset or --split_dataset_ratio evaluates",
-    "per_device_eval_batch_size": "leave it out: evaluation has the micro-batches of training",
-    "eval_batch_size": "leave it out: evaluation has the micro-batches of training",
-    "metric_for_best_model": "leave it out: the checkpoint with the lowest eval/loss is kept",
-    "greater_is_better": "leave it out: the checkpoint with the lowest eval/loss is kept",
+    "per_device_eval_batch_size": _EVALUATED,
+    "eval_batch_size": _EVALUATED,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
     "load_best_model_at_end": "leave it out: the checkpoint with the lowest eval/loss is kept, beside final/",
     "dataset_dir": "give files as --dataset FOLDER/FILE", "max_samples": "write --dataset FILE#N for N rows",
     "train_dataset_sample": "write --dataset FILE#N for N rows",
     "val_dataset_sample": "write --val_dataset FILE#N for N rows",
     "val_size": "write --split_dataset_ratio, a share in [0, 1)", "dataset_seed": "write --seed",
     "data_seed": "write --seed", "overwrite_cache": "leave it out: prepared rows are made anew where anything changed",
-    "packing": "leave it out; --max_tokens N fills a micro-batch with N tokens",
-    "group_by_length": "leave it out; --max_tokens N fills a micro-batch with N tokens",
-    "padding_free": "leave it out; --max_tokens N fills a micro-batch with N tokens",
+    "packing": _FILLED,
+    "group_by_length": _FILLED,
+    "padding_free": _FILLED,
     "max_prompt_length": "leave it out; --max_length holds for prompt and completion together",
     "truncation_side": "write --truncation_strategy left or right",
-    "dataloader_num_workers": "leave it out; --dataset_num_proc N has N processes tokenise",
+    "dataloader_num_workers": _PROCESSES,
     "dataloader_pin_memory": _OUT, "dataloader_drop_last": "leave it out: the last rows of an epoch are used",
     "use_vllm": "write --rollout vllm", "num_sample": "write --num_generations",
     "init_kl_coef": "write --kl_coef, which stays as it is", "adap_kl_ctrl": "leave it out: --kl_coef stays as it is",
@@ -143,10 +148,10 @@ SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
     "train_batch_size": "write --batch_size and --gradient_accumulation_steps; with the ranks they make the batch",
     "rollout_batch_size": "write --num_mini_batches: a rollout batch is so many global batches",
     "micro_rollout_batch_size": "write --local_rollout_forward_batch_size",
-    "critic_pretrain": "leave it out: the critic starts from --reward_model, or from --model",
-    "critic_model": "leave it out: the critic starts from --reward_model, or from --model",
+    "critic_pretrain": _CRITIC,
+    "critic_model": _CRITIC,
     "reward_function": "write --reward_funcs FILE.py:FUNCTION", "reward_fn": "write --reward_funcs FILE.py:FUNCTION",
-    "packing_samples": "leave it out; --max_tokens N fills a micro-batch with N tokens",
+    "packing_samples": _FILLED,
     "apply_chat_template": "leave it out: rows are always written by --template",
     "input_template": "write --template FILE.jinja", "ckpt_path": "leave it out: checkpoints are in --output_dir",
     "load_checkpoint": "write --resume", "max_train_samples": "write --dataset FILE#N for N rows",
@@ -155,7 +160,7 @@ SENTENCES: Mapping[str, str] = {  # a name without a counterpart -> what to do
     "revision": "download that revision and give its folder as --model",
     "dataset_split": "leave it out: the split train is read; give another one's files as --dataset",
     "cache_dir": "set HF_HOME, or DSALIGN_CACHE for what is made here, in the environment",
-    "num_workers": "leave it out; --dataset_num_proc N has N processes tokenise",
+    "num_workers": _PROCESSES,
     "freeze_trainable_layers": "write --tuner lora", "tuner_backend": "leave it out: adapters are PEFT's",
     "check_dataset_strategy": "leave it out: --on_bad_row says what becomes of bad rows",
     "hostfile": _LAUNCH, "num_nodes": _LAUNCH, "gpus": _LAUNCH, "accelerator": _LAUNCH,
