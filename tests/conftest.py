@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():  # then Triton kernels run in its interpreter, chosen before it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+from forks import Forks
 from support import RankPool, tiny_folder
 
 for number in (signal.SIGINT, signal.SIGHUP):  # nohup, and a shell's background, start what they run to ignore them
@@ -40,3 +41,11 @@ def one_rank() -> Iterator[RankPool]:
     pool = RankPool(1)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Ranks that are forked from a process that has imported everything."""
+    found = Forks()
+    yield found
+    found.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -13,14 +13,6 @@ from faulty_runs import STEPS, actor_and_critic, command, learnt, words
 from forks import Forks
 
 ROWS = "DSALIGN_FAULT_ROWS"  # a file to which every case adds a line, for tests/faults/report.py
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """Ranks that are forked from a process that has imported everything."""
-    found = Forks()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="session")

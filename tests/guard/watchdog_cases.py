@@ -8,18 +8,35 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
-from guard.forked_ranks import stamp
 
-from dsalign import phases
+from dsalign import cli, phases
 from dsalign.engines import dist
 from dsalign.guard import watchdog
 
 CPU = torch.device("cpu")
 LAST_STAMP = 29  # at micro-batch 30 a fault comes, from which the seconds are counted
 BURN = "import time; end = time.time() + 11\nwhile time.time() < end: pass"
+
+
+def as_command(body: Callable[[int, Path], None], folder: Path) -> int:
+    """`body(rank, folder)` with the exit codes and the last line of the command."""
+
+    def as_main(argv: Sequence[str], typed: bool) -> int:
+        body(int(os.environ["RANK"]), folder)
+        return 0
+
+    with mock.patch.object(cli, "_main", as_main):
+        return cli.main([])
+
+
+def stamp(rank: int, folder: Path) -> None:
+    """Note that a rank is well at this moment."""
+    (folder / f"stamp-{rank}").write_text(str(time.time()))
 
 
 def steps(rank: int, folder: Path, count: int = 10**6, first: int = 0) -> None:
