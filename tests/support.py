@@ -103,23 +103,24 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+SIZES: dict[str, Any] = {  # of a tiny causal model, in words that most configurations of transformers have
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "bos_token_id": None,
+    "initializer_range": 0.2,  # large enough that the tokens' probabilities differ
+}
+
+
 def tiny_config(**changes: Any) -> LlamaConfig:
     """Two layers, 32 wide, grouped-query attention, a head of its own."""
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-        "bos_token_id": None,
-        "initializer_range": 0.2,  # large enough that the tokens' probabilities differ
-        "tie_word_embeddings": False,
-    }
-    return LlamaConfig(**{**settings, **changes})
+    return LlamaConfig(**{**SIZES, "tie_word_embeddings": False, **changes})
 
 
 def random_model(config: PreTrainedConfig) -> Any:

@@ -84,15 +84,19 @@ class RunContext:
             self.state, self._stream, self.clock = state, stream, clock
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
+    def undone(self) -> Iterator[Callable[[], None]]:
         """A context manager that sets `state` and the random numbers back where what is inside it is Interrupted, so
-        that a resumed run can do it again."""
+        that a resumed run can do it again. It yields a function that sets `state` back, for later."""
         state, drawn = copy.deepcopy(self.state), random_state() if self._online else {}
-        try:
-            yield
-        except Interrupted:
+
+        def set_back() -> None:
             self.state.clear()
             self.state.update(state)
+
+        try:
+            yield set_back
+        except Interrupted:
+            set_back()
             if drawn:
                 restore_random_state(drawn)
             raise

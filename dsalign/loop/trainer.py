@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -101,8 +100,8 @@ class Trainer:
     def _prepare(self, index: int, after_prepare: Callable[[Prepared], None] | None) -> tuple[Prepared, bool]:
         """(the global batch number `index`, prepared; whether a number of it is not finite on any rank, in which case
         its steps are counted as skipped and `ctx.state` is as before). Collective."""
-        batch, state = self.loader.batch(index), copy.deepcopy(self.ctx.state)
-        with self.ctx.undone():
+        batch = self.loader.batch(index)
+        with self.ctx.undone() as set_state_back:
             prepared = self.algorithm.prepare(self.ctx.at(index), batch)
         bad, tokens = self._total_flaws(prepared, num_tokens(prepared.groups))
         self.progress.num_tokens += tokens
@@ -113,8 +112,7 @@ class Trainer:
             after_prepare(prepared)
         count = min(len(self._mini_batches(prepared, index)), self.total_steps - self.progress.step) if bad else 0
         if count:
-            self.ctx.state.clear()
-            self.ctx.state.update(state)
+            set_state_back()
             why = "what was prepared for the batch (rewards, values, log-probabilities) is not finite"
             rows = numbers.flawed_rows(prepared)
             self._bad.skip(why, self.progress, prepared, range(len(prepared.groups)), rows, count)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from plain import plain_logps
-from support import VOCABULARY, random_groups, tiny_config
+from support import SIZES, VOCABULARY, random_groups, tiny_config
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -34,19 +34,6 @@ from dsalign.models.heads import CausalModel, ValueModel
 from dsalign.models.last_layer import skip_unread_mlp
 
 CPU = torch.device("cpu")
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "bos_token_id": 2,
-}
 WINDOW = 6  # tokens; the rows below are up to 19 long
 LAYERS = ["sliding_attention", "full_attention"]
 CONFIGS: dict[str, PreTrainedConfig] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from plain import plain_logps, plain_values
 from safetensors.torch import save_file
-from support import VOCABULARY, random_groups, random_model, tiny_config
+from support import SIZES, VOCABULARY, random_groups, random_model, tiny_config
 from transformers import (
     CohereConfig,
     Gemma2Config,
@@ -24,19 +24,6 @@ from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueHead, ValueMode
 from dsalign.models.logps import Head, LogitTransform
 
 CPU = torch.device("cpu")
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "bos_token_id": 2,
-}
 GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
 CONFIGS = {
     "llama": tiny_config(),
