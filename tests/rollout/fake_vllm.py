@@ -14,6 +14,8 @@ import torch
 from support import VOCABULARY
 from transformers import AutoModelForCausalLM
 
+OPENING = threading.Lock()  # transformers replaces tie_weights of all models meanwhile, and two would not put it back
+
 
 class FakeVllm:
     """What the server holds. fault: the mistake that it makes, see its uses. calls: the paths that were asked for."""
@@ -55,7 +57,8 @@ class FakeVllm:
         old, folder = self.model, Path(body["kwargs"]["weights_path"])
         if self.fault == "no_effect" and old is not None:
             return {"results": [None]}
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with OPENING:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         assert self.model.lm_head.weight is not self.model.model.embed_tokens.weight
         if self.fault == "old_head" and old is not None:
             self.model.lm_head.weight = old.lm_head.weight
