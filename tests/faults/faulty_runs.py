@@ -26,9 +26,7 @@ from dsalign.engines import dist, engine
 from dsalign.report.run_log import quiet
 
 STEPS, EVERY = 6, 2  # of a run, and between its checkpoints
-REWARD = (
-    "def vowels(prompts, completions, **columns):\n    return [sum(c in 'aeiou' for c in t) for t in completions]\n"
-)
+REWARD = "def letters(completions, **columns):\n    return [sum(map(ord, text)) % 7 / 3 for text in completions]\n"
 DATA = {"sft": "demonstrations", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
 MORE = {
     "ppo": "--max_new_tokens 4 --num_ppo_epochs 1 --num_mini_batches 1",
@@ -52,7 +50,7 @@ def words(algo: str, stage: int, tuner: str, model: Path, folder: Path) -> list[
         found += ["--lora_target_modules", "ALL", "--lora_rank", "4"]
     if DATA[algo] == "prompts":
         (folder / "reward.py").write_text(REWARD)
-        found += ["--reward_funcs", f"{folder / 'reward.py'}:vowels"]
+        found += ["--reward_funcs", f"{folder / 'reward.py'}:letters"]
     return found
 
 
