@@ -57,7 +57,7 @@ def drawn(draw: random.Random, start: int) -> Fault:
 
 
 def flip(out: Path, draw: random.Random) -> Path | None:
-    """Flip one bit of one file of the newest checkpoint, where another one is left; returns the file."""
+    """Flip one bit of one file of the newest checkpoint, where another one is left; returns the checkpoint."""
     found = run_folders.newest_first(out)
     if len(found) < 2:
         return None
@@ -65,7 +65,7 @@ def flip(out: Path, draw: random.Random) -> Path | None:
     content = bytearray(path.read_bytes())
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
-    return path
+    return found[0]
 
 
 def command_line(model: Path, folder: Path) -> list[str]:
@@ -96,12 +96,13 @@ def test_a_soak_of_ppo(forks: Forks, record: Record, tiny: Path, tmp_path: Path)
     draw, happened, slowest, began = random.Random(20), list[Fault](), 0.0, time.monotonic()
     damaged: Path | None = None
     while True:
-        whole = [path for path in run_folders.newest_first(out) if damaged is None or path != damaged.parent]
-        fault = drawn(draw, (run_folders.step_of(whole[0]) or 0) if whole else 0)
+        whole = [path for path in run_folders.newest_first(out) if path != damaged]
+        start = (run_folders.step_of(whole[0]) or 0) if whole else 0
+        fault = drawn(draw, start)
         again = [*given, "--output_dir", str(out), "--resume", "auto"]
         ended = forks.run(command, again, fault=fault.spec, limit_s=1200.0)
         if damaged is not None:
-            assert f"skipping {damaged.parent}: " in ended[0].text, ended[0].text
+            assert f"skipping {damaged}: " in ended[0].text, ended[0].text
         if [one.code for one in ended] == [0, 0]:
             break
         check(ended, fault)
@@ -109,7 +110,7 @@ def test_a_soak_of_ppo(forks: Forks, record: Record, tiny: Path, tmp_path: Path)
         happened.append(fault)
         slowest = max(slowest, *(one.after_s for one in ended))
         damaged = flip(out, draw) if fault.damage else None
-        print(f"from step {(run_folders.step_of(whole[0]) or 0) if whole else 0}: {fault}", flush=True)
+        print(f"from step {start}: {fault}", flush=True)
         assert len(happened) < 40
     assert len(happened) >= LEAST, happened
     assert learnt(out, STEPS) == learnt(straight, STEPS), happened
