@@ -30,11 +30,12 @@ FILES = [
 
 
 @pytest.fixture(scope="module")
-def run(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(forks: Forks, two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of an actor and a critic that ended after four steps: checkpoint-2 and checkpoint-4, at stage 2."""
     out = tmp_path_factory.mktemp("run") / "out"
     ended = forks.run(actor_and_critic, out, 2, None, 2, 4)
     assert [one.code for one in ended] == [0, 0], ended[0].text
+    two_ranks.run(chosen, out, "latest")  # so that no case waits for imports
     return out
 
 
