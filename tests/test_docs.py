@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -370,3 +371,20 @@ def test_pages_stand_in_the_site() -> None:
     """Every page of docs/ is in the navigation of mkdocs.yml."""
     listed = set(re.findall(r"^ *- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert listed == {str(path.relative_to(ROOT / "docs")) for path in DOCS} - {"reliability.md"}
+
+
+def test_what_breaks_is_what_was_found() -> None:
+    """docs/reliability.md is written by tests/faults/report.py, with every fault, and no rank lives on for 15 s."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "tests" / "faults" / "report.py")
+    assert spec is not None and spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert text.startswith(report.HEAD)
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == [*report.TABLES, "The others"]
+    assert "\n112 cases: resumed, equal\n" in text, "7 points x 4 algorithms x ZeRO-2 and 3 x LoRA and all weights"
+    assert {line.split(" | ")[0] for line in text.split("## The others")[1].splitlines()[4:]} == {
+        "| corruption", "| disk", "| kill", "| soak",
+    }  # fmt: skip
+    seconds = [float(cell) for cell in re.findall(r"(?<=\| )\d+\.\d\d\b", text)]
+    assert len(seconds) > 200 and max(seconds) < 15
