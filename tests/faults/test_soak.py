@@ -86,7 +86,8 @@ def check(ended: list[Ended], fault: Fault) -> None:
         assert one.after_s < GRACE_S, (fault, text[-4000:])
 
 
-@pytest.mark.slow  # some minutes
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # ten minutes of two quiet cores
 def test_a_soak_of_ppo(forks: Forks, record: Record, tiny: Path, tmp_path: Path) -> None:
     """Kills in steps and in saves, SIGTERM, a damaged checkpoint, a loss that is NaN: drawn by a seed."""
     given = command_line(tiny, tmp_path)
