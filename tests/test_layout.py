@@ -170,6 +170,8 @@ def trespasses(path: Path, module: ast.Module) -> list[str]:
         other = rest.partition(".")[0]
         if first == "dsalign" and other != mine and other not in MAY_IMPORT[mine]:
             found.append(f"{path}:{line}: {mine} may not import dsalign.{other}")
+        if first == "dsalign" and re.search(r"\._[a-z]", name):
+            found.append(f"{path}:{line}: {name} is its module's own; give it a name without _ or a place here")
         if first == "dsalign_kernels" and path.as_posix() not in KERNEL_SEAMS:
             found.append(f"{path}:{line}: {' and '.join(sorted(KERNEL_SEAMS))} import dsalign_kernels")
         if name.startswith("torch.distributed") and mine not in COLLECTIVE:
@@ -207,6 +209,7 @@ def test_rooms_stand_in_order() -> None:
             "may not import dsalign.loop",
         ),
         ("dsalign/verbs/new.py", "from dsalign import cli", "verbs may not import dsalign.cli"),
+        ("dsalign/loop/new.py", "from dsalign.loop.trainer import _dealt", "_dealt is its module's own"),
         ("dsalign/attic/new.py", "", "say in MAY_IMPORT what attic may import"),
         ("dsalign/models/new.py", "import dsalign_kernels", "import dsalign_kernels"),
         ("dsalign/loop/new.py", "import torch.distributed as td", "torch.distributed is for checkpoint, engines"),

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping
 from dsalign import algos
 from dsalign.config import flags
 from dsalign.config.options import REQUIRED, Option
-from dsalign.config.parse import ALIASES, _algorithm_name, _merge
+from dsalign.config.parse import ALIASES, algorithm_name, merged
 from dsalign.config.schema import HEADINGS, RUN_OPTIONS, one_line, own_options
 
 
 def help_text(command: flags.Command, verbs: Mapping[str, str]) -> str:
     """The text of --help: the verbs, all options of a run with their defaults, and those of the algorithm that
     `command` names. verbs: name -> one line."""
-    given, _ = _merge(command)
-    name, _ = _algorithm_name(command, given)
+    given, _ = merged(command)
+    name, _ = algorithm_name(command, given)
     spellings = {one: [alias for alias, target in ALIASES.items() if target == one][:1] for one in RUN_OPTIONS}
 
     def lines(shown: Mapping[str, Option]) -> Iterator[str]:

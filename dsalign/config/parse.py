@@ -76,8 +76,8 @@ def parse(argv: Sequence[str], *, world_size: int) -> Parsed:
     Raises ConfigError with every problem found. Does not import torch, although it loads the algorithm.
     """
     command = flags.split(argv, ALIASES)
-    given, problems = _merge(command)
-    name, guessed = _algorithm_name(command, given)
+    given, problems = merged(command)
+    name, guessed = algorithm_name(command, given)
     problems += guessed
     own = own_options(algos.load(name)) if name else {}
     known = RUN_OPTIONS | own
@@ -135,7 +135,7 @@ def _made(
         return None
 
 
-def _merge(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
+def merged(command: flags.Command) -> tuple[dict[str, Given], list[str]]:
     """The value given for each option, and a line for each problem: flags override files, later files earlier ones."""
     problems = command.mistakes()
     if len(command.words) > 1 or not set(command.words) <= set(flags.TRAIN_VERBS):
@@ -192,7 +192,7 @@ def _of_demo_rows(algo: str, known: Mapping[str, Option]) -> dict[str, Given]:
     return {name: Given(name, name, (value,), file=rows) for name, value in brought.items() if name in known}
 
 
-def _algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[str, list[str]]:
+def algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[str, list[str]]:
     """The algorithm's name, empty where it is unknown, and a line for each problem with it.
 
     By `Traits.aliases` a value of an option may stand for another algorithm: cpo with loss_type simpo is simpo, and

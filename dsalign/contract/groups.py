@@ -186,6 +186,11 @@ class Group:
     tools: tuple[Tool, ...] = ()  # of a prompt alone: the functions that the assistant may call
 
     @property
+    def counted(self) -> Sequence[Sequence[bool]]:
+        """One mask a completion: whether the losses count each token. They are `masks`, or True where it is None."""
+        return [[True] * len(c) for c in self.completions] if self.masks is None else self.masks
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """|y| of each completion: the number of its tokens that `masks` keeps."""
         return tuple(map(len, self.completions)) if self.masks is None else tuple(map(sum, self.masks))

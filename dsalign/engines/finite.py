@@ -19,7 +19,7 @@ def non_finite(engines: Mapping[str, Any]) -> str:
 
     Each rank looks at the parts that it holds itself, so nothing is gathered, and waits for its device once.
     """
-    named = [(f"{role} {name}", part) for role, engine in engines.items() for name, part in _parts(engine)]
+    named = [(f"{role} {name}", part) for role, engine in engines.items() for name, part in flat_parts(engine)]
     bad = _with_flaws(named)
     device = next((engine.device for engine in engines.values()), torch.device("cpu"))
     if not dist.total([float(len(bad))], device)[0]:
@@ -46,7 +46,7 @@ def _with_flaws(named: list[tuple[str, Tensor]]) -> list[str]:
     return [n for device, names in places.items() for n, good in zip(names, finite[device], strict=True) if not good]
 
 
-def _parts(engine: Any) -> Iterator[tuple[str, Tensor]]:
+def flat_parts(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of what this rank holds of the engine's trained weights, and of what its optimizer keeps of them:
     moments, and ZeRO's float32 weights. What is on an NVMe disk is left out.
 

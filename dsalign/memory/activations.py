@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsalign.memory.shapes import Layer, Linear, Shape, _named
+from dsalign.memory.shapes import Layer, Linear, Shape, adapted_by
 
 FLOAT32 = 4
 MIB = 2**20
@@ -27,7 +27,7 @@ class Tuning:
 
     def adapted(self, one: Linear) -> bool:
         """Whether a linear layer has an adapter."""
-        return self.rank > 0 and _named(one, self.words)
+        return self.rank > 0 and adapted_by(one, self.words)
 
 
 def layer_bytes(layer: Layer, tuning: Tuning, width: int, *, first: bool = False) -> float:

@@ -141,7 +141,7 @@ class Shape:
             count * rank * one.ranks * one.copies * (one.inputs + one.outputs)
             for layer, count in self.layers
             for one in layer.linears
-            if _named(one, words)
+            if adapted_by(one, words)
         )
         if not found:
             names = sorted({one.name for layer, _ in self.layers for one in layer.linears})
@@ -154,7 +154,8 @@ def _fused(layer: Layer) -> int:
     return max(one.size for one in layer.linears)
 
 
-def _named(one: Linear, words: Sequence[str]) -> bool:
+def adapted_by(one: Linear, words: Sequence[str]) -> bool:
+    """Whether --lora_target_modules WORDS gives this layer an adapter."""
     if len(words) == 1 and words[0].lower() in ALL:
         return one.targeted
     wanted = [x for word in words for x in (QUERY_KEY_VALUE if word == "DEFAULT" else (word.rpartition(".")[2],))]

@@ -142,15 +142,11 @@ def show(config: RunConfig, *, count: int, as_json: bool, ids: bool, out: IO[str
         for _ in names:
             table.add_column(ratio=1, overflow="fold")
         table.add_row(*names)
-        columns = zip(group.completions, _masks(group), ("green", "red"), strict=False)
+        columns = zip(group.completions, group.counted, ("green", "red"), strict=False)
         table.add_row(*(_coloured(*column, tokenizer, console.is_terminal) for column in columns))
         if ids:
             table.add_row(*(" ".join(map(str, c)) for c in group.completions))
         console.print(table)
-
-
-def _masks(group: Group) -> Sequence[Sequence[bool]]:
-    return group.masks or [[True] * len(c) for c in group.completions]
 
 
 def _runs(completion: Sequence[int], mask: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
@@ -176,7 +172,7 @@ def _coloured(
 def _plain(group: Group, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A group as a dictionary for JSON, with keys where, prompt, prompt_ids, completions (a list of {"text", "ids",
     "mask"}), label and margin."""
-    completions = zip(group.completions, _masks(group), strict=True)
+    completions = zip(group.completions, group.counted, strict=True)
     return {
         "where": group.where,
         "prompt": tokenizer.decode(group.prompt),

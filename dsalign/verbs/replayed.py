@@ -86,8 +86,7 @@ def _of_fields(prepared: Prepared, i: int, decode: Any) -> Iterator[str]:
 
 def _places(group: Group) -> list[tuple[int, int]]:
     """(completion, token) of each token that the losses count."""
-    masks = group.masks or [[True] * len(c) for c in group.completions]
-    return [(c, t) for c, mask in enumerate(masks) for t, counts in enumerate(mask) if counts]
+    return [(c, t) for c, mask in enumerate(group.counted) for t, counts in enumerate(mask) if counts]
 
 
 def _of(model: _Model, config: RunConfig, prepared: Prepared, i: int, decode: Any) -> Iterator[str]:

@@ -18,7 +18,7 @@ from dsalign import faults
 from dsalign.contract.groups import Prepared
 from dsalign.endings import Diverged
 from dsalign.engines import dist
-from dsalign.engines.finite import _parts, non_finite
+from dsalign.engines.finite import flat_parts, non_finite
 from dsalign.loop.trainer import Trainer
 
 
@@ -36,7 +36,7 @@ def fault(wanted: str) -> Iterator[None]:
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Name -> tensor: this rank's trained weights and what its optimizers keep, copied."""
     engines = {name: trainer.roles.engines[name] for name in trainer.stepped}
-    return {f"{role} {n}": t.detach().clone() for role, engine in engines.items() for n, t in _parts(engine)}
+    return {f"{role} {n}": t.detach().clone() for role, engine in engines.items() for n, t in flat_parts(engine)}
 
 
 def skipped(run: Run, wanted: str) -> tuple[bool, bool, list[list[str]], dict[str, Any]]:
@@ -135,7 +135,7 @@ def broken_weights(run: Run, rank: int, number: float, where: str) -> list[str]:
     trainer = run_cases.train(run, 1)
     engines = {role: trainer.roles.engines[role] for role in trainer.stepped}
     clean = non_finite(engines)
-    parts = [(n, t) for n, t in _parts(next(iter(engines.values()))) if n.startswith(where)]
+    parts = [(n, t) for n, t in flat_parts(next(iter(engines.values()))) if n.startswith(where)]
     if dist.rank() == rank:
         with torch.no_grad():
             parts[0][1].view(-1)[-1] = number

@@ -89,7 +89,7 @@ def packed(groups: Sequence[Group], device: torch.device, *, ends: bool = False,
         known, shared = len(asked), num_shared(group)
         at = before + 1 + shared
         stem = range(before, at)
-        for completion, mask in zip(group.completions, _masks(group), strict=True):
+        for completion, mask in zip(group.completions, group.counted, strict=True):
             path = [*stem, *range(at, at + len(completion) - shared)]
             at += len(completion) - shared
             states += path[-1:] if ends else path
@@ -180,7 +180,7 @@ def joined(groups: Sequence[Group], most: int = 2) -> tuple[list[Group], list[li
 def _joined(parts: Sequence[Group]) -> Group:
     if len(parts) == 1:
         return parts[0]
-    masks = [tuple(m) for g in parts for m in _masks(g)] if any(g.masks is not None for g in parts) else None
+    masks = [tuple(m) for g in parts for m in g.counted] if any(g.masks is not None for g in parts) else None
     completions = tuple(c for g in parts for c in g.completions)
     return replace(parts[0], completions=completions, masks=None if masks is None else tuple(masks))
 
@@ -191,7 +191,7 @@ def padded(groups: Sequence[Group], device: torch.device, *, ends: bool = False)
 
     No attention mask is needed: under a causal mask no real token sees the padding behind it. ends: as for `packed`.
     """
-    sequences = [(g.prompt, c, m) for g in groups for c, m in zip(g.completions, _masks(g), strict=True)]
+    sequences = [(g.prompt, c, m) for g in groups for c, m in zip(g.completions, g.counted, strict=True)]
     width = max((len(p) + len(c) for p, c, _ in sequences), default=1)
     ids = torch.zeros(max(1, len(sequences)), width, dtype=torch.int64)
     predict: list[int] = []
@@ -217,10 +217,6 @@ def padded(groups: Sequence[Group], device: torch.device, *, ends: bool = False)
 
 def _index(numbers: Sequence[Any], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device=device)
-
-
-def _masks(group: Group) -> Sequence[Sequence[bool]]:
-    return [[True] * len(c) for c in group.completions] if group.masks is None else group.masks
 
 
 def micro_batch(
