@@ -123,7 +123,10 @@ def _heard(phase: str) -> None:
 
 
 def is_live() -> bool:
-    """Whether standard output is a terminal that a screen can be drawn on."""
+    """Whether standard output is a terminal that a screen can be drawn on. That which OpenMPI gives a rank is none: what
+    the rank writes there is copied, maybe into a file."""
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        return False
     with suppress(ValueError, AttributeError):  # closed, or replaced by something that is no file
         return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "")
     return False

@@ -69,6 +69,16 @@ def test_no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("\x1b[32m\u2191" in terminal.text) is colours and "\u2191" in terminal.text
 
 
+def test_the_terminal_of_mpirun_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with screen.opened(0) as shown:
+        shown.now(Now(1, 9, {"loss": 1.0}), "step 1/9")
+    assert terminal.text == "step 1/9\n"
+
+
 def test_a_terminal_that_hangs_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is raised, then or later."""
     monkeypatch.setenv("TERM", "xterm")
