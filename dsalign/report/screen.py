@@ -123,8 +123,8 @@ def _heard(phase: str) -> None:
 
 
 def is_live() -> bool:
-    """Whether standard output is a terminal that a screen can be drawn on. That which OpenMPI gives a rank is none: what
-    the rank writes there is copied, maybe into a file."""
+    """Whether standard output is a terminal that a screen can be drawn on. The one that OpenMPI gives a rank is not:
+    what is written there is copied, maybe into a file."""
     if "OMPI_COMM_WORLD_RANK" in os.environ:
         return False
     with suppress(ValueError, AttributeError):  # closed, or replaced by something that is no file
