@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -157,7 +158,9 @@ def test_a_fault_of_a_node_ends_all_and_the_run_goes_on(
     if fault is told:
         assert "SIGTERM on rank 1" in text and "resume with" in text
     else:
-        assert "rank 1 on node1" in text, text[-4000:]
+        assert re.search(r"rank 1 (with PID \d+ )?on (node )?node1", text), text[
+            -4000:
+        ]  # mpirun ends all, and says why
         assert seconds < GONE_S, f"ranks were there for {seconds:.0f} s: {text[-3000:]}"
     again = Run(cluster, way, command, tmp_path / "again")
     again.wait(SECONDS)
