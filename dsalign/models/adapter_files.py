@@ -12,7 +12,8 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, PeftType, Ta
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsalign.models.weights import HEAD_KEYS, read_tensors, refuse_broken, shown
+from dsalign.models.weight_files import read_tensors
+from dsalign.models.weights import HEAD_KEYS, refuse_broken, shown
 
 logger = logging.getLogger(__name__)
 ROOT = "base_model.model."  # how PEFT's keys begin

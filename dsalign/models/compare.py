@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dsalign.config.schema import ModelOptions, RunConfig
 from dsalign.contract.groups import Group
 from dsalign.models.names import Source
-from dsalign.models.tokenizer import load_tokenizer, named, vocab_size
+from dsalign.models.tokenizer import config_of, load_tokenizer, vocab_size
 
 logger = logging.getLogger(__name__)
 BEYOND = 4  # rows by which a table of positions may be longer than the positions it is for: OPT's has two more
@@ -107,8 +107,7 @@ def learnt_positions(source: Source, options: ModelOptions, enough: float = math
     The model is built without memory for its weights, so that the answer is the architecture's own.
     Raises ValueError where its configuration cannot be opened.
     """
-    with named(source):
-        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    config = config_of(source, options)
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is None or limit >= enough:
         return None
@@ -128,8 +127,7 @@ def stated_positions(source: Source, options: ModelOptions, enough: float) -> in
 
     Raises ValueError where its configuration cannot be opened.
     """
-    with named(source):
-        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    config = config_of(source, options)
     found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if found is None or found >= enough else found
 

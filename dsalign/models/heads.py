@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +15,8 @@ from dsalign.models.attention import SharedPrefix
 from dsalign.models.balancing import balancing_of
 from dsalign.models.classifier import classifier_of
 from dsalign.models.logps import Head, HeadLoss, LogitTransform
-from dsalign.models.weights import read_tensors, refuse_broken
+from dsalign.models.weight_files import read_tensors
+from dsalign.models.weights import refuse_broken
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
@@ -180,13 +180,5 @@ class ValueModel(Backbone):
         file = next((file for file in files if file.exists()), None)
         if file is None:
             return False
-        try:
-            state = read_tensors(file)
-        except ValueError as error:
-            if isinstance(error.__cause__, pickle.UnpicklingError):
-                raise ValueError(
-                    f"{file} holds more than tensors and is not opened; save its two tensors alone"
-                ) from error
-            raise
-        self.set_head(state, str(file))
+        self.set_head(read_tensors(file), str(file))
         return True

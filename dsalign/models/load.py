@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsalign import cpu
 from dsalign.config.schema import ModelOptions
@@ -16,7 +16,7 @@ from dsalign.models.adapter_files import head_of
 from dsalign.models.heads import CausalModel, ValueModel, unwrap
 from dsalign.models.last_layer import layers_of, skip_unread_mlp
 from dsalign.models.names import Source
-from dsalign.models.tokenizer import named
+from dsalign.models.tokenizer import config_of, named
 from dsalign.models.weights import load_checked, stored_head
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ def load_causal(
     """
     if source.four_bit:
         four_bit.library(f"{source.adapter}, which was trained on 4-bit weights")
-    with named(source):
-        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    config = config_of(source, options)
     if not dropout:
         _without_dropout(config)
     if options.trust_remote_code and hasattr(config, "auto_map"):
@@ -174,7 +173,7 @@ def _load_head(wrapped: ValueModel, source: Source, options: ModelOptions) -> bo
     if head := stored_head(source.weights):
         wrapped.set_head(head, source.weights)
         return True
-    config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    config = config_of(source, options)
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         raise ValueError(f"{source.weights} is a classifier without a layer called score; give its score.weight")
     return False

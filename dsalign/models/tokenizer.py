@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +20,8 @@ from dsalign.models.names import Source
 from dsalign.models.weights import refuse_other_kinds
 
 logger = logging.getLogger(__name__)
+GENERATION = "generation_config.json"
+MOST = 8  # files of a folder that a message names
 
 
 def template_of(config: RunConfig, source: Source) -> Template:
@@ -25,8 +29,7 @@ def template_of(config: RunConfig, source: Source) -> Template:
 
     Raises ValueError where tokenizer or chat template cannot be used.
     """
-    with named(source):
-        described = AutoConfig.from_pretrained(source.weights, trust_remote_code=config.models.trust_remote_code)
+    described = config_of(source, config.models)
     refuse_other_kinds(source.weights, described, trusted=config.models.trust_remote_code)  # before what follows of it
     tokenizer = load_tokenizer(source, config.models)
     template, warning = ended_template(source, tokenizer, config.data.template)
@@ -96,19 +99,44 @@ def named(source: Source) -> Iterator[None]:
     try:
         yield
     except (OSError, ImportError) as error:
-        raise ValueError(f"model: {source.weights} could not be opened: {error}") from error
+        folder = Path(source.weights)
+        has = sorted(file.name for file in folder.iterdir())[:MOST] if folder.is_dir() else []
+        there = f" It has {', '.join(has)}: copy the whole folder again" if has else ""
+        raise ValueError(f"model: {source.weights} could not be opened: {error}{there}") from error
+
+
+def config_of(source: Source, options: ModelOptions) -> Any:
+    """The configuration of a source's model, from its config.json. Raises ValueError where it cannot be used."""
+    with named(source):
+        try:
+            return AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # each configuration checks its values in its own way
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"model: {source.weights}: its config.json cannot be used: {said}; correct it, or copy the folder again"
+            ) from error
 
 
 def end_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All token ids that end a turn: the tokenizer's EOS token, then those of generation_config.json, of an adapter and
-    of its base, each once."""
+    of its base, each once. Raises ValueError for such a file that cannot be read."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for where in filter(None, (source.adapter and str(source.adapter), source.weights)):
+    for where in (*([str(source.adapter)] if source.adapter else []), source.weights):
+        file = Path(where) / GENERATION
         try:
             extra = GenerationConfig.from_pretrained(where).eos_token_id
-        except OSError:  # many base models have no generation_config.json
-            extra = None
-        found += extra if isinstance(extra, list) else [] if extra is None else [extra]
+        except OSError as error:
+            if file.is_file():
+                raise ValueError(
+                    f"{file}: expected JSON, got an error: {error}; correct it, or copy it again"
+                ) from error
+            continue  # many base models have none
+        ids = extra if isinstance(extra, list) else [] if extra is None else [extra]
+        if other := [one for one in ids if type(one) is not int]:
+            raise ValueError(f"{file}: eos_token_id: expected ids of tokens, got {other[0]!r}; correct it")
+        found += ids
     return tuple(dict.fromkeys(found))
 
 
@@ -120,8 +148,7 @@ def vocab_size(source: Source, options: ModelOptions) -> int | None:
     """
     if source.adapter is not None and (rows := num_embeddings(source.adapter)) is not None:
         return rows
-    with named(source):
-        config = AutoConfig.from_pretrained(source.weights, trust_remote_code=options.trust_remote_code)
+    config = config_of(source, options)
     found: int | None = getattr(config.get_text_config(), "vocab_size", None)
     return found
 

@@ -6,25 +6,20 @@ an error here, as are shapes that differ, empty tensors, NaN and infinity. GAPS 
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import cached_file
 
 from dsalign.data.tokens.text_ids import length_shared
+from dsalign.models.weight_files import WRAPPERS, read_tensors, reading, refuse_doubles, tensors_in, weight_files
 
 logger = logging.getLogger(__name__)
 SHOWN = 4  # keys of a fault that its message shows
@@ -35,9 +30,6 @@ DEQUANTISED = {
     "fp8": "FineGrainedFP8Config",  # DeepSeek V3 and R1
     "compressed-tensors": "CompressedTensorsConfig",
 }
-WRAPPERS = re.compile(
-    r"(?:(?<=\.)|^)(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
 HEAD_KEYS = re.compile(r"^(?:score\.(?:weight|bias)|v_head\.summary\.(?:weight|bias))$")
 
 
@@ -62,6 +54,7 @@ UNEXPECTED = (
     Gap(HEAD_KEYS.pattern, "the score, which becomes the value head", value=True),
     Gap(r"^v_head\.", "a value head beside a language model, as PPO trainers save one", value=False),
 )
+HEADS = re.compile(r"^(?:\w*_)?(?:score|classifier|classification|reward|regression|value|head)(?:_\w+)?\.")
 HEADLESS = "a value model does not run its language-model head"
 
 
@@ -75,15 +68,17 @@ def load_checked(where: str, config: Any, *, value: bool, **how: Any) -> PreTrai
     refuse_other_kinds(where, config, trusted=bool(how.get("trust_remote_code")))
     _refuse_quantised(where, config)
     model, faults = _loaded(where, config, value, how)
-    if faults and (words := _left_by_wrappers(model, faults)):
-        prefix = words[0] if all(key.startswith(words[0]) for key in faults.unexpected) else None
-        pattern = WRAPPERS.pattern if prefix is None else f"^{re.escape(prefix)}"
+    words, pattern = _left_by_wrappers(model, faults) if faults else [], WRAPPERS.pattern
+    if words:
+        if all(key.startswith(words[0]) for key in faults.unexpected):
+            pattern = f"^{re.escape(words[0])}"
         again, left = _loaded(where, config, value, {**how, "key_mapping": {pattern: ""}})
         if not left:
             model, faults = again, left
             logger.warning("%s: its keys are read without %s, which a wrapper left there", where, ", ".join(words))
     if faults:
-        raise ValueError(faults.text(where, model))
+        raise ValueError(faults.text(where, model, words, value))
+    refuse_doubles(where, pattern, f"{model.base_model_prefix}.")
     refuse_broken(where, {**dict(model.named_parameters()), **_saved_buffers(model)})
     _say_untied(where, model)
     return model
@@ -119,8 +114,9 @@ class Faults:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.shapes)
 
-    def text(self, where: str, model: Any) -> str:
-        """The message: which keys, what is wrong with them, the likely cause and what to do."""
+    def text(self, where: str, model: Any, wrappers: Sequence[str], value: bool) -> str:
+        """The message: which keys, what is wrong with them, the likely cause and what to do. wrappers: what they left
+        in the keys. value: whether the model has a value head."""
         parts, name = [], type(model).__name__
         if self.missing:
             parts.append(f"{len(self.missing)} weights of {name} are missing ({shown(self.missing)})")
@@ -128,9 +124,9 @@ class Faults:
             parts.append(f"{len(self.unexpected)} keys belong to no weight ({shown(self.unexpected)})")
         for key, (found, wanted) in sorted((self.shapes or {}).items())[:SHOWN]:
             parts.append(f"{key} is {list(found)}, expected {list(wanted)}")
-        return f"{where}: the weights do not fit the model: {'; '.join(parts)}. {self._cause()}"
+        return f"{where}: the weights do not fit the model: {'; '.join(parts)}. {self._cause(wrappers, value)}"
 
-    def _cause(self) -> str:
+    def _cause(self, wrappers: Sequence[str], value: bool) -> str:
         keys, shapes = [*self.unexpected, *self.missing], self.shapes or {}
         if any(0 in found for found, _ in shapes.values()):
             return "Empty tensors were saved under ZeRO-3 without gathering them: save the model again, gathered"
@@ -138,11 +134,12 @@ class Faults:
             return "The file holds a model with an adapter inside: merge the adapter, or give the adapter's own folder"
         if any(re.search(r"(qweight|qzeros|absmax|weight_scale|scale_inv|quant_state)", k) for k in self.unexpected):
             return "The weights are quantised: give the model that is not"
+        if self.unexpected and not self.missing and all(HEADS.match(key) for key in self.unexpected) and value:
+            return "They may be its score: save it as score.weight, or as value_head.safetensors with v_head.summary"
         if any(key.startswith(("score.", "classifier.")) for key in self.unexpected):
             return "This is a classifier, which has no language-model head: give a causal language model"
-        prefix = _common_prefix(self.unexpected)
-        if prefix and self.missing:
-            return f"All keys that fit nothing begin with {prefix}: a wrapper's prefix; save the model without it"
+        if self.missing and len(wrappers) == 1 and all(key.startswith(wrappers[0]) for key in self.unexpected):
+            return f"All keys that fit nothing begin with {wrappers[0]}: a wrapper's prefix; save the model without it"
         if shapes and not keys:
             return "config.json is another model's, or the embedding was resized: its sizes must be those of the file"
         if self.missing and not self.unexpected:
@@ -166,9 +163,11 @@ def refuse_broken(where: str, tensors: Mapping[str, Tensor]) -> None:
         )
     bad = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if bad:
+        small = all(tensors[name].dtype == torch.float16 for name in bad)
+        more = ", or they are larger than float16 holds (--dtype bfloat16 or float32)" if small else ""
         raise ValueError(
             f"{where}: {len(bad)} weights hold NaN or infinity ({shown(bad)}): the run that made them diverged, or the "
-            "file is damaged; take an earlier checkpoint or copy it again"
+            f"file is damaged{more}; take an earlier checkpoint or copy it again"
         )
 
 
@@ -205,7 +204,7 @@ def refuse_other_kinds(where: str, config: Any, *, trusted: bool) -> None:
 
 
 def _refuse_quantised(where: str, config: Any) -> None:
-    """Raise ValueError where weights are stored in fewer bits than they are trained in."""
+    """Raise ValueError where weights are stored in fewer bits than they are trained in, or not as tensors alone."""
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         given = quantised if isinstance(quantised, dict) else quantised.to_dict()
@@ -215,7 +214,8 @@ def _refuse_quantised(where: str, config: Any) -> None:
         )
     for file in weight_files(where):
         if file.suffix != ".safetensors":
-            continue
+            with tensors_in(file, mapped=True):
+                continue
         with reading(file), safe_open(file, framework="pt") as stored:
             odd = {
                 key: dtype
@@ -246,31 +246,6 @@ def _dequantised(where: str, method: str) -> str:
     )
 
 
-@contextmanager
-def reading(file: Path | str) -> Iterator[None]:
-    """A context in which an error of reading the weights in `file` becomes a ValueError that names it."""
-    try:
-        yield
-    except (SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{file}: its weights cannot be read, the file is cut or damaged: {first}; copy it again"
-        ) from error
-
-
-def weight_files(where: str) -> list[Path]:
-    """The files with the weights of a folder or of a hub name that was downloaded; [] where none is found."""
-    folder = Path(where)
-    if not folder.is_dir():
-        found = cached_file(where, "config.json", _raise_exceptions_for_missing_entries=False)
-        folder = Path(found).parent if found else folder
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).exists():
-            names = json.loads((folder / index).read_text()).get("weight_map", {}).values()
-            return sorted(folder / name for name in set(names) if (folder / name).exists())
-    return [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).exists()][:1]
-
-
 def stored_head(where: str) -> dict[str, Tensor]:
     """The tensors of a score layer or a value head inside the weights of a model: {} where it has none.
 
@@ -280,23 +255,6 @@ def stored_head(where: str) -> dict[str, Tensor]:
     for file in weight_files(where):
         found |= read_tensors(file, HEAD_KEYS)
     return found
-
-
-def read_tensors(file: Path, wanted: re.Pattern[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a pickle of tensors alone, by key without wrappers' names.
-
-    wanted: which keys, after the names of wrappers are taken away. Raises ValueError where the file cannot be read.
-    """
-    with reading(file):
-        if file.suffix != ".safetensors":
-            state = torch.load(file, weights_only=True, map_location="cpu", mmap=wanted is not None)
-            named = {WRAPPERS.sub("", key): tensor for key, tensor in state.items()}
-            return {key: tensor for key, tensor in named.items() if wanted is None or wanted.search(key)}
-        if wanted is None:
-            return {WRAPPERS.sub("", key): tensor for key, tensor in load_file(file).items()}
-        with safe_open(file, framework="pt") as stored:
-            keys = {key: WRAPPERS.sub("", key) for key in stored.keys()}  # noqa: SIM118
-            return {name: stored.get_tensor(key) for key, name in keys.items() if wanted.search(name)}
 
 
 def _loaded(where: str, config: Any, value: bool, how: Mapping[str, Any]) -> tuple[PreTrainedModel, Faults]:

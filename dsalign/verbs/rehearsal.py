@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dsalign.checkpoint.progress import Progress
 from dsalign.config import ds_files
@@ -28,7 +28,7 @@ from dsalign.memory.states import Zero
 from dsalign.models.heads import BIAS, VALUE_HEAD_FILE, WEIGHT
 from dsalign.models.load import VALUE_ROLES
 from dsalign.models.names import Source
-from dsalign.models.tokenizer import named, vocab_size
+from dsalign.models.tokenizer import config_of, vocab_size
 from dsalign.rewards.sources import rewards_of
 
 LAYERS, WIDTH, HEADS, EXPERTS = 2, 64, 4, 4
@@ -90,8 +90,7 @@ def build_tiny(role: str, source: Source, config: RunConfig, folder: Path) -> So
     Raises TooOddError where the family cannot be built so.
     """
     trust = config.models.trust_remote_code
-    with named(source):
-        settings = AutoConfig.from_pretrained(source.weights, trust_remote_code=trust)
+    settings = config_of(source, config.models)
     family = settings.model_type
     try:
         with torch.random.fork_rng():

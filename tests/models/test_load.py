@@ -125,6 +125,22 @@ def adapter_folder(tiny: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "expected JSON, got an error"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id: expected ids of tokens, got '</s>'"),
+    ],
+)
+def test_end_tokens_that_cannot_be_read_are_not_left_out(content: str, said: str, tmp_path: Path) -> None:
+    """A model without the file has none; one whose file is broken would learn to end turns otherwise."""
+    folder = tiny_folder(tmp_path)
+    (folder / "generation_config.json").write_text(content)
+    source = resolve(str(folder))
+    with pytest.raises(ValueError, match=rf"generation_config.json: {said}"):
+        end_token_ids(source, load_tokenizer(source, options()))
+
+
 def test_the_tokenizer_of_an_adapter_is_preferred(tiny: Path, tmp_path: Path) -> None:
     """It may have a chat template of its own; an adapter folder without a tokenizer has the base's."""
     source = resolve(str(adapter_folder(tiny, tmp_path)))
@@ -190,7 +206,17 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     """A folder with a configuration and no weights."""
     folder = tiny_folder(tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=rf"^model: {folder} could not be opened: "):
+    with pytest.raises(ValueError, match=rf"^model: {folder} could not be opened: .* It has config.json, .*copy the"):
+        load_causal(resolve(str(folder)))
+
+
+@pytest.mark.parametrize("changed", [{"num_attention_heads": "4"}, {"model_type": "lama"}, {"hidden_size": -1}])
+def test_a_configuration_that_cannot_be_used_is_named(changed: dict[str, Any], tmp_path: Path) -> None:
+    """A value of another type, of another model type, and one that no model can have."""
+    folder = tiny_folder(tmp_path)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | changed))
+    with pytest.raises(ValueError, match=rf"^model: {folder}: its config.json cannot be used: .*correct it, or copy"):
         load_causal(resolve(str(folder)))
 
 
