@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, PeftType, TaskType, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +21,9 @@ ROOT = "base_model.model."  # how PEFT's keys begin
 EMBEDDINGS = re.compile(
     r"\.(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.(?:modules_to_save\.)?(?:weight$|lora_embedding_A)"
 )
+OWN_FORWARD = ("POLY", "XLORA", "ADALORA")  # these choose or count beside the layers
+# Options of LoRA that repeat layers of the base, or apply the adapter to some tokens.
+OWN_LAYERS = ("layer_replication", "alora_invocation_tokens", "arrow_config")
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -45,11 +49,7 @@ def stored(folder: Path) -> Stored:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{folder}/adapter_config.json cannot be read: {error}; copy the folder again") from error
-    if config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING or config.is_prompt_learning:
-        kind = config.peft_type and PeftType(config.peft_type).value
-        raise ValueError(
-            f"{folder}: expected an adapter of layers, such as LORA, got {kind}; merge it into its base and give that"
-        )
+    _refuse_other_kinds(config, folder)
     tensors = read_tensors(file)
     refuse_broken(str(file), tensors)
     state = {_plain(key): tensor for key, tensor in tensors.items()}
@@ -64,6 +64,22 @@ def stored(folder: Path) -> Stored:
         kept = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")]
         config.modules_to_save = kept or None
     return Stored(config, {key: tensor for key, tensor in state.items() if key.removeprefix(ROOT) not in head}, head)
+
+
+def _refuse_other_kinds(config: Any, folder: Path) -> None:
+    """Raise ValueError for an adapter of which a model's layers do not hold all: a forward of PEFT's own, which is not
+    run here, would do the rest."""
+    kind = config.peft_type and PeftType(config.peft_type).value
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if tuner is None or not issubclass(tuner, BaseTuner) or config.is_prompt_learning or kind in OWN_FORWARD:
+        raise ValueError(
+            f"{folder}: expected an adapter of layers, such as LORA, got {kind}; merge it into its base and give that"
+        )
+    if odd := [name for name in OWN_LAYERS if getattr(config, name, None)]:
+        raise ValueError(
+            f"{folder}/adapter_config.json: expected an adapter that each layer applies alike to every token, got one "
+            f"with {odd[0]}; train one without it"
+        )
 
 
 def head_of(folder: Path | None) -> dict[str, Tensor]:
@@ -131,7 +147,10 @@ def fill(peft_model: PeftModel, name: str, adapter: Stored, folder: Path) -> Non
         raise ValueError(
             f"{folder}: the adapter {kind} {' '.join(lines[1:3] or lines)}; name the base that it was trained on"
         ) from error
-    missing = [key for key in found.missing_keys if name in key.split(".")]
+    state = peft_model.state_dict()
+    read = {state[key].data_ptr() for key in state.keys() - set(found.missing_keys) if state[key].numel()}
+    # A tensor that layers share, as VeRA's are, is stored once and has a key in each of them.
+    missing = [k for k in found.missing_keys if name in k.split(".") and state[k].data_ptr() not in read]
     parts = [f"{len(missing)} of its weights are missing ({shown(missing)})"] if missing else []
     if found.unexpected_keys:
         parts.append(f"{len(found.unexpected_keys)} keys belong to no weight ({shown(found.unexpected_keys)})")

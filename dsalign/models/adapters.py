@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from dsalign.config.schema import ModelOptions
 from dsalign.models import adapter_files, lora_targets
 from dsalign.models.names import Source
+from dsalign.models.weights import say_untied
 
 logger = logging.getLogger(__name__)
 TRAINED, START = "default", "start"  # names of the trained adapter, and of a frozen copy of it as training started
@@ -29,18 +30,42 @@ TRAINED, START = "default", "start"  # names of the trained adapter, and of a fr
 def merge(model: PreTrainedModel, adapter: Path | None) -> PreTrainedModel:
     """The model with the adapter in the folder `adapter` merged into its weights; None = the model as it is.
 
-    Raises ValueError as `adapter_files.stored` and `adapter_files.fill` do.
+    Raises ValueError as `opened` and `merged` do.
     """
-    if adapter is None:
-        return model
-    merged: PreTrainedModel = opened(model, adapter, trainable=False).merge_and_unload()
-    return merged
+    return model if adapter is None else merged(opened(model, adapter, trainable=False), adapter)
+
+
+def merged(peft_model: PeftModel, adapter: Path) -> PreTrainedModel:
+    """The model under a PEFT model with its adapter in its weights: it computes what the two did. Where that gives a
+    tied head other numbers than the embedding, it gets a weight of its own, and a line says so. adapter: for messages.
+
+    Raises ValueError where PEFT cannot merge it.
+    """
+    _untie(cast(PreTrainedModel, peft_model.get_base_model()))
+    try:
+        whole: PreTrainedModel = peft_model.merge_and_unload()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{adapter}: expected an adapter that PEFT merges into its base, as a frozen model and --tuner full need "
+            f"it, got: {error}; train it on with --tuner lora, without another model from it, or train one without that"
+        ) from error
+    say_untied(str(adapter), whole)
+    return whole
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give a model a head of its own where it is the embedding and the adapter changes one of the two: merged into the
+    weight of both, the change would reach the other as well."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if ends[1] is not None and ends[0].weight is ends[1].weight and any(isinstance(x, BaseTunerLayer) for x in ends):
+        head = ends[1].get_base_layer() if isinstance(ends[1], BaseTunerLayer) else ends[1]
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
 def opened(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftModel:
     """A PEFT model with the adapter of a folder, called TRAINED; where it is trainable, with its frozen copy START.
 
-    Raises ValueError as `adapter_files.stored` and `adapter_files.fill` do.
+    Raises ValueError as `adapter_files.stored` and `adapter_files.fill` do, and for one to train that has biases.
     """
     stored = adapter_files.stored(adapter)
     adapter_files.resize(model, stored, adapter)
@@ -48,6 +73,12 @@ def opened(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftMod
     peft_model = get_peft_model(model, copy.deepcopy(stored.config), adapter_name=TRAINED)
     adapter_files.fill(peft_model, TRAINED, stored, adapter)
     if trainable:
+        if getattr(stored.config, "bias", "none") != "none":
+            raise ValueError(
+                f"{adapter}/adapter_config.json: expected bias none of an adapter that is trained on, got "
+                f"{stored.config.bias!r}: its biases are the base's own, with no place for a copy as they were; use "
+                "--tuner full, or merge it into its base (dsalign merge) and give that"
+            )
         frozen = copy.deepcopy(stored.config)
         frozen.inference_mode = True
         peft_model.add_adapter(START, frozen)

@@ -80,11 +80,11 @@ def load_checked(where: str, config: Any, *, value: bool, **how: Any) -> PreTrai
         raise ValueError(faults.text(where, model, words, value))
     refuse_doubles(where, pattern, f"{model.base_model_prefix}.")
     refuse_broken(where, {**dict(model.named_parameters()), **_saved_buffers(model)})
-    _say_untied(where, model)
+    say_untied(where, model)
     return model
 
 
-def _say_untied(where: str, model: Any) -> None:
+def say_untied(where: str, model: Any) -> None:
     """Correct the configuration of a model that was read with a head of its own where it says that there is none: what
     is written of it would otherwise be read without that head."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -19,7 +19,7 @@ from dsalign.checkpoint.export import export
 from dsalign.contract.groups import Group
 from dsalign.data.batches.packing import padded
 from dsalign.engines.alone import Alone
-from dsalign.models import load
+from dsalign.models import adapters, load
 from dsalign.models.heads import CausalModel, ValueModel, unwrap
 from dsalign.models.names import Source, resolve
 from dsalign.models.tokenizer import load_tokenizer
@@ -83,7 +83,7 @@ def merge(name: str, output_dir: Path | None, dtype: str, *, trust: bool = False
     size = unwrap(module.model).get_input_embeddings().num_embeddings
     rows = [[i for i in tokenizer(text)["input_ids"] if i < size][:TOKENS] for text in real_texts()]
     before = numbers_of(module, rows)
-    module.model = module.model.merge_and_unload()
+    module.model = adapters.merged(module.model, source.adapter)
     gap, largest = float((numbers_of(module, rows) - before).abs().max()), float(before.abs().max())
     what = "logits" if role == "policy" else "scores"
     _refuse(gap, BOUND, largest, f"{what} of the merged model and of the adapter {source.adapter}", "merged in float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VBLoRAConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import VOCABULARY, section, tiny_config, tiny_folder, tiny_tokenizer
 from test_weights import rewrite
@@ -172,3 +173,84 @@ def test_an_adapter_of_another_kind_is_refused(tiny: Path, tmp_path: Path) -> No
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
     with pytest.raises(ValueError, match=rf"^{adapter}: expected an adapter of layers, such as LORA, got PROMPT_TUNIN"):
         frozen("reference", tiny, adapter)
+
+
+KINDS = {
+    "shared projections": VeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "a shared bank": VBLoRAConfig(r=2, num_vectors=8, vector_length=16, topk=2, target_modules=["q_proj"]),
+    "DoRA": LoraConfig(r=2, use_dora=True, target_modules=["q_proj", "v_proj"]),
+    "a scale by the root of the rank": LoraConfig(r=4, use_rslora=True, target_modules=["q_proj"]),
+    "ranks of their own": LoraConfig(r=2, rank_pattern={"q_proj": 4}, target_modules=["q_proj", "v_proj"]),
+    "single tokens": LoraConfig(r=2, trainable_token_indices=[5, 9], target_modules=["q_proj"]),
+    "an embedding": LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
+    "a head": LoraConfig(r=2, target_modules=["lm_head", "q_proj"]),
+    "a copy of the embedding": LoraConfig(r=2, modules_to_save=["embed_tokens"], target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, that merging does what is tested here
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_computes_what_peft_does(kind: str, tied: bool, tmp_path: Path) -> None:
+    """Merged, written again, and trained on: the logits are PEFT's. A head that is the embedding is told from it where
+    the adapter changes one of the two."""
+    base = tiny_folder(tmp_path / "base", tie_word_embeddings=tied, num_hidden_layers=1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), copy.deepcopy(KINDS[kind]))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=draw) * 0.1)
+        want = model.eval()(IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    frozen("reference", base, tmp_path / "adapter").model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    for found in (trained("policy", base, tmp_path / "adapter").model, again):
+        with torch.no_grad():
+            torch.testing.assert_close(found.eval()(IDS).logits, want, rtol=0, atol=1e-4)
+
+
+ODD = {  # keys of adapter_config.json, and what is said of them
+    "layers of the base twice": (
+        {"layer_replication": [[0, 2], [1, 2]]},
+        "applies alike to every token, got one with lay",
+    ),
+    "from a token on": (
+        {"alora_invocation_tokens": [5]},
+        "applies alike to every token, got one with alora_invocation",
+    ),
+    "skills": ({"peft_type": "POLY"}, "expected an adapter of layers, such as LORA, got POLY"),
+    "a prompt in the layers": (
+        {"peft_type": "ADAPTION_PROMPT"},
+        "expected an adapter of layers, such as LORA, got ADAPT",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_adapter_that_layers_do_not_hold_is_refused(case: str, tiny: Path, tmp_path: Path) -> None:
+    """PEFT's own forward would do the rest: without it the numbers are others, and nothing would say so."""
+    changed, said = ODD[case]
+    adapter = trained_adapter(AutoModelForCausalLM.from_pretrained(tiny), tmp_path)
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    kept = {} if "peft_type" in changed else told
+    (adapter / "adapter_config.json").write_text(json.dumps(kept | changed))
+    with pytest.raises(ValueError, match=said):
+        trained("policy", tiny, adapter)
+
+
+def test_an_adapter_that_cannot_be_merged_is_trained_on_alone(tiny: Path, tmp_path: Path) -> None:
+    """A bias of its own, of layers that have none: PEFT has no place for it in the base."""
+    adapter = trained_adapter(AutoModelForCausalLM.from_pretrained(tiny), tmp_path, lora_bias=True)
+    trained("policy", tiny, adapter)
+    with pytest.raises(ValueError, match=rf"^{adapter}: expected an adapter that PEFT merges into its base"):
+        frozen("reference", tiny, adapter)
+
+
+def test_trained_biases_of_the_base_have_no_copy(tmp_path: Path) -> None:
+    """They are merged, and refused where training would go on beside the weights it started from."""
+    base = tiny_folder(tmp_path / "base", attention_bias=True, num_hidden_layers=1)
+    adapter = trained_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", bias="all")
+    frozen("reference", base, adapter)
+    with pytest.raises(ValueError, match=r"expected bias none of an adapter that is trained on, got 'all'"):
+        trained("policy", base, adapter)
