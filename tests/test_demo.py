@@ -16,7 +16,7 @@ from support import read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsalign.config.parse import parse
-from dsalign.data.tokens.templates import load_template
+from dsalign.data.tokens.load_template import load_template
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -52,12 +52,13 @@ def settings(
     batches: int,
     layout: Mapping[str, Any],
     versions: Mapping[str, str],
+    day: str = "",
 ) -> dict[str, Any]:
     """What a checkpoint keeps of the run that wrote it, JSON-able.
 
     ranks: their number. inputs: what data, models and reward functions hold, see `engines.identity`. batches: global
     batches of the whole run. layout: how weights and moments lie over the ranks, see `engines.engine.layout`.
-    versions: of Python and libraries.
+    versions: of Python and libraries. day: that templates write as today's, which the run goes on with.
     """
     return {
         "options": options(config),
@@ -67,6 +68,7 @@ def settings(
         "batches": batches,
         "layout": dict(layout),
         "versions": dict(versions),
+        "day": day,
     }
 
 

@@ -34,3 +34,9 @@ def check(config: RunConfig, mine: dict[str, Any]) -> None:
         return
     folder, content = read
     fingerprint.compare(content.get("fingerprint", {}), mine, folder)
+
+
+def day(config: RunConfig) -> str:
+    """The day that templates wrote in the run that --resume continues, "" for a new run, or where none is known."""
+    read = run_folders.kept(run_folders.find(config.output.resume, Path(config.output.output_dir)))
+    return str(read[1].get("fingerprint", {}).get("day", "")) if read is not None else ""

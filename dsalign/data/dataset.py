@@ -26,7 +26,17 @@ from dsalign.data.batches.loader import epoch_order
 from dsalign.data.rows.iterate import Skipped, iter_rows
 from dsalign.data.rows.readers import version
 from dsalign.data.rows.records import Row, shorten_name
-from dsalign.data.tokens.encoder import BLANK, IDENTICAL, SPELLED, UNOPENED, Encoder, Tally, Tokenized, tokenize_rows
+from dsalign.data.tokens.encoder import (
+    BLANK,
+    IDENTICAL,
+    SPELLED,
+    UNKNOWN,
+    UNOPENED,
+    Encoder,
+    Tally,
+    Tokenized,
+    tokenize_rows,
+)
 from dsalign.data.tokens.group_store import GroupStore, Part, Stored, write_store
 from dsalign.data.tokens.processes import num_processes, tokenised_chunks
 from dsalign.data.tokens.templates import Template
@@ -170,7 +180,7 @@ def _token_recipe(config: RunConfig, template: Template) -> tuple[Any, ...]:
     tokenizer = template.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    written = template.chat_template or tokenizer.chat_template
+    written = template.chat_template or tokenizer.chat_template, template.day if template.dated else ""
     options = config.data
     rows = (
         config.algorithm.traits.data,
@@ -240,7 +250,8 @@ def what_was_noticed(template: Template, found: Tokenized) -> list[str]:
     if unread:
         named = ", ".join(f"{shorten_name(name)} ({count} rows)" for name, count in sorted(unread.items())[:MOST_NAMED])
         more = ", ..." if len(unread) > MOST_NAMED else ""
-        lines.append(f"not read: {named}{more}; rename what is meant with --columns theirs=ours, or remove it")
+        keys = "; a key of messages is renamed in the file" if any("[]." in name for name in unread) else ""
+        lines.append(f"not read: {named}{more}; rename what is meant with --columns theirs=ours, or remove it{keys}")
     if spelled := found.noticed.get(SPELLED):
         how = "as these tokens" if template.special_in_text else "as text"
         other = "false" if template.special_in_text else "true"
@@ -256,11 +267,18 @@ def what_was_noticed(template: Template, found: Tokenized) -> list[str]:
         lines.append(
             f"{identical} rows have the same answer as chosen and rejected: they teach nothing, leave them out"
         )
+    if unknown := found.noticed.get(UNKNOWN):
+        lines.append(
+            f"{unknown} rows have characters for which the tokenizer has no token: they are read, and learnt, as "
+            f"{template.tokenizer.unk_token}; leave these rows out, or take a model whose tokenizer has them"
+        )
+    if template.dated:
+        lines.append(f"the template writes today's date: {template.day[:10] or 'that of each moment'} in every row")
     opened = template.opened.strip()
     if unopened := found.noticed.get(UNOPENED):
+        begin = f"{opened}, with which the template opens every answer" if opened else "all that opens an answer there"
         lines.append(
-            f"{unopened} rows have answers that do not begin with {opened or 'what'}"
-            f"{',' if opened else ''} with which the template opens every answer: they are learnt behind a prompt "
+            f"{unopened} rows have answers that do not begin with {begin}: they are learnt behind a prompt "
             "without it, and the model will be asked with it; let the answers begin with it, or use another --template"
         )
     if opened and len(found.groups) and not found.groups[0].completions:

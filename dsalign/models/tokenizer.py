@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsalign.config.schema import ModelOptions, RunConfig
-from dsalign.data.tokens.templates import ANSWER, Template, load_template
+from dsalign.data.tokens.load_template import load_template
+from dsalign.data.tokens.templates import ANSWER, Template
 from dsalign.models.adapter_files import num_embeddings
 from dsalign.models.heads import unwrap
 from dsalign.models.names import Source
@@ -43,7 +45,7 @@ def template_of(config: RunConfig, source: Source) -> Template:
             f"model: {source.weights} has embeddings for {rows} token ids, but {beyond[0]} is to end a turn; correct "
             "eos_token_id in generation_config.json, or give the tokenizer that belongs to the model"
         )
-    template = replace(template, vocab_size=rows)
+    template = replace(template, vocab_size=rows, day=datetime.now().isoformat(timespec="seconds"))
     if template.chat_template is not None:
         tokenizer.chat_template = template.chat_template  # final/ is to be prompted as it was trained
     return template

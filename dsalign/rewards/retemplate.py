@@ -80,5 +80,7 @@ def retemplate_of(config: RunConfig, sources: Mapping[str, Source], policy: Temp
     )
     if warning:
         logger.warning("reward model: %s", warning)
-    template = replace(template, whole=False)  # it judges what its template shows it: no reason to end a run
+    template = replace(
+        template, whole=False, day=policy.day
+    )  # it judges what its template shows it: no reason to end a run
     return Retemplate(template, decoder(policy.tokenizer), policy.end_ids, policy.opened)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def _built(
     sources = build.sources(config)
     phases.mark("data")
     template = dist.together(lambda: template_of(config, sources[config.algorithm.traits.main]))
+    day = dist.together(lambda: resuming.day(config)) or template.day
+    template = replace(template, day=dist.from_rank_0(day))  # ranks start, and runs are resumed, after midnight too
     retemplate = dist.together(lambda: retemplate_of(config, sources, template))
     if retemplate is not None:
         sources = build.with_critic_of_ids(sources, template, retemplate.template)
@@ -97,6 +100,7 @@ def _built(
         batches=total_batches,
         layout=layout(config.optim, resolve_dtype(config.models.dtype, device)),
         versions=identity.versions(),
+        day=template.day,
     )
     dist.together(lambda: resuming.check(config, settings))  # before the time that weights take
 

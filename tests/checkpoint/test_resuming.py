@@ -44,3 +44,14 @@ def test_a_new_run_is_not_compared(tmp_path: Path) -> None:
         resuming.check_options(config("--output_dir", str(tmp_path), "--seed", "7", *given), 2)
     (checkpoint(tmp_path, 4) / "trainer.json").write_text("{")
     resuming.check_options(config("--output_dir", str(tmp_path), "--resume", "--seed", "7"), 2)
+
+
+def test_templates_write_the_day_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    """A new run, and one of a checkpoint that knows none, take today's."""
+    found = checkpoint(tmp_path, 4)
+    given = config("--output_dir", str(tmp_path), "--resume")
+    assert (resuming.day(config("--output_dir", str(tmp_path))), resuming.day(given)) == ("", "")
+    kept = json.loads((found / "trainer.json").read_text())
+    kept["fingerprint"]["day"] = "2026-11-29T19:00:00"
+    (found / "trainer.json").write_text(json.dumps(kept))
+    assert resuming.day(given) == "2026-11-29T19:00:00"

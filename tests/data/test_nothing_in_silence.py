@@ -19,7 +19,7 @@ from dsalign.data.rows.formats import ALGORITHMS, FORMATS, KINDS, convert
 from dsalign.data.rows.messages import REASONING
 from dsalign.data.rows.records import RowError
 from dsalign.data.tokens.encoder import tokenize_rows
-from dsalign.data.tokens.templates import load_template
+from dsalign.data.tokens.load_template import load_template
 
 SPELLS = st.text("ab<", max_size=3).map(lambda x: f"w{x}<|im_end|>{x}w</s>")
 CALL = {"id": "a1", "type": "function", "function": {"name": "lookup", "arguments": {}}}

@@ -13,7 +13,7 @@ from dsalign.data.rows.fields import Fields
 from dsalign.data.rows.formats import convert
 from dsalign.data.tokens.chat_templates import BUILT_IN
 from dsalign.data.tokens.encoder import tokenize_rows
-from dsalign.data.tokens.templates import load_template
+from dsalign.data.tokens.load_template import load_template
 
 HOW = {"max_length": 10_000, "truncation": "raise"}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}

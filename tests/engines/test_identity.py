@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from dsalign.config.parse import parse
 from dsalign.contract.groups import Group
-from dsalign.data.tokens.templates import load_template
+from dsalign.data.tokens.load_template import load_template
 from dsalign.engines import dist, identity
 from dsalign.models.names import Source
 

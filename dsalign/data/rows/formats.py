@@ -71,10 +71,26 @@ def _asked(column: str, *answers: str) -> Callable[[Fields], Parts]:
     each answer."""
 
     def read(fields: Fields) -> Parts:
-        prompt = _prompt(fields, column)
+        beside = answers or tuple(name for name in ("chosen", "rejected") if name in fields.values)
+        prompt = _fuller(fields, _prompt(fields, column), beside)
+        fields.taken.difference_update(set(beside) - set(answers))  # of prompts they reach the reward functions
         return prompt, [_answer(fields, name, prompt) for name in answers]
 
     return read
+
+
+def _fuller(fields: Fields, prompt: Turns, answers: tuple[str, ...]) -> Turns:
+    """The prompt, or where it is one question, and the columns of the answers hold whole conversations with this
+    question among other turns, what those begin with."""
+    whole = [fields.values[name] for name in answers]
+    if len(prompt) > 1 or not whole or not all(isinstance(given, list) and len(given) > 2 for given in whole):
+        return prompt
+    first, *others = ([*turns(fields, name)[:-1]] for name in answers)
+    return (
+        order(fields, answers[0], first, last=ASKS)
+        if prompt[0] in first and all(x == first for x in others)
+        else prompt
+    )
 
 
 def _conversation(column: str, *answers: str) -> Callable[[Fields], Parts]:
@@ -310,12 +326,21 @@ def _advice(fields: Fields, kind: str) -> str:
         if any(columns >= needs for needs in layouts[other]):
             alone = f"the row has no answer, which {kind} need; " if other == "prompts" else ""
             return f"{alone}these are rows for --algo {ALGORITHMS[other]}"
+    for name, value in fields.values.items():
+        every = [needs for one in layouts.values() for needs in one]
+        if isinstance(value, Mapping) and any(value.keys() >= needs for needs in every):
+            return (
+                f"these columns are inside {shorten_name(name)}: put {', '.join(map(shorten_name, value))} on the row"
+            )
     for other in others:
         if renamed := _renaming(columns, other):
             return f"these are rows for --algo {ALGORITHMS[other]} once renamed with --columns {as_flags(renamed)}"
     known = {*KNOWN, "system", "tools"}.union(*(needs for every in layouts.values() for needs in every))
     if fields.text_only and columns.isdisjoint(known):
         return "is the first line of the file a row? It must name the columns, as prompt,completion does"
+    if len(columns) == 1 and kind != "prompts" and isinstance(next(iter(fields.values.values())), str):
+        layout = next(needs for needs in FORMATS[kind] if "prompt" in needs)
+        return f"{kind} need a question and an answer apart: write columns {layout} from it"
     return "rename with --columns theirs=ours"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsalign.contract.groups import Message
 from dsalign.data.rows.fields import EMPTY, FOLLOWS, LEARNT, MEDIA, NO_MEDIA, Fields
-from dsalign.data.rows.records import Turns
+from dsalign.data.rows.records import Turns, shorten_name
 
 ROLES = {
     "system": "system",
@@ -38,7 +38,9 @@ OF_ASSISTANT = {
     "function_call": "only the assistant calls: move it to its turn, or remove it",
 }
 OF_ROW = {"tools": "functions belong to the row: move them to a column tools"}
-READ = {"role", "content", "from", "value", "name", "tool_call_id", *OF_ASSISTANT, *OF_ROW, *LEARNT, *MEDIA}
+KEYS = (("role", "content"), ("from", "value"))  # of a message's role and text, as OpenAI and ShareGPT call them
+TEXTS = tuple(text for _, text in KEYS)  # some write one's role with the other's text
+READ = {"name", "tool_call_id", *OF_ASSISTANT, *OF_ROW, *LEARNT, *MEDIA}
 
 
 def turns(fields: Fields, column: str) -> Turns:
@@ -60,9 +62,10 @@ def turns(fields: Fields, column: str) -> Turns:
 
 def _turn(fields: Fields, column: str, list_name: str, message: object) -> Message:
     if isinstance(message, Mapping):
-        for role, content in (("role", "content"), ("from", "value")):
+        for role, content in KEYS:
             theirs = message.get(role)
             if theirs is not None:
+                content = next((key for key in (content, *TEXTS) if message.get(key) is not None), content)
                 ours = ROLES.get(theirs) if isinstance(theirs, str) else None
                 if ours is None:
                     small = theirs.lower() if isinstance(theirs, str) else ""
@@ -70,24 +73,37 @@ def _turn(fields: Fields, column: str, list_name: str, message: object) -> Messa
                     raise fields.bad(f"{column}.{role}", f"one of {', '.join(ROLES)}", theirs, fix)
                 if len(message) == 2 and isinstance(message.get(content), str) and theirs != "function_call":
                     return {"role": ours, "content": fields.check_text(f"{column}.{content}", message[content])}
-                return _message(fields, column, list_name, ours, content, message, theirs == "function_call")
+                keys = (role, content)
+                return _message(fields, column, list_name, ours, keys, message, is_call=theirs == "function_call")
     alone = ", or the text alone, not in a list" if isinstance(message, str) else ""
     raise fields.bad(column, "a message", message, f'write {{"role": ..., "content": ...}}{alone}')
 
 
 def _message(
-    fields: Fields, column: str, list_name: str, role: str, content: str, given: Mapping[str, Any], is_call: bool
+    fields: Fields,
+    column: str,
+    list_name: str,
+    role: str,
+    keys: tuple[str, str],
+    given: Mapping[str, Any],
+    *,
+    is_call: bool,
 ) -> Message:
-    """A message with more than a role and a text. content: the key of its text. is_call: the text is a call."""
+    """A message with more than a role and a text. keys: of its role and its text. is_call: the text is a call."""
+    content = keys[1]
     message = {name: value for name, value in given.items() if value is not None and value not in EMPTY}
     _check_keys(fields, column, role, message)
-    read = READ - ({"from", "value"} if content == "content" else {"role", "content"})
+    read = READ | set(keys)
     unread = [name for name in message if name not in read or (name == "name" and role != "tool")]
     fields.unread.update(dict.fromkeys(f"{list_name}[].{name}" for name in unread))
     found: dict[str, Any] = {"role": role, "content": ""}
     calls = _calls(fields, column, message, given.get(content) if is_call else None)
     if not is_call and (given.get(content) is not None or not calls):  # who calls a tool need not say anything
-        found["content"] = _text(fields, f"{column}.{content}", given.get(content))
+        if given.get(content) is None:
+            has = ", ".join(map(shorten_name, given))
+            fix = f"the keys of this message are {has}: write its text under {content}"
+            raise fields.bad(f"{column}.{content}", "text", None, fix)
+        found["content"] = _text(fields, f"{column}.{content}", given[content])
     for name in ("name", "tool_call_id") if role == "tool" else ():
         if name in message:
             found[name] = fields.check_text(f"{column}.{name}", message[name])

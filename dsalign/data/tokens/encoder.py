@@ -23,8 +23,8 @@ THREADS = 2  # chunks that are encoded at a time: one is rendered while another 
 TOO_LONG = "longer than max_length"
 NOTHING_LEFT = "no completion token left"
 # What is noticed of rows: a text that spells a special token; answers that do not begin as the template opens them;
-# no text in the question or in an answer; the same answer as chosen and rejected.
-SPELLED, UNOPENED, BLANK, IDENTICAL = "spelled", "unopened", "blank", "identical"
+# no text in the question or in an answer; the same answer as chosen and rejected; characters without a token.
+SPELLED, UNOPENED, BLANK, IDENTICAL, UNKNOWN = "spelled", "unopened", "blank", "identical", "unknown"
 T = TypeVar("T")
 
 
@@ -92,13 +92,15 @@ class Encoder:
 
         Raises ValueError for a row that the template refuses, and for one that is too long where truncation is "raise".
         """
-        tally, found = Tally(), list[Group]()
+        tally, found, unknown = Tally(), list[Group](), self.template.unknown
         for row, encoded in zip(rows, self._encoded(rows), strict=True):
             if isinstance(encoded, ValueError):
                 tally.refused.add(encoded)
                 continue
             tally.num_rows += 1
             tally.noticed.update(_noticed(row, encoded))
+            if unknown is not None and encoded.holds(unknown):
+                tally.noticed[UNKNOWN] += 1
             if row.unread:
                 tally.unread.update(row.unread)
             cut = self._cut(row, encoded, tally)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -26,12 +27,13 @@ Tools = Sequence[Tool]
 class Renderer:
     """Writes conversations as text by a chat template.
 
-    name: for messages. chat_template: Jinja, None = the tokenizer's own.
+    name: for messages. chat_template: Jinja, None = the tokenizer's own. day: as in `Template`.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     chat_template: str | None
+    day: str = ""
 
     def __call__(
         self, conversations: Sequence[tuple[Conversation, Tools]], add_generation_prompt: bool = False
@@ -62,6 +64,8 @@ class Renderer:
                     f"template {self.name!r}: expected a template that writes {name}, got one that does not name them; "
                     "use a model whose own template does, --template chatml or qwen, or leave them out of the row"
                 )
+        if "tool_call_id" not in self._source:
+            _check_calls(self.name, turns)
         thought = [
             {**turn, **dict.fromkeys(REASONING, turn[REASONING[0]])} if REASONING[0] in turn else turn for turn in turns
         ]
@@ -108,8 +112,10 @@ class Renderer:
         compiled = self._compiled.get(source)
         if compiled is None:
             compiled = self._compiled[source] = bounded_template(source)
-        given: Mapping[str, Any] = self.tokenizer.special_tokens_map
-        return rendered(compiled, conversations, tools, {**given, "add_generation_prompt": add_generation_prompt})
+        given: dict[str, Any] = {**self.tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
+        if self.day:
+            given["strftime_now"] = datetime.fromisoformat(self.day).strftime
+        return rendered(compiled, conversations, tools, given)
 
     @cached_property
     def _compiled(self) -> dict[str, Any]:
@@ -123,3 +129,20 @@ class Renderer:
     @cached_property
     def _source(self) -> str:
         return str(self.chat_template or self.tokenizer.chat_template)
+
+
+def _check_calls(name: str, turns: Conversation) -> None:
+    """Raises ValueError where a tool answers another call than that of its place: a template that writes no ids would
+    show it as the answer to that one."""
+    asked: list[Any] = []
+    for turn in turns:
+        if turn["role"] != "tool":
+            asked = [call.get("id") for call in turn.get("tool_calls", ())]
+            continue
+        call, answered = (asked.pop(0) if asked else None), turn.get("tool_call_id")
+        if None not in (call, answered) and call != answered:
+            raise ValueError(
+                f"template {name!r}: expected answers of tools in the order of their calls, as it writes no "
+                f"tool_call_id, got that of {answered} in the place of {call}; change the order, or name a template "
+                "that writes them"
+            )

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from dsalign.contract.groups import Message
 from dsalign.data.rows.records import Answer, shorten
-from dsalign.data.tokens.chat_templates import BUILT_IN
 from dsalign.data.tokens.render import Conversation, Renderer, Tools
 from dsalign.data.tokens.spelled import Spelled, texts_of
 from dsalign.data.tokens.text_ids import TextIds, lacks, length_shared
 from dsalign.data.tokens.whole_answers import FIX, Missing, answer_end, check_prompt, compact
 
-NAMES = tuple(BUILT_IN)
 ANSWER = "an answer"  # what a template is asked to write, to see what it writes around it
 KEPT = "earlier turns to stay as they are when the conversation goes on"
 OPENED = "every answer to begin as the template opens it"
@@ -37,6 +33,10 @@ class Encoded(NamedTuple):
     spelled: bool = False  # whether a text of the row spells a special token
     unopened: bool = False  # whether an answer does not begin with all that the template opens answers with
 
+    def holds(self, token: int) -> bool:
+        """Whether a token is among the ids."""
+        return token in self.prompt or any(token in ids for ids in self.completions)
+
 
 @dataclass(frozen=True)
 class Template:
@@ -45,7 +45,8 @@ class Template:
     name: for messages. chat_template: Jinja, None = the tokenizer's own. end_ids: the ids that end a turn, never empty.
     vocab_size: of the model, None = the tokenizer's; ValueError is raised for text with an id beyond it.
     special_in_text: whether a text of a row that spells a special token is that token; else it is text.
-    whole: a template that leaves out some of an answer, a question or a system prompt is refused.
+    whole: a template that leaves out some of an answer, a question or a system prompt is refused. day: what a template
+    that writes today's date takes for now, as ISO 8601; "" = the time at which it writes.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Template:
     vocab_size: int | None = None
     special_in_text: bool = False
     whole: bool = True
+    day: str = ""
 
     def render(self, prompt: Conversation, tools: Tools = ()) -> str:
         """The prompt as text, up to where the answer starts. tools: functions that the answer may call. Raises
@@ -131,8 +133,15 @@ class Template:
         return found
 
     def _tails(self, prompt: Conversation, answers: Sequence[Answer], opening: str, wholes: Sequence[str]) -> list[str]:
-        """What the template writes behind each answer. Raises Missing where it leaves out some of what the row says."""
+        """What the template writes behind each answer. Raises Missing where it leaves out some of what the row says,
+        ValueError where an answer does not follow all that the prompt says."""
         check_prompt(prompt, opening)
+        shared = min((length_shared(opening, x) for x in wholes if not x.startswith(opening)), default=len(opening))
+        if shared < len(opening):  # what stands behind is no part of the prompt that is trained on
+            try:
+                check_prompt(prompt, opening[:shared])
+            except Missing:
+                raise self._another_prompt(self._spelled.shown(opening[:shared])) from None
         return [x[answer_end(assistant(a), x, opening, self._opens) :] for a, x in zip(answers, wholes, strict=True)]
 
     def _left_out(self, error: Missing) -> ValueError:
@@ -254,15 +263,29 @@ class Template:
         if cut == 0:
             raise ValueError(self._no_prompt(prompt_text))
         if not self.end_ids.isdisjoint(opening[cut:]):
-            raise ValueError(
-                f"template {self.name!r}: expected the same prompt with and without an answer, got another one after "
-                f"{self.tokenizer.decode(opening[:cut])[-100:]!r}; name a template that keeps earlier turns as they are"
-            )
+            raise self._another_prompt(self.tokenizer.decode(opening[:cut]))
         return Encoded(prompt_text, opening[:cut], [self._ended(ids[cut:]) for ids in whole])
+
+    @property
+    def unknown(self) -> int | None:
+        """The token that stands for characters without one; None where the tokenizer has none, or it ends turns too."""
+        token: int | None = self.tokenizer.unk_token_id
+        return None if token in self.end_ids or token == self.tokenizer.bos_token_id else token
+
+    @property
+    def dated(self) -> bool:
+        """Whether the template writes today's date."""
+        return "strftime_now" in str(self.chat_template or self.tokenizer.chat_template)
+
+    def _another_prompt(self, same: str) -> ValueError:
+        return ValueError(
+            f"template {self.name!r}: expected the same prompt with and without an answer, got another one after "
+            f"{same[-100:]!r}; name a template that keeps earlier turns as they are"
+        )
 
     @cached_property
     def _render_all(self) -> Renderer:
-        return Renderer(self.name, self.tokenizer, self.chat_template)
+        return Renderer(self.name, self.tokenizer, self.chat_template, self.day)
 
     @cached_property
     def _spelled(self) -> Spelled:
@@ -321,70 +344,6 @@ class Template:
     def _ended(self, ids: list[int]) -> list[int]:
         end = min((ids.index(x) for x in self.end_ids if x in ids), default=len(ids))
         return [*ids[:end], self._first_end(ids[end:])]
-
-
-def load_template(
-    tokenizer: PreTrainedTokenizerBase, name: str | None, end_ids: Iterable[int]
-) -> tuple[Template, str | None]:
-    """(the template, a line of warning or None).
-
-    name: one of NAMES, the path of a .jinja file, or None = the tokenizer's own, or ChatML with a warning where it has
-    none. end_ids: those of the model's generation_config.eos_token_id; the tokenizer's EOS counts as well, and so does
-    a built-in template's end of turn where it is one id of the vocabulary.
-    Raises ValueError for an unknown name, a file that is no template, or a tokenizer without any end token.
-    """
-    ends = set(end_ids)
-    eos = tokenizer.eos_token_id
-    if eos is not None:
-        ends.add(eos)
-    warning = None
-    if name is None and tokenizer.chat_template:
-        return _checked(Template("the tokenizer's own", tokenizer, None, frozenset(ends))), None
-    if name is None:
-        warning = (
-            "the tokenizer has no chat template: conversations are written as ChatML; "
-            f"name a template with --template ({', '.join(NAMES)}, or a .jinja file)"
-        )
-    if (name or "chatml") in BUILT_IN:
-        return _checked(_built_in(name or "chatml", tokenizer, ends)), warning
-    return _checked(Template(str(name), tokenizer, _jinja(str(name)), frozenset(ends))), None
-
-
-def _built_in(name: str, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> Template:
-    """The built-in template of this name. It ends turns with its own token where that is one id, else with EOS."""
-    text, turn_end = BUILT_IN[name]
-    ids = [] if turn_end is None else tokenizer(turn_end, add_special_tokens=False)["input_ids"]
-    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
-        return Template(name, tokenizer, text.replace("TURN_END", repr(turn_end)), frozenset(ends | {ids[0]}))
-    # Without EOS either the template would write no turn end at all.
-    known = ends if tokenizer.eos_token_id is not None or "TURN_END" not in text else set()
-    # Rows for the template plain were rendered before, so what spells a special token in them is that token.
-    written = text.replace("TURN_END", "eos_token")
-    return Template(name, tokenizer, written, frozenset(known), special_in_text=name == "plain")
-
-
-def _jinja(name: str) -> str:
-    path = Path(name).expanduser()
-    if path.suffix != ".jinja" or not path.is_file():
-        near = difflib.get_close_matches(name, NAMES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "check the path"
-        raise ValueError(
-            f"template: expected {', '.join(NAMES)} or the path of a .jinja file that exists, got {name!r}; {hint}"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"template {name!r}: expected UTF-8 text, got {error}; save the file as UTF-8") from error
-
-
-def _checked(template: Template) -> Template:
-    if not template.end_ids:
-        raise ValueError(
-            "tokenizer: expected an end token, got none: no eos_token, and no eos_token_id that the template writes; "
-            "set tokenizer.eos_token, or eos_token_id in the generation config"
-        )
-    template._render_all.check_syntax()
-    return template
 
 
 def assistant(answer: Answer) -> Message:

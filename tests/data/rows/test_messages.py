@@ -31,6 +31,19 @@ def test_a_turn_of_weight_0_is_not_learnt(one):
         assert (row.unlearnt, row.unread) == ((2,), ())
 
 
+def test_one_style_of_role_with_the_other_of_text(one):
+    """And a key that is neither is named, with the key that the text belongs under."""
+    given = [{"role": "user", "value": "q"}, {"from": "gpt", "content": "c", "weight": 1}]
+    row = one({"messages": given}, "demonstrations")
+    assert (row.prompt, row.completions, row.unread) == (tuple(turns("q")), ("c",), ())
+    both = [{"role": "user", "content": "q", "value": "z"}, {"role": "assistant", "content": "c"}]
+    assert one({"messages": both}, "demonstrations").unread == ("messages[].value",)
+    with pytest.raises(
+        RowError, match=r"'messages\[0\]\.content': expected text, .* are role, text: write its text under c"
+    ):
+        one({"messages": [{"role": "user", "text": "q"}, *turns("", "c")[1:]]}, "demonstrations")
+
+
 def test_text_parts_roles_and_one_message_without_a_list(one):
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     said = [{"role": "developer", "content": "s"}, {"role": "human", "content": parts}, {"role": "gpt", "content": "c"}]

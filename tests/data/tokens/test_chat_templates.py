@@ -8,7 +8,7 @@ from dsalign.data.rows.iterate import Skipped
 from dsalign.data.rows.records import Row
 from dsalign.data.tokens.encoder import Tally, tokenize_rows
 from dsalign.data.tokens.group_store import stored, write_store
-from dsalign.data.tokens.templates import NAMES, load_template
+from dsalign.data.tokens.load_template import NAMES, load_template
 from dsalign.rewards.retemplate import Retemplate
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {}}}

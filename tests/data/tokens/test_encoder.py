@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import tiny_tokenizer
 
 from dsalign.contract.groups import Group
 from dsalign.data.rows.records import Row
 from dsalign.data.tokens.encoder import CHUNK, Tokenized, tokenize_rows
-from dsalign.data.tokens.templates import Template, load_template
+from dsalign.data.tokens.load_template import load_template
+from dsalign.data.tokens.templates import Template
 
 EOS = 2
 
@@ -116,6 +118,14 @@ def test_no_group_is_too_long_or_empty(make_tokenizer, prompt, completions, max_
         for text, ids in zip(completions, group.completions, strict=True):
             assert len(ids) >= 1
             assert (ids[-1] == EOS) == (len(ids) == len(text) + 1)
+
+
+def test_characters_without_a_token_are_counted():
+    """In a question and in an answer; a tokenizer whose unknown token ends turns too has none that would show it."""
+    rows = [row("a\u4f60", "x"), row("a", "\u597d"), row("a", "x")]
+    template = load_template(tiny_tokenizer(), "chatml", [])[0]
+    assert tokenize_rows(rows, template, max_length=99, truncation="raise").noticed == {"unknown": 2}
+    assert replace(template, end_ids=template.end_ids | {template.tokenizer.unk_token_id}).unknown is None
 
 
 def test_raise_names_the_row_and_its_length(template):

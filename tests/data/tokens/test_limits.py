@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsalign.data.tokens import limits
-from dsalign.data.tokens.templates import load_template
+from dsalign.data.tokens.load_template import load_template
 
 BOMBS = {
     "power": "{{ 9 ** 99999999 }}",

@@ -19,8 +19,8 @@ from dsalign.data.rows.records import Row
 from dsalign.data.tokens import encoder, processes
 from dsalign.data.tokens.encoder import Encoder, Tally, tokenize_rows
 from dsalign.data.tokens.group_store import write_store
+from dsalign.data.tokens.load_template import load_template
 from dsalign.data.tokens.processes import num_processes, tokenised_chunks
-from dsalign.data.tokens.templates import load_template
 
 ROWS = [
     Row(f"f:{i}", ({"role": "user", "content": "q" * (i % 5 + 1)},), (f"a{i}", "b"), columns={"id": i})

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsalign.data.tokens.templates import load_template
+from dsalign.data.tokens.load_template import load_template
 
 PAD, BOS, EOS, START, END = range(5)
 PIECES = st.lists(st.sampled_from(["a", " ", "<", "|>", "<|im_end|>", "</s>", "<s>", "<|im_start|>", "é"]), max_size=6)

@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsalign.data.tokens.templates import Template, load_template
+from dsalign.data.tokens.load_template import load_template
+from dsalign.data.tokens.templates import Template
 
 PAD, BOS, EOS, START, END = range(5)  # the special tokens of the tokenizers of conftest.py
 
 
 USER = ({"role": "user", "content": "q"},)
 LLAMA = "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+PLAIN_JINJA = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 HEADED = LLAMA + "{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
@@ -24,50 +26,6 @@ def load(tokenizer, name="chatml", end_ids=()):
 
 def ids(template, text):
     return template.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def test_the_tokenizers_own_template_comes_first(make_tokenizer):
-    template, warning = load_template(make_tokenizer(chat_template=HEADED), None, [END])
-    assert (template.chat_template, warning) == (None, None)
-    assert template.render(USER) == "<s>[user]q</s>[assistant]"
-    assert template.end_ids == {EOS, END}
-
-
-def test_without_one_it_is_chatml_with_a_warning(make_tokenizer):
-    template, warning = load_template(make_tokenizer(), None, [])
-    assert template.name == "chatml" and "no chat template" in warning and "--template" in warning
-    assert template.render(({"role": "system", "content": "s"}, *USER)) == (
-        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert load_template(make_tokenizer(), "chatml", [])[1] is None
-
-
-def test_chatml_ends_turns_with_eos_where_im_end_is_no_token(make_tokenizer):
-    template = load(make_tokenizer(chatml=False))
-    assert template.end_ids == {EOS}
-    assert template.render(USER) == "<|im_start|>user\nq</s>\n<|im_start|>assistant\n"
-    assert template.encode(USER, ["c"]) == (ids(template, template.render(USER)), [[*ids(template, "c"), EOS]])
-
-
-def test_chatml_takes_an_unknown_token_for_no_token(make_tokenizer):
-    """With unk_token "<|im_end|>" the text has one id, but that id is the unknown token."""
-    assert load(make_tokenizer(unk="<|im_end|>")).end_ids == {EOS}
-
-
-def test_chatml_without_eos_ends_with_im_end(make_tokenizer):
-    template = load(make_tokenizer(eos=None))
-    assert template.end_ids == {END}
-    assert template.encode(USER, ["c"])[1] == [[*ids(template, "c"), END]]
-
-
-def test_template_from_a_file(make_tokenizer, write):
-    name = write("own.jinja", HEADED)
-    template, warning = load_template(make_tokenizer(), name, [])
-    assert (template.name, warning) == ("own.jinja", None)
-    assert template.encode(USER, ["c"]) == (
-        [BOS, *ids(template, "[user]q"), EOS, *ids(template, "[assistant]")],
-        [[*ids(template, "c"), EOS]],
-    )
 
 
 def test_plain_joins_the_contents(make_tokenizer):
@@ -190,35 +148,6 @@ def test_prompt_and_completion_are_the_whole(make_tokenizer, name, prompt, compl
         assert [*shared, *completion].count(BOS) == 1
 
 
-def test_no_end_token(make_tokenizer):
-    for tokenizer, name in [
-        (make_tokenizer(eos=None), "plain"),
-        (make_tokenizer(eos=None, chatml=False), "chatml"),
-        (make_tokenizer(eos=None, chat_template=PLAIN_JINJA), None),
-    ]:
-        with pytest.raises(ValueError, match=r"tokenizer: expected an end token, got none.*set tokenizer.eos_token"):
-            load_template(tokenizer, name, [])
-
-
-PLAIN_JINJA = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-
-def test_unknown_template(make_tokenizer):
-    with pytest.raises(
-        ValueError, match=r"template: expected chatml, qwen, .*plain or .*got 'chatlm'; did you mean 'chatml'\?"
-    ):
-        load_template(make_tokenizer(), "chatlm", [])
-    with pytest.raises(ValueError, match=r"got 'nowhere.jinja'; check the path"):
-        load_template(make_tokenizer(), "nowhere.jinja", [])
-
-
-def test_template_file_that_is_no_template(make_tokenizer, write):
-    with pytest.raises(ValueError, match=r"'bad.jinja': expected a Jinja template, got an error on line 2: "):
-        load_template(make_tokenizer(), write("bad.jinja", "x\n{% for %}"), [])
-    with pytest.raises(ValueError, match=r"template 'latin.jinja': expected UTF-8 text, got .*save the file as UTF-8"):
-        load_template(make_tokenizer(), write("latin.jinja", b"\xe9"), [])
-
-
 def test_template_that_refuses_a_conversation(make_tokenizer):
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + HEADED
     template = load(make_tokenizer(chat_template=strict), None)
@@ -233,6 +162,27 @@ def test_template_that_refuses_everything_still_loads(make_tokenizer):
     template = load(make_tokenizer(chat_template="{{ raise_exception('never') }}"), None)
     with pytest.raises(ValueError, match="it says: never; change the row or name another template"):
         template.encode(USER, [])
+
+
+def test_a_template_that_writes_a_system_prompt_behind_the_question(make_tokenizer):
+    """It does not stand before the answer of a whole conversation: the model would be asked with what it never saw."""
+    asked = "{% if add_generation_prompt %}[{{ messages[0].content }}]{% endif %}"
+    turns = "{% for m in messages if m.role != 'system' %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    template = load(make_tokenizer(chat_template=turns + asked), None)
+    with pytest.raises(
+        ValueError, match=r"expected the same prompt with and without an answer, got another one after 'us"
+    ):
+        template.encode(({"role": "system", "content": "be brief"}, *USER), ["c"])
+
+
+def test_a_template_that_writes_the_date(make_tokenizer):
+    """One moment for all that a run writes: a second later, or resumed after midnight, the rows are the same."""
+    dated = load(make_tokenizer(chat_template="{{ strftime_now('%d %b %Y %S') }}" + HEADED), None)
+    template = replace(dated, day="2026-11-30T23:59:58")
+    assert dated.dated and not load(make_tokenizer(chat_template=HEADED), None).dated
+    assert template.render(USER).startswith("30 Nov 2026 58") and not dated.render(USER).startswith("30 Nov 2026 58")
+    (whole,) = template.encode_turns([[*USER, {"role": "assistant", "content": "c"}]])
+    assert whole.prompt_text.startswith("30 Nov 2026 58")
 
 
 def test_no_prompt_token(make_tokenizer):

@@ -10,7 +10,7 @@ import pytest
 from dsalign.data import dataset
 from dsalign.data.rows.records import Row
 from dsalign.data.tokens.encoder import UNOPENED, tokenize_rows
-from dsalign.data.tokens.templates import load_template
+from dsalign.data.tokens.load_template import load_template
 
 USER = ({"role": "user", "content": "q"},)
 OPEN = "{% if add_generation_prompt %}{{ '<A><think>\n' }}{% endif %}"

@@ -6,7 +6,7 @@ import pytest
 
 from dsalign.data.rows.records import Row
 from dsalign.data.tokens.encoder import tokenize_rows
-from dsalign.data.tokens.templates import load_template
+from dsalign.data.tokens.load_template import load_template
 from dsalign.data.tokens.whole_answers import answer_end
 
 USER = [{"role": "user", "content": "q"}]
