@@ -122,16 +122,15 @@ def wrong(settings: Mapping[str, Any]) -> Iterator[str]:
     """A line for each key of a DeepSpeed file that DeepSpeed does not know, that is of the wrong kind, that has a flag,
     or that asks for what no run here does: "zero_optimization.stage: expected ..., got ...; what to do".
 
-    "auto" stands for DeepSpeed's own value, or for the flag's, and is right everywhere.
+    "auto" stands for DeepSpeed's own value, or for the flag's; not for a choice, such as the stage, that nothing makes.
     """
     for key, value in settings.items():
-        if _left_open(value):
-            if key not in KEYS and key not in FLAGS:
-                yield f"{key}: expected a DeepSpeed key, got {key!r}{_near(key, KEYS)}"
-        elif key in FLAGS:
-            yield f"{key}: expected it from {FLAGS[key]}, got it in the file too; remove it from the file"
+        if key in FLAGS:
+            if not _left_open(value):
+                yield f"{key}: expected it from {FLAGS[key]}, got it in the file too; remove it from the file"
         elif key in NOT_DONE:
-            if not (isinstance(value, dict) and value.get("enabled") is False) and value is not False:
+            off = isinstance(value, dict) and value.get("enabled") is False
+            if not off and value is not False and not _left_open(value):
                 yield f"{key}: expected none of it, as no run here does that, got {_short(value)}; remove it"
         elif key not in KEYS:
             yield f"{key}: expected a DeepSpeed key, got {key!r}{_near(key, (*KEYS, *FLAGS))}"
@@ -148,7 +147,7 @@ def wrong(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _of_kind(path: str, kind: Kind, value: Any) -> Iterator[str]:
     """A line for each breach in `value`, which stands at the dotted `path` and should be of this kind."""
-    if value == "auto" or _is(kind, value):
+    if (value == "auto" and not _is_choice(kind)) or _is(kind, value):
         return
     section = next((one for one in _options(kind) if isinstance(one, Mapping)), None)
     if section is not None and isinstance(value, dict):
@@ -171,6 +170,11 @@ _WORDS = (BOOL, INT, NUMBER, SHARE, TEXT, LIST, ANY, COUNT, NULL)
 
 def _options(kind: Kind) -> tuple[Any, ...]:
     return kind if isinstance(kind, tuple) else (kind,)
+
+
+def _is_choice(kind: Kind) -> bool:
+    """Whether a kind is one of some values, which are written out."""
+    return not any(isinstance(one, Mapping) or one in _WORDS for one in _flat(kind))
 
 
 def _flat(kind: Kind) -> Iterator[Any]:

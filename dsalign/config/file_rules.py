@@ -6,6 +6,7 @@ import errno
 import glob
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 FILE_WITH_COUNT = "rows.jsonl#500"
 PROGRESS_FILE = "trainer.json"  # of a checkpoint's folder; without it the checkpoint is not whole
 TEMPLATES = ("chatml", "gemma", "llama3", "mistral", "plain", "qwen", "zephyr")  # data/tokens/chat_templates.py
+VARIABLE = re.compile(r"\$\{?(\w+)\}?")  # of a shell, which reads no YAML
 LONGEST = 200  # characters of a value that a message repeats
 
 
@@ -94,11 +96,12 @@ def _nearest_folder(folder: Path) -> str:
 def template_is_known(draft: Draft) -> Iterator[str]:
     """template is a built-in one or a file that exists."""
     name = draft["template"]
-    if name and name not in TEMPLATES and not Path(name).expanduser().is_file():
-        yield (
-            f"{draft.at('template')}: expected {', '.join(TEMPLATES)} or a .jinja file that exists, got {name!r}"
-            f"{nearest(name, TEMPLATES) or '; check the path, or leave it out for the template of the tokenizer'}"
-        )
+    path = Path(name or "").expanduser()
+    if name and name not in TEMPLATES and not (path.is_file() and path.suffix == ".jinja"):
+        fix = nearest(name, TEMPLATES) or "; check the path, or leave it out for the template of the tokenizer"
+        if path.is_file():
+            fix = f"; if it is a template, call it {path.with_suffix('.jinja').name}"
+        yield f"{draft.at('template')}: expected {', '.join(TEMPLATES)} or a .jinja file that exists, got {name!r}{fix}"
 
 
 def trackers_are_installed(draft: Draft) -> Iterator[str]:
@@ -114,9 +117,13 @@ def trackers_are_installed(draft: Draft) -> Iterator[str]:
 def output_dir_can_be_written(draft: Draft) -> Iterator[str]:
     """output_dir is a folder that can be written, or can be made."""
     folder = Path(draft["output_dir"]).expanduser().absolute()
+    if (named := VARIABLE.search(draft["output_dir"])) and named[1] in os.environ:
+        where = draft.at("output_dir")
+        yield f"{where}: expected a path, got the variable {named[0]}, which nothing fills in; write it out"
     there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
     if not there.is_dir():
-        yield f"{draft.at('output_dir')}: expected a folder, got {there}, which is a file; name another --output_dir"
+        what = "a file" if there.exists() else "a link to nothing"
+        yield f"{draft.at('output_dir')}: expected a folder, got {there}, which is {what}; name another --output_dir"
     elif not os.access(there, os.W_OK | os.X_OK):
         yield f"{draft.at('output_dir')}: expected a folder that can be written, got {there}, which cannot"
 
@@ -156,7 +163,7 @@ def deepspeed_is_known(draft: Draft) -> Iterator[str]:
     if name not in known and not Path(name).expanduser().is_file():
         yield (
             f"{draft.at('deepspeed')}: expected {', '.join(known)} or a JSON file that exists, got {name!r}"
-            f"{nearest(name, known) or '; check the path'}"
+            f"{nearest(Path(name).stem, known) or '; check the path'}"
         )
     elif name not in known:
         yield from (f"{draft.at('deepspeed')}: {line}" for line in ds_files.problems(name))

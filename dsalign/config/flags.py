@@ -235,5 +235,8 @@ def _misspelt(name: str, known: str) -> bool:
 def _alike(word: str, known: str) -> bool:
     if word.isdigit() or known.isdigit() or min(len(word), len(known)) == 1:
         return word == known
-    swapped = sorted(word) == sorted(known)
-    return swapped or difflib.SequenceMatcher(None, word, known).ratio() >= 0.7
+    if sorted(word) == sorted(known):
+        return True
+    edits = difflib.SequenceMatcher(None, word, known, autojunk=False).get_opcodes()
+    changed = sum(max(a1 - a0, b1 - b0) for how, a0, a1, b0, b1 in edits if how != "equal")
+    return changed <= min(2, len(known) // 2)

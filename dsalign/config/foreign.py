@@ -54,7 +54,12 @@ VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = {  # option -> their value
     "report_to": {"none": (), "tensorboardx": ("tensorboard",)},
     "attn_impl": {"flash_attn": ("flash_attention_2",), "fa2": ("flash_attention_2",)},
     "optimizer": {name: ("adamw",) for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")},
+    "truncation_strategy": {"truncation_left": ("left",), "truncation_right": ("right",)},
 }  # fmt: skip
+NO_VALUES: Mapping[tuple[str, str], str] = {  # (option, their value that means none of ours) -> what to do
+    ("tuner", "qlora"): "write --tuner lora --load_in_4bit true",
+    **dict.fromkeys((("tuner", "dora"), ("tuner", "adalora"), ("tuner", "longlora")), "write --tuner lora or full"),
+}
 _EVERY = "leave it out and give {} N, optimizer steps"
 _QUANT = "write --load_in_4bit true for 4 bits (NF4, double quantised), the only quantised base there is"
 _NF4 = "leave it out: --load_in_4bit true is NF4, double quantised, and computes in --dtype"
@@ -185,7 +190,12 @@ def advice(name: str) -> str:
 
 
 def translated(option: str, raw: Raw) -> Raw:
-    """What was written for an option, with another trainer's word for a value replaced by ours."""
+    """What was written for an option, with another trainer's word for a value replaced by ours. Raises ValueError for a
+    word that means none of ours."""
+    words = [raw] if isinstance(raw, str) else [one for one in raw or () if isinstance(one, str)]
+    for word in words:
+        if todo := NO_VALUES.get((option, word.strip().lower())):
+            raise ValueError(f"expected a value of dsalign, got {word!r} of other trainers; {todo}")
     table = VALUES.get(option)
     if table is None or isinstance(raw, dict) or raw is None:
         return raw

@@ -246,6 +246,8 @@ def _unknown(one: Given, algo: str, known: Mapping[str, Option]) -> str:
     possible = [] if algo else [name for own in _all_own().values() for name in own]
     names = [*known, *possible, *ALIASES, *(() if one.file else flags.REQUESTS)]
     guess = flags.nearest(one.name, names) or "; see --help for all"
+    if isinstance(one.raw, dict):
+        guess = flags.nearest(one.name, [*names, *SECTION_NAMES]) or "; write its options without it"
     return f"{one.where}: expected a known option, got {one.name!r}{guess}"
 
 

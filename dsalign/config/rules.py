@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsalign import assets
@@ -54,6 +54,9 @@ def reward_functions_are_known(draft: Draft) -> Iterator[str]:
             yield f"{draft.at('reward_funcs')}: expected one of {', '.join(known)}, got {name!r}{advice}"
 
 
+PARTS = ("body", "orelse", "finalbody")  # of a statement that holds others
+
+
 def reward_files_have_the_functions(draft: Draft) -> Iterator[str]:
     """A reward function of the user's is a function of a python file that can be read. The file is not run here."""
     judged = draft.built().traits.roles.get("reward") == "frozen"
@@ -75,7 +78,7 @@ def _of_reward_file(name: str) -> str:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         return f"{path}{line}: expected Python, got an error: {getattr(error, 'msg', error)}; correct the file"
     functions = [one.name for one in module.body if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    found = next((one for one in module.body if getattr(one, "name", None) == function), None)
+    found = next((one for one in _statements(module.body) if getattr(one, "name", None) == function), None)
     if isinstance(found, ast.AsyncFunctionDef):
         return f"{path}:{found.lineno}: expected a function, got {function}, which is async; write `def` in place of it"
     if found is None and not _binds(module, function):
@@ -84,6 +87,15 @@ def _of_reward_file(name: str) -> str:
             f"{path}: expected a function {function!r}, got {has}{nearest(function, functions) or '; correct the name'}"
         )
     return ""
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module, those within if, try and with too, but not those of its functions and classes."""
+    for one in body:
+        yield one
+        if not isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            within = [one, *getattr(one, "handlers", ())]
+            yield from _statements(x for part in within for name in PARTS for x in getattr(part, name, ()))
 
 
 def _binds(module: ast.Module, name: str) -> bool:

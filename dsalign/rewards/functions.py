@@ -42,17 +42,27 @@ def load_function(name: str) -> RewardFunction:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
+    beside = str(Path(path).parent.absolute())
+    if beside not in sys.path:
+        sys.path.append(beside)  # for modules beside the file, behind all others
     with _guarded(f"reward_funcs: {written}", "importing it"):
         spec.loader.exec_module(module)
     found: Any = getattr(module, function, None)
     if not callable(found):
         raise ValueError(f"reward_funcs: {written} has no function {function!r}; check the name behind the colon")
+    if inspect.isclass(found):
+        raise ValueError(f"reward_funcs: {name}: expected a function, got a class; name one, or an object of the class")
     if any(map(inspect.iscoroutinefunction, (found, type(found).__call__))):
         raise ValueError(f"reward_funcs: {name}: expected a function, got an async one; write `def` in place of it")
     if alone := [one.name for one in _parameters(found) if one.kind is inspect.Parameter.POSITIONAL_ONLY]:
         raise ValueError(
             f"reward_funcs: {name}: expected parameters that can be passed by name, got {', '.join(alone)} in front of "
             "a /; remove the /"
+        )
+    if not any(one.kind in (*_NAMED, inspect.Parameter.VAR_KEYWORD) for one in _parameters(found)):
+        raise ValueError(
+            f"reward_funcs: {name}: expected parameters that are passed by name, such as (completions, **columns), got "
+            f"({', '.join(map(str, _parameters(found)))}); name what it judges"
         )
     reward: RewardFunction = found
     return reward

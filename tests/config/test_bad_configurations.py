@@ -73,6 +73,15 @@ WORDS = [  # the words of a command, and how a line of its answer begins
     (f"{SFT} --model_path n", "--model_path: expected model once"),
     (f"{SFT} --template lama3", "--template: expected chatml, "),
     (f"{SFT} --template no.jinja", "--template: expected chatml, "),
+    (
+        f"{SFT} --template own.j2",
+        "--template: expected chatml, gemma, llama3, mistral, plain, qwen, zephyr or a .jinja f",
+    ),
+    (
+        f"{SFT} --tuner qlora",
+        "--tuner: expected a value of dsalign, got 'qlora' of other trainers; write --tuner lora --l",
+    ),
+    (f"{SFT} --output_dir $HOME/x", "--output_dir: expected a path, got the variable $HOME, which nothing fills in"),
     (f"{SFT} --output_dir file", "--output_dir: expected a folder, got"),
     (f"{SFT} --output_dir file/in", "--output_dir: expected a folder, got"),
     (f"{SFT} --resume", "--resume: expected a checkpoint-N in output/sft, got none"),
@@ -138,6 +147,11 @@ FILES = [  # a YAML file or a DeepSpeed file, and how a line of the answer begin
     ("a.yaml", "- algo\n", ":1: expected lines of `name: value`"),
     ("a.yaml", "algo: sft\nseed: 1\nseed: 2\n", ":3: seed: expected seed once, got seed twice"),
     ("a.yaml", "algo: sft\ndata: {learning_rate: 1}\n", ":2: data.learning_rate: expected an option of data, got one"),
+    (
+        "a.yaml",
+        "algo: sft\ntraining: {seed: 1}\n",
+        ":2: training: expected a known option, got 'training'; write its op",
+    ),
     ("a.yaml", "algo: sft\noptim: {deep: {er: 1}}\n", ":2: optim.deep: expected a known option"),
     ("a.yaml", "algo: sft\ncolumns: {a: b, a: c}\n", ":2: columns: expected each key once"),
     ("a.yaml", "algo: sft\nlora: {rank: [[1]]}\n", ":2: lora: expected a value, a list"),
@@ -196,6 +210,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {k: v for k, v in os.environ.items() if k not in NAMES and not k.startswith(("SLURM_", "OMPI_", "PMI_"))}
     monkeypatch.setattr(os, "environ", kept | {"CUDA_VISIBLE_DEVICES": ""})
     (tmp_path / "file").touch()
+    (tmp_path / "own.j2").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "r.py").write_text("def score(completions): ...\nasync def later(completions): ...\n")
     (tmp_path / "s.py").write_text("def f(:\n")

@@ -54,6 +54,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"zero_optimisation": {"stage": 2}},
         f"zero_optimisation: expected a DeepSpeed key, got 'zero_optimisation'{NEAR}{ZERO}?",
     ),
+    ({ZERO: {"stage": "auto"}}, f"{ZERO}.stage: expected 0, 1, 2, 3, got 'auto'"),
+    (
+        {ZERO: {"stage": 2, "offload_optimizer": {"device": "auto"}}},
+        f"{ZERO}.offload_optimizer.device: expected 'none'",
+    ),
     ({"zero": "auto"}, "zero: expected a DeepSpeed key, got 'zero'; remove it"),
     (
         {ZERO: {"overlap_com": True}},

@@ -176,3 +176,10 @@ def test_deepspeed_is_a_name_or_a_file(tmp_path: Path) -> None:
     ]
     (line,) = told("--algo", "sft", "--deepspeed", "a/b.json")
     assert line.endswith("got 'a/b.json'; check the path")
+
+
+def test_a_link_to_nothing_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/nowhere/x")
+    for given in ("link", "link/run"):
+        (line,) = told("--algo", "sft", "--output_dir", str(tmp_path / given))
+        assert line.startswith(f"--output_dir: expected a folder, got {tmp_path / 'link'}, which is a link to nothing;")

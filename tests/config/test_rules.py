@@ -84,11 +84,26 @@ def test_a_reward_file_is_read_before_it_is_run(text: str, name: str, said: str,
     assert line.startswith(f"--reward_funcs: {path}{said}")
 
 
+def test_a_reward_function_may_depend_on_what_is_installed(tmp_path: Path) -> None:
+    """Within if and try, and not within another function or a class."""
+    text = "try:\n import x\nexcept ImportError:\n if 1:\n  def f(completions): ...\nclass C:\n def g(self): ...\n"
+    path = reward_file(tmp_path, text)
+    assert told("--algo", "ppo", "--reward_funcs", f"{path}:f") == []
+    (line,) = told("--algo", "ppo", "--reward_funcs", f"{path}:g")
+    assert line.startswith(f"--reward_funcs: {path}: expected a function 'g', got no function")
+
+
 @pytest.mark.parametrize("name", ["x.py", "x.txt:f", ":f", "x.py:", "x.py:a b"])
 def test_a_reward_function_has_a_file_and_a_name(name: str) -> None:
     assert told("--algo", "ppo", "--reward_funcs", name) == [
         f"--reward_funcs: expected path/to/file.py:function, got {name!r}; name the file, a colon and the function"
     ]
+
+
+@pytest.mark.parametrize(("name", "said"), [("zero2.json", "did you mean zero2?"), ("own.json", "check the path")])
+def test_a_deepspeed_file_that_is_not_there(name: str, said: str) -> None:
+    (line,) = told("--algo", "sft", "--deepspeed", name)
+    assert line.endswith(f"or a JSON file that exists, got {name!r}; {said}")
 
 
 def test_a_reward_file_must_be_there() -> None:

@@ -29,6 +29,30 @@ def test_a_function_that_is_not_there(function: str, file: Path) -> None:
     assert str(caught.value) == f"reward_funcs: {file} has no function {function!r}; check the name behind the colon"
 
 
+NO_JUDGES = {
+    "def f(): return 1": r"expected parameters that are passed by name, such as .*, got \(\); name what it judges",
+    "def f(*given): return [1.0]": r"expected parameters that are passed by name, such as .*, got \(\*given\); name",
+    "class f:\n def __call__(self, completions): return [1.0]": "expected a function, got a class; name one, or an",
+}
+
+
+@pytest.mark.parametrize("text", NO_JUDGES)
+def test_what_would_see_no_completion_is_refused(text: str, tmp_path: Path) -> None:
+    """It would be called with nothing, after the first rollout, and might give numbers all the same."""
+    (tmp_path / "judge.py").write_text(text)
+    with pytest.raises(ValueError, match=NO_JUDGES[text]):
+        load_function(f"{tmp_path / 'judge.py'}:f")
+
+
+def test_modules_beside_the_file_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Python runs the file itself; modules of the same name elsewhere go first."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_the_judge.py").write_text("def length(completions): return [len(c) for c in completions]")
+    (tmp_path / "judge.py").write_text("from beside_the_judge import length as f\nimport json\nassert json.dumps")
+    (tmp_path / "json.py").write_text("")
+    assert call("f", load_function(f"{tmp_path / 'judge.py'}:f"), ["p"], ["abc"], {}) == [3.0]
+
+
 def test_a_long_completion_is_cut_in_the_message() -> None:
     with pytest.raises(ValueError, match=f"got inf for '{'x' * 200}'$"):
         call("f", lambda prompts, completions: [float("inf")], ["p"], ["x" * 500], {})
