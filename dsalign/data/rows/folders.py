@@ -20,6 +20,8 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
 NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # about rows, never rows
 SPLIT = re.compile(r"(?:^|[-_./\\])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_./\\]|\d|$)", re.I)
+PART = re.compile(r"(.*?)-(\d{5})-of-(\d{5})(?!\d)")
+SHOWN = 8  # files that a message names
 Files = list[tuple[Path, str]]  # (path, name for messages)
 
 
@@ -51,7 +53,34 @@ def files_of(folder: Path, name: str) -> Files:
             f"data folder {name!r}: expected files that end in {', '.join(SUFFIXES)}, "
             f"got {shorten(inside)}; point at the folder that holds them"
         )
-    return train_split(found)
+    read = train_split(found)
+    _refuse_gaps(read, name)
+    _say_twice(read, name)
+    return read
+
+
+def _refuse_gaps(files: Files, name: str) -> None:
+    """Raises ValueError where files say in their names that they are parts of more, and some of these are not there."""
+    parts: dict[tuple[str, int], set[int]] = {}
+    for path, _ in files:
+        if found := PART.match(path.name):
+            parts.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
+    for (front, total), have in parts.items():
+        first = 1 if 0 not in have and total in have else 0
+        gone = sorted(set(range(first, first + total)) - have)
+        if gone:
+            raise ValueError(
+                f"data folder {name!r}: expected all {total} parts of {front}, as their names say, got no "
+                f"{', '.join(f'{i:05}' for i in gone[:SHOWN])}; copy them too, or name the files that are meant"
+            )
+
+
+def _say_twice(files: Files, name: str) -> None:
+    """Say which files of a folder have one name and several formats: they may hold the same rows."""
+    names = [path.name.split(".")[0] for path, _ in files]
+    twice = [path.name for (path, _), stem in zip(files, names, strict=True) if names.count(stem) > 1]
+    if twice:
+        _say(f"{name}: read {', '.join(twice[:SHOWN])}; if they hold the same rows, name one of them")
 
 
 def train_split(files: Files) -> Files:

@@ -23,6 +23,7 @@ READERS: Mapping[str, Callable[[Path, str], Iterator[Item]]] = {
     ".csv": text_files.csv_rows,
     ".tsv": text_files.tsv_rows,
 }
+ARROW_FILE = b"ARROW1"  # how a file begins that is no stream
 # What a file of some format is that has no rows and is not empty.
 NOTHING = {
     **dict.fromkeys((".csv", ".tsv"), "a header alone"),
@@ -184,15 +185,19 @@ def _blank(path: Path) -> bool:
 
 
 def _arrow(path: Path, name: str) -> Iterator[Item]:
-    """Records of a Parquet file, or of an .arrow file of the library `datasets`. What is null within a column is left
-    out: Arrow writes it where another row has the key."""
+    """Records of a Parquet file, or of an .arrow file: a stream, as the library `datasets` writes, or Feather. What is
+    null within a column is left out: Arrow writes it where another row has the key."""
     import pyarrow.parquet  # noqa: PLC0415  # 40 MiB, for few kinds of files
 
     try:
         with pyarrow.memory_map(str(path)) as file:
             if path.suffix == ".parquet":
                 batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+            elif file.read(len(ARROW_FILE)) == ARROW_FILE:
+                whole = pyarrow.ipc.open_file(file)
+                batches = map(whole.get_batch, range(whole.num_record_batches))
             else:
+                file.seek(0)
                 batches = pyarrow.ipc.open_stream(file)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from (
@@ -200,7 +205,7 @@ def _arrow(path: Path, name: str) -> Iterator[Item]:
                 for number, row in enumerate(rows, 1)
             )
     except (pyarrow.lib.ArrowException, OSError) as error:
-        kind = "Parquet" if path.suffix == ".parquet" else "Arrow's stream format"
+        kind = "Parquet" if path.suffix == ".parquet" else "Arrow's format"
         raise ValueError(
             f"data file {name!r}: expected {kind}, got an error: {shorten(str(error))}; write the file again"
         ) from error

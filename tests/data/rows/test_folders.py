@@ -51,3 +51,38 @@ def test_names_that_only_look_like_a_split_and_notes(write):
     write("d/state.json", "{")
     with pytest.raises(ValueError, match=r"data folder .d.: expected JSON in state\.json"):
         read("d")
+
+
+@pytest.mark.parametrize(
+    ("names", "gone"),
+    [
+        (["train-00001-of-00003", "train-00002-of-00003"], "00000"),
+        (["train-00001-of-00002"], "00000"),
+        (["a-00000-of-00001", "b-00000-of-00012"], "00001, 00002, 00003, 00004, 00005, 00006, 00007, 00008"),
+    ],
+)
+def test_a_part_that_was_not_copied_is_missed(write, names, gone):
+    """Half of the rows would be trained on, and a run would look whole."""
+    for name in names:
+        write(f"d/{name}.jsonl", [{"prompt": "a"}])
+    with pytest.raises(
+        ValueError, match=rf"data folder 'd': expected all \d+ parts of .*, got no {gone}; copy them too"
+    ):
+        read("d")
+    assert [values for _, values in read(f"d/{names[0]}.jsonl")] == [{"prompt": "a"}]
+
+
+def test_all_parts_are_read_counted_from_0_or_1(write):
+    for name in ("a-00000-of-00002", "a-00001-of-00002-f3", "b-00001-of-00002", "b-00002-of-00002", "c-00000-of-2"):
+        write(f"d/{name}.jsonl", [{"prompt": "a"}])
+    assert len(read("d")) == 5
+
+
+def test_one_name_in_two_formats_is_said(write, caplog):
+    """A clone may hold its rows as JSON and as CSV: both are read, in a line."""
+    write("d/a.jsonl", [{"prompt": "a"}])
+    write("d/a.csv", "prompt\na\n")
+    write("d/b.jsonl", [{"prompt": "b"}])
+    with caplog.at_level(logging.WARNING):
+        assert len(read("d")) == 3
+    assert "d: read a.csv, a.jsonl; if they hold the same rows, name one of them" in caplog.text

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,6 +143,16 @@ def test_sample_larger_than_the_data_set(write, count):
     name = write("a.jsonl", [{"a": 1}])
     with pytest.raises(ValueError, match=f"cannot sample {count} rows of 1; write #n with n from 1 to 1"):
         read(f"{name}#{count}")
+
+
+@pytest.mark.parametrize("made", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_both_kinds_of_arrow_files_are_read(tmp_path, monkeypatch, made):
+    """A stream, as the library datasets writes it, and the format with an index, which is Feather's."""
+    monkeypatch.chdir(tmp_path)
+    rows = pyarrow.Table.from_pylist([{"prompt": "a"}, {"prompt": "b"}])
+    with made("a.arrow", rows.schema) as file:
+        file.write_table(rows, max_chunksize=1)
+    assert [values for _, values in read("a.arrow")] == [{"prompt": "a"}, {"prompt": "b"}]
 
 
 def test_nulls_that_arrow_fills_in_are_left_out(write):
