@@ -41,9 +41,12 @@ def template_of(config: RunConfig, source: Source) -> Template:
         logger.warning(warning)
     rows = vocab_size(source, config.models)
     if rows is not None and (beyond := [i for i in template.end_ids if i >= rows]):
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        shown = "" if token is None else f" ({token!r})"
         raise ValueError(
-            f"model: {source.weights} has embeddings for {rows} token ids, but {beyond[0]} is to end a turn; correct "
-            "eos_token_id in generation_config.json, or give the tokenizer that belongs to the model"
+            f"model: {source.weights} has embeddings for {rows} token ids, but {beyond[0]}{shown} is to end a turn; "
+            "correct eos_token_id in generation_config.json, or eos_token in tokenizer_config.json, or give the "
+            "tokenizer that belongs to the model"
         )
     template = replace(template, vocab_size=rows, day=datetime.now().isoformat(timespec="seconds"))
     if template.chat_template is not None:
@@ -92,7 +95,16 @@ def load_tokenizer(source: Source, options: ModelOptions) -> PreTrainedTokenizer
     if source.adapter is not None and (source.adapter / "tokenizer_config.json").exists():
         where = str(source.adapter)
     with named(source):
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
+        try:
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # the library tokenizers raises Exception itself, for a file that it cannot read
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"model: {where}: its tokenizer cannot be opened: {said}; copy tokenizer.json and "
+                "tokenizer_config.json again"
+            ) from error
 
 
 @contextmanager

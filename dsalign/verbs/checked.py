@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsalign.checkpoint import folder_lock, resuming
-from dsalign.config import ds_files
+from dsalign.config import ds_files, model_folders
 from dsalign.config.schema import RunConfig
 from dsalign.data.tokens.templates import Template
 from dsalign.engines import build
@@ -83,6 +83,10 @@ def _deepspeed(config: RunConfig) -> Line:
 
 def _model(role: str, config: RunConfig) -> str:
     source = build.source_of(role, config)
+    own = role == config.algorithm.traits.main and source.adapter is None
+    for folder in (*([source.adapter] if source.adapter else []), Path(source.weights)):
+        if wrong := list(model_folders.problems(folder, tokenizer=own)):
+            raise ValueError("; ".join(wrong))
     shape = plan.shape_of(source.weights)
     adapter = f", with the adapter {source.adapter}" if source.adapter else ""
     return f"{source.weights}{adapter}: {shape.depth} layers, {shape.width} wide, {shape.vocabulary:,} token ids"

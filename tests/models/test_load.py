@@ -141,6 +141,16 @@ def test_end_tokens_that_cannot_be_read_are_not_left_out(content: str, said: str
         end_token_ids(source, load_tokenizer(source, options()))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    (folder / name).write_text("{")
+    with pytest.raises(
+        ValueError, match=rf"^model: {folder}: its tokenizer cannot be opened: .*; copy tokenizer\.json"
+    ):
+        load_tokenizer(resolve(str(folder)), options())
+
+
 def test_the_tokenizer_of_an_adapter_is_preferred(tiny: Path, tmp_path: Path) -> None:
     """It may have a chat template of its own; an adapter folder without a tokenizer has the base's."""
     source = resolve(str(adapter_folder(tiny, tmp_path)))

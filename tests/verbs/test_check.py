@@ -53,6 +53,17 @@ def test_all_is_well_without_a_step(model: Path, tmp_path: Path, capsys: pytest.
     assert lines["disk"][0] == "ok" and not (tmp_path / "out").exists()
 
 
+def test_files_of_every_model_are_looked_at(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the reference too, as where a run starts."""
+    other = tiny_folder(tmp_path / "other")
+    (other / "model.safetensors").write_bytes(b"")
+    words = ["--model", model, "--ref_model", other, "--dataset", rows(tmp_path / "rows.jsonl"), "--no_step"]
+    code, lines = found(words, capsys)
+    assert code == 2 and lines["policy model"][0] == "ok"
+    assert lines["reference model"][0] == "error"
+    assert lines["reference model"][1].startswith(f"expected weights, got empty files in {other}: model.safetensors;")
+
+
 def test_every_thing_that_is_wrong_is_told_at_once(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +84,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "config.json").write_text("{")
     code, lines = found(["--model", tmp_path, "--no_step"], capsys)
     assert code == 2
-    assert lines["policy model"][0] == "error" and "config.json: expected JSON" in lines["policy model"][1]
+    assert lines["policy model"][0] == "error" and "expected a JSON object in" in lines["policy model"][1]
     assert lines["template, data, step"][0] == "skipped" and "data" not in lines
     code, lines = found(["--model", tmp_path / "none", "--no_step"], capsys)
     assert code == 2 and list(lines) == ["configuration"]
