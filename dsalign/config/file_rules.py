@@ -61,6 +61,9 @@ def data_files_exist(draft: Draft) -> Iterator[str]:
                 yield f"{draft.at(name)}: expected #n with n rows, 1 or more, got {source!r}; leave out #0 for all rows"
             elif path == source and "#" in source and is_there(source.rpartition("#")[0]) and not is_there(source):
                 yield f"{draft.at(name)}: expected #n with a whole number, got {source!r}; write {FILE_WITH_COUNT}"
+            elif "://" in source:
+                fix = f"write {_hub_name(source)}, or download the file and name it"
+                yield f"{draft.at(name)}: expected a file or a name on the hub, got {source!r}; {fix}"
             elif source.startswith("-"):
                 yield f"{draft.at(name)}: expected a data set, got {source!r}; write options as --name value"
             elif (path.lower().endswith(DATA_SUFFIXES) or path[:1] in ("/", ".", "~")) and not is_there(path):
@@ -78,13 +81,21 @@ def model_folders_exist(draft: Draft) -> Iterator[str]:
         if not path:
             continue
         folder = Path(path).expanduser()
-        if not folder.exists() and (path[:1] in ("/", ".", "~") or path.count("/") > 1):
+        if "://" in path:
+            yield f"{draft.at(name)}: expected a folder or a name on the hub, got {path!r}; write {_hub_name(path)}"
+        elif not folder.exists() and (path[:1] in ("/", ".", "~") or path.count("/") > 1):
             yield f"{draft.at(name)}: expected a folder that exists, got {path!r}{_nearest_folder(folder)}"
         elif folder.exists() and not any((folder / file).is_file() for file in MODEL_FILES):
             yield (
                 f"{draft.at(name)}: expected a model's folder, with {' or '.join(MODEL_FILES)}, got {path!r}, which "
                 "has neither; name the folder that from_pretrained opens"
             )
+
+
+def _hub_name(address: str) -> str:
+    """owner/name of the page on the hub with this address, as it is to be written."""
+    parts = [part for part in address.partition("://")[2].split("/")[1:] if part not in ("", "datasets", "models")]
+    return "/".join(parts[:2]) if len(parts) > 1 else "its owner/name"
 
 
 def _nearest_folder(folder: Path) -> str:

@@ -68,6 +68,14 @@ WORDS = [  # the words of a command, and how a line of its answer begins
     ("--algo sft --model m --dataset no.jsonl", "--dataset: expected a file or folder that exists, got 'no.jsonl'"),
     ("--algo sft --model m --dataset demo:nothing", "--dataset: expected one of demo:"),
     ("--algo sft --model ./no --dataset rows", "--model: expected a folder that exists, got './no'"),
+    (
+        "--algo sft --model https://h.co/a/b --dataset rows",
+        "--model: expected a folder or a name on the hub, got 'https:",
+    ),
+    (
+        "--algo sft --model m --dataset https://h.co/datasets/a/b",
+        "--dataset: expected a file or a name on the hub, got 'h",
+    ),
     ("--algo sft --model a/b/c --dataset rows", "--model: expected a folder that exists, got 'a/b/c'"),
     ("--algo sft --model empty --dataset rows", "--model: expected a model's folder, with config.json"),
     (f"{SFT} --model_path n", "--model_path: expected model once"),

@@ -148,7 +148,9 @@ class Fields:
         anything else that is no yes or no."""
         found = self.yes_or_no(value)
         if found is None:
-            raise self.bad(column, "1 or true (learnt from), 0 or false (not)", value, "write one of them")
+            renamed = "" if "." in column else f", or rename what is no such thing (--columns {column}=unused_{column})"
+            fix = f"write one of them{renamed}"
+            raise self.bad(column, "1 or true (learnt from), 0 or false (not)", value, fix)
         return found
 
 

@@ -326,12 +326,16 @@ def _advice(fields: Fields, kind: str) -> str:
         if any(columns >= needs for needs in layouts[other]):
             alone = f"the row has no answer, which {kind} need; " if other == "prompts" else ""
             return f"{alone}these are rows for --algo {ALGORITHMS[other]}"
-    for name, value in fields.values.items():
-        every = [needs for one in layouts.values() for needs in one]
-        if isinstance(value, Mapping) and any(value.keys() >= needs for needs in every):
-            return (
-                f"these columns are inside {shorten_name(name)}: put {', '.join(map(shorten_name, value))} on the row"
-            )
+    every = [needs for one in layouts.values() for needs in one]
+    inside = {
+        name: value
+        for name, value in fields.values.items()
+        if isinstance(value, Mapping) and any(value.keys() >= needs for needs in every)
+    }
+    if len(inside) > 1:
+        return f"{shorten_name(next(iter(inside)))} and others are rows themselves: write them as a list, or one a line"
+    for name, value in inside.items():
+        return f"these columns are inside {shorten_name(name)}: put {', '.join(map(shorten_name, value))} on the row"
     for other in others:
         if renamed := _renaming(columns, other):
             return f"these are rows for --algo {ALGORITHMS[other]} once renamed with --columns {as_flags(renamed)}"

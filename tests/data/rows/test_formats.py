@@ -191,6 +191,12 @@ BAD_LAYOUTS = {
         {"data": PAIR},
         r"these columns are inside data: put prompt, chosen, rejected on the row",
     ),
+    "rows by their ids": ("pairs", {"1": PAIR, "2": PAIR}, r"1 and others are rows themselves: write them as a list"),
+    "another loss": (
+        "pairs",
+        {**PAIR, "loss": 1.25},
+        r"write one of them, or rename .* \(--columns loss=unused_loss\)",
+    ),
     "one text": (
         "pairs",
         {"text": "q"},
