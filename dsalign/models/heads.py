@@ -22,6 +22,13 @@ VALUE_HEAD_FILE = "value_head.safetensors"
 WEIGHT, BIAS = "v_head.summary.weight", "v_head.summary.bias"
 
 
+def head_file(folder: Path | None) -> Path | None:
+    """The file with the value head in a folder: dsalign's own, or value_head.bin, a pickle of the same two tensors.
+    None where there is none."""
+    files = [] if folder is None else [folder / name for name in (VALUE_HEAD_FILE, "value_head.bin")]
+    return next((file for file in files if file.exists()), None)
+
+
 def unwrap(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model under a PEFT model; its LoRA layers stay in place."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -173,11 +180,9 @@ class ValueModel(Backbone):
     def load_head(self, folder: Path | None) -> bool:
         """Read the value head in `folder`, if there is one; returns whether there was.
 
-        It is value_head.safetensors, as dsalign writes it, or value_head.bin, a pickle of the same two tensors.
         Raises ValueError where it does not fit this model, as `set_head`, or the pickle holds more than tensors.
         """
-        files = [] if folder is None else [folder / name for name in (VALUE_HEAD_FILE, "value_head.bin")]
-        file = next((file for file in files if file.exists()), None)
+        file = head_file(folder)
         if file is None:
             return False
         self.set_head(read_tensors(file), str(file))

@@ -115,7 +115,7 @@ def load_frozen(role: str, source: Source, options: ModelOptions, *, device: tor
     model = adapters.merge(model, source.adapter)
     wrapped, whole = _wrap(role, model, source, options, shares, seed=0)
     if not whole:
-        _refuse_headless(role, source)
+        refuse_headless(role, source)
     if shares:
         skip_unread_mlp(unwrap(model).get_decoder())
     return wrapped.requires_grad_(False)
@@ -136,11 +136,12 @@ def load_as_stored(
         model = adapters.opened(model, source.adapter, trainable=False)
     wrapped, whole = _wrap(role, model, source, options, shares=False, seed=0, trained=True)
     if not whole:
-        _refuse_headless(role, source)
+        refuse_headless(role, source)
     return wrapped
 
 
-def _refuse_headless(role: str, source: Source) -> NoReturn:
+def refuse_headless(role: str, source: Source) -> NoReturn:
+    """Raise ValueError for a source of a role that needs a value head and has none."""
     where = source.value_head or source.weights
     raise ValueError(f"{role} model: {where} has no value_head.safetensors; train one with --algo rm")
 

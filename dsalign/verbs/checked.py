@@ -16,14 +16,16 @@ from dsalign.data.tokens.templates import Template
 from dsalign.engines import build
 from dsalign.guard import disk, resources
 from dsalign.memory.estimate import Estimate
+from dsalign.models import load
 from dsalign.models.compare import compare_models
+from dsalign.models.heads import head_file
 from dsalign.models.names import resolve
 from dsalign.models.tokenizer import template_of
 from dsalign.report.run_log import quiet
 from dsalign.report.story import duration, number
 from dsalign.rewards.retemplate import retemplate_of
 from dsalign.rewards.sources import functions_of
-from dsalign.verbs import beside, data_report, plan, rehearsal
+from dsalign.verbs import beside, data_report, opened, plan, rehearsal
 from dsalign.verbs.lines import ERROR, OK, SKIPPED, WARNING, Line, looked
 
 STAGES = {"error": ERROR, "warning": WARNING}
@@ -87,6 +89,10 @@ def _model(role: str, config: RunConfig) -> str:
     for folder in (*([source.adapter] if source.adapter else []), Path(source.weights)):
         if wrong := list(model_folders.problems(folder, tokenizer=own)):
             raise ValueError("; ".join(wrong))
+    judges = role == "reward" and config.algorithm.traits.roles[role] == "frozen"
+    where = Path(source.weights)
+    if judges and where.is_dir() and not head_file(where) and not opened.is_reward(source):
+        load.refuse_headless(role, source)
     shape = plan.shape_of(source.weights)
     adapter = f", with the adapter {source.adapter}" if source.adapter else ""
     return f"{source.weights}{adapter}: {shape.depth} layers, {shape.width} wide, {shape.vocabulary:,} token ids"

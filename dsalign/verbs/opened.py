@@ -16,7 +16,7 @@ from dsalign.engines.alone import Alone
 from dsalign.engines.roles import Roles
 from dsalign.models import load
 from dsalign.models.adapter_files import head_of
-from dsalign.models.heads import VALUE_HEAD_FILE
+from dsalign.models.heads import head_file
 from dsalign.models.names import Source, resolve
 from dsalign.models.tokenizer import decoder, ended_template, load_tokenizer
 from dsalign.models.weights import stored_head
@@ -33,8 +33,7 @@ def options(dtype: str = "auto", *, trust: bool = False) -> ModelOptions:
 
 def is_reward(source: Source) -> bool:
     """Whether a source is a reward model: it has a value head, or a layer called score."""
-    inside = [] if source.value_head is None else [source.value_head / VALUE_HEAD_FILE]
-    if any(file.exists() for file in inside) or head_of(source.adapter):
+    if head_file(source.value_head) or head_of(source.adapter):
         return True
     return any(key.startswith("score.") for key in stored_head(source.weights))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsalign import cli
 from dsalign.checkpoint import folder_lock
@@ -62,6 +63,18 @@ def test_files_of_every_model_are_looked_at(model: Path, tmp_path: Path, capsys:
     assert code == 2 and lines["policy model"][0] == "ok"
     assert lines["reference model"][0] == "error"
     assert lines["reference model"][1].startswith(f"expected weights, got empty files in {other}: model.safetensors;")
+
+
+def test_a_reward_model_has_a_head(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before its weights are read. value_head.bin is one as well, of other trainers."""
+    words = ["--model", model, "--dataset", rows(tmp_path / "rows.jsonl"), "--no_step", "--max_new_tokens", 4]
+    judge = tiny_folder(tmp_path / "judge")
+    _, lines = found([*words, "--reward_model", judge], capsys, "ppo")
+    assert lines["reward model"] == ("error", f"reward model: {judge} has no value_head.safetensors; train one with "
+                                     "--algo rm ")  # fmt: skip
+    head = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.zeros(1)}
+    torch.save(head, judge / "value_head.bin")
+    assert found([*words, "--reward_model", judge], capsys, "ppo")[1]["reward model"][0] == "ok"
 
 
 def test_every_thing_that_is_wrong_is_told_at_once(
