@@ -18,7 +18,7 @@ TO_DO = re.compile(
 EXCEPTIONS = {
     ("config/ds_files.py", "deepspeed: {}"): "lines of ds_keys.problems, each with what was expected",
     ("data/rows/text_files.py", "{}:{}: {}"): "the place of a cause that the reader says",
-    ("models/tokenizer.py", "model: {} could not be opened: {}"): "the library's own text says what it looked for",
+    ("models/tokenizer.py", "model: {} could not be opened: {}{}"): "the library's own text says what it looked for",
     ("rollout/probe.py", "*log-probabilities of sampler and trainer differ*"): "_reason says what to do",
     ("rollout/vllm_server.py", "vllm_server: {}/{} {}"): "what the server said, with how it is started",
     ("rollout/vllm_server.py", "vllm_server: {} sampled from weights*"): "two causes, each with its cure",

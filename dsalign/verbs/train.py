@@ -17,6 +17,7 @@ from dsalign import phases
 from dsalign.checkpoint import checkpoints, fingerprint, resuming
 from dsalign.config.schema import RunConfig, seconds
 from dsalign.data.dataset import data_of
+from dsalign.data.tokens.templates import Template
 from dsalign.engines import build, dist, identity, reference_cache
 from dsalign.engines.engine import layout
 from dsalign.engines.self_check import self_check
@@ -28,6 +29,7 @@ from dsalign.loop.session import Session
 from dsalign.loop.trainer import Trainer
 from dsalign.models.compare import compare_models
 from dsalign.models.load import resolve_dtype
+from dsalign.models.names import Source
 from dsalign.models.tokenizer import stop_at, template_of
 from dsalign.ranks import Process
 from dsalign.report.run_log import quiet
@@ -74,9 +76,7 @@ def _built(
     phases.mark("names of models")
     sources = build.sources(config)
     phases.mark("data")
-    template = dist.together(lambda: template_of(config, sources[config.algorithm.traits.main]))
-    day = dist.together(lambda: resuming.day(config)) or template.day
-    template = replace(template, day=dist.from_rank_0(day))  # ranks start, and runs are resumed, after midnight too
+    template = _template(config, sources[config.algorithm.traits.main])
     retemplate = dist.together(lambda: retemplate_of(config, sources, template))
     if retemplate is not None:
         sources = build.with_critic_of_ids(sources, template, retemplate.template)
@@ -94,14 +94,10 @@ def _built(
     held_out = loader_of(config, data.held_out, shuffle=False) if data.held_out else None
     total_batches = batches_of(config, loader)
     settings = fingerprint.settings(
-        config,
-        ranks=dist.world_size(),
-        inputs=inputs | identity.of_rewards(config),
-        batches=total_batches,
-        layout=layout(config.optim, resolve_dtype(config.models.dtype, device)),
-        versions=identity.versions(),
+        config, ranks=dist.world_size(), inputs=inputs | identity.of_rewards(config), batches=total_batches,
+        layout=layout(config.optim, resolve_dtype(config.models.dtype, device)), versions=identity.versions(),
         day=template.day,
-    )
+    )  # fmt: skip
     dist.together(lambda: resuming.check(config, settings))  # before the time that weights take
 
     phases.mark("models")
@@ -129,6 +125,13 @@ def _built(
     ctx = context_of(config, roles, loader, template, rewards, cache, total_batches, progress.state, wishes)
     trainer = Trainer(config.algorithm, roles, ctx, loader, config.optim, progress, Path(config.output.output_dir))
     return Session(config, trainer, store, held_out, command, origins)
+
+
+def _template(config: RunConfig, source: Source) -> Template:
+    """The template of a run, which writes one day on all ranks and when resumed: midnight may lie between. Collective."""
+    template = dist.together(lambda: template_of(config, source))
+    day = dist.together(lambda: resuming.day(config)) or template.day
+    return replace(template, day=dist.from_rank_0(day))
 
 
 def _refuse_full_disk(trained: Mapping[str, Any], config: RunConfig, total_batches: int) -> None:
