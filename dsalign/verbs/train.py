@@ -128,7 +128,7 @@ def _built(
 
 
 def _template(config: RunConfig, source: Source) -> Template:
-    """The template of a run, which writes one day on all ranks and when resumed: midnight may lie between. Collective."""
+    """The template of a run; one day is written on all ranks and when resumed, beyond midnight too. Collective."""
     template = dist.together(lambda: template_of(config, source))
     day = dist.together(lambda: resuming.day(config)) or template.day
     return replace(template, day=dist.from_rank_0(day))
