@@ -20,7 +20,7 @@ from dsalign.models import four_bit
 from dsalign.models.adapter_files import ROOT
 from dsalign.models.adapters import TRAINED
 from dsalign.models.classifier import SCORE, describe, padded_apart
-from dsalign.models.heads import BIAS, VALUE_HEAD_FILE, WEIGHT, unwrap
+from dsalign.models.heads import BIAS, VALUE_HEAD_FILE, WEIGHT, num_ids, unwrap
 from dsalign.models.names import BASE_FILE, located_base
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _write(module: Any, state: dict[str, Tensor], folder: Path, tokenizer: Any, 
     classifier = getattr(module, "classifier", None)
     if classifier is not None:
         weights = {n: t for n, t in weights.items() if n not in classifier.left_out}
-        tokenizer = padded_apart(tokenizer, _ends(inner, tokenizer), inner.get_input_embeddings().num_embeddings)
+        tokenizer = padded_apart(tokenizer, _ends(inner, tokenizer), num_ids(inner))
     if isinstance(model, PeftModel):
         named, elsewhere = located_base(base, folder, four_bit=getattr(inner, four_bit.MARK, False))
         model.peft_config[TRAINED].base_model_name_or_path = named

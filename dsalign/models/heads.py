@@ -34,6 +34,12 @@ def unwrap(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
+def num_ids(model: PreTrainedModel | PeftModel) -> int:
+    """How many token ids a model has embeddings for, also where an adapter lies on them, or a rank holds a part."""
+    inside = unwrap(model).get_input_embeddings().modules()
+    return next(one.num_embeddings for one in inside if isinstance(one, nn.Embedding))
+
+
 class Backbone(nn.Module):
     """A language model up to its last hidden states.
 

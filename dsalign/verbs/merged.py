@@ -20,7 +20,7 @@ from dsalign.contract.groups import Group
 from dsalign.data.batches.packing import padded
 from dsalign.engines.alone import Alone
 from dsalign.models import adapters, load
-from dsalign.models.heads import CausalModel, ValueModel, unwrap
+from dsalign.models.heads import CausalModel, ValueModel, num_ids
 from dsalign.models.names import Source, resolve
 from dsalign.models.tokenizer import load_tokenizer
 from dsalign.report.run_log import quiet
@@ -80,7 +80,7 @@ def merge(name: str, output_dir: Path | None, dtype: str, *, trust: bool = False
     role = "reward" if opened.is_reward(source) else "policy"
     tokenizer = load_tokenizer(source, how)
     module = load.load_as_stored(role, source, how, device=torch.device("cpu")).eval()
-    size = unwrap(module.model).get_input_embeddings().num_embeddings
+    size = num_ids(module.model)
     rows = [[i for i in tokenizer(text)["input_ids"] if i < size][:TOKENS] for text in real_texts()]
     before = numbers_of(module, rows)
     module.model = adapters.merged(module.model, source.adapter)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from plain import plain_logps, plain_values
 from safetensors.torch import save_file
 from support import SIZES, VOCABULARY, random_groups, random_model, tiny_config
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from dsalign.data.batches.packing import padded
-from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueHead, ValueModel
+from dsalign.models.heads import BIAS, WEIGHT, CausalModel, ValueHead, ValueModel, num_ids
 from dsalign.models.logps import Head, LogitTransform
 
 CPU = torch.device("cpu")
@@ -181,3 +182,14 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
     ):
         value_model().load_head(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+     {"target_modules": ["q_proj"], "trainable_token_indices": [5]}],
+)  # fmt: skip
+def test_how_many_ids_a_model_reads_under_an_adapter(how: dict[str, Any]) -> None:
+    """What PEFT puts around an embedding lacks some of its attributes, and final/ of a reward model needs this one."""
+    model = LlamaForCausalLM(tiny_config(num_hidden_layers=1))
+    assert num_ids(model) == num_ids(get_peft_model(model, LoraConfig(r=2, **how))) == VOCABULARY
