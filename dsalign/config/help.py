@@ -26,7 +26,7 @@ def help_text(command: flags.Command, verbs: Mapping[str, str]) -> str:
             fixed = option.default not in (REQUIRED, None, (), {})
             default = f" [{one_line(option.default)}]" if fixed else ""
             choices = f": {', '.join(option.choices())}" if option.choices() else ""
-            gap = "" if len(flag) <= 31 else f"\n{'':33}"
+            gap = "" if len(flag) < 31 else f"\n{'':33}"
             yield f"  {flag:<31}{gap}{option.help}{choices}{default}"
 
     usage = "usage: dsalign [train|rlhf|sft] --algo NAME [--model MODEL] [--dataset DATA ...] [--config FILE.yaml ...]"

@@ -202,7 +202,7 @@ def algorithm_name(command: flags.Command, given: dict[str, Given]) -> tuple[str
     asked = given.get("algo") or (Given("algo", "algo", ("sft",), "verb sft") if verb == "sft" else None)
     choices = f"expected one of {', '.join(algos.names())}"
     if asked is None:
-        return "", [f"algo: {choices}, got none; give --algo NAME"]
+        return "", [f"algo: {choices}, got none; give --algo NAME; dsalign --help lists commands too"]
     words = asked.raw if isinstance(asked.raw, (tuple, list)) else (asked.raw,)
     name = str(words[0]) if len(words) == 1 else " ".join(map(str, words))
     if name not in algos.names():

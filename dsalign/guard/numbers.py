@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +146,11 @@ def _group(plain: Mapping[str, Any]) -> Group:
 def advice(bad: BadStep, most: int, kept: str, learning_rate: float) -> str:
     """The message of a run that ends: `most` steps in a row were skipped, and this one more. kept: of `keep`."""
     folder = kept.removeprefix("kept in ")
-    replay = f"`dsalign replay {folder}` says which number is the first that is not finite; " if folder != kept else ""
+    replay = (
+        f"`dsalign replay {shlex.quote(folder)}` says which number is the first that is not finite; "
+        if folder != kept
+        else ""
+    )
     return (
         f"step {bad.step}: {bad.text()}; more steps in a row had to be skipped than --max_bad_steps {most}. {replay}"
         f"correct or leave out these rows, or go on from the last checkpoint with --resume and a --learning_rate below "

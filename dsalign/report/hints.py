@@ -5,12 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from dsalign.config.schema import RUN_OPTIONS
 from dsalign.report import events
 from dsalign.report.history import History
 from dsalign.report.page import REPORT
 from dsalign.report.story import short
 
+READ = ("columns", "system", "on_bad_row", "streaming", "assistant_turns", "max_length", "truncation_strategy")
+JUDGES = ("reward_funcs", "reward_weights")
 VERBS = Path(__file__).parent.parent / "verbs"
 
 
@@ -19,7 +23,8 @@ def last_lines(run: History, how: str) -> list[str]:
     folder = shlex.quote(str(run.folder))
     lines = []
     if run.best is not None:
-        lines.append(f"best: held-out loss {short(run.best[1])} at step {run.best[0]}")
+        kept = run.folder / f"checkpoint-{run.best[0]}" if run.best[0] in run.checkpoints else "no checkpoint of it"
+        lines.append(f"best: held-out loss {short(run.best[1])} at step {run.best[0]}: {kept}")
     if run.has_final and how == events.DONE:
         lines.append(f"model: {run.folder / 'final'}")
     if run.checkpoints:
@@ -35,7 +40,8 @@ def last_lines(run: History, how: str) -> list[str]:
 def _memory(of: Mapping[str, float]) -> str:
     """The most that a rank held, and by role what its model took as it was loaded; what is not known is left out."""
     peak = [f"at most {of['peak']:.2f} GiB a rank"] if "peak" in of else []
-    loaded = ", ".join(f"{role} {size:.2f}" for role, size in of.items() if role != "peak")
+    small = {role: f"{size:.2f}" if size >= 0.005 else "<0.01" for role, size in of.items() if role != "peak"}
+    loaded = ", ".join(f"{role} {size}" for role, size in small.items())
     return "; ".join([*peak, *([f"as loaded: {loaded} GiB"] if loaded else [])])
 
 
@@ -56,17 +62,34 @@ def _commands(run: History, folder: str, how: str) -> Mapping[str, str]:
 def _next(run: History, folder: str) -> Mapping[str, tuple[str, str]]:
     """Verb -> (what follows it, what it is for), of those that take what the run trained: a reward model does not talk,
     and only an adapter is merged."""
-    rows = run.settings.get("val_dataset") or run.settings.get("dataset") or ["demo:pairs"]
+    final = run.folder / "final"
+    is_reward = (final / "value_head.safetensors").exists()
+    system = run.settings.get("system")
     found = {
-        "chat": (folder, "talk to it"),
-        "eval": (f"{folder} --dataset {shlex.join(map(str, rows))}", "evaluate it"),
+        "chat": (f"{folder} --system {shlex.quote(str(system))}" if system else folder, "talk to it"),
+        "eval": (f"{folder} {shlex.join(_measured(run.settings, is_reward=is_reward))}", "evaluate it"),
         "merge": (folder, "merge its adapter into the weights"),
         "export": (f"{folder} {shlex.quote(f'{run.folder}-plain')}", "a plain folder of it"),
     }
-    final = run.folder / "final"
     left_out = [] if (final / "adapter_config.json").exists() else ["merge"]
-    left_out += ["chat"] if (final / "value_head.safetensors").exists() else []
+    left_out += ["chat"] if is_reward else []
     return {verb: how for verb, how in found.items() if verb not in left_out}
+
+
+def _measured(settings: Mapping[str, Any], *, is_reward: bool) -> list[str]:
+    """The options of `dsalign eval` by which a model reads rows, answers and is judged as in its run."""
+    found = ["--dataset", *(settings.get("val_dataset") or settings.get("dataset") or ["demo:pairs"])]
+    for name in READ:
+        value = settings.get(name)
+        if value not in (None, {}, RUN_OPTIONS[name].default):
+            words = [f"{theirs}={ours}" for theirs, ours in value.items()] if isinstance(value, Mapping) else [value]
+            found += [f"--{name}", *(str(word).lower() if isinstance(word, bool) else word for word in words)]
+    if "max_new_tokens" in settings:
+        found += ["--max_new_tokens", settings["max_new_tokens"]]
+        found += ["--reward", settings["reward_model"]] if settings.get("reward_model") else []
+        for name in JUDGES:
+            found += [f"--{name}", *settings[name]] if settings.get(name) else []
+    return list(map(str, found if is_reward else [*found, "--vs", "base"]))
 
 
 def exists(verb: str) -> bool:

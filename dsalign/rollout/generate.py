@@ -85,5 +85,5 @@ def engine_of(roles: Roles, role: str, options: RolloutOptions) -> Rollout:
     if dist.rank() == 0:
         chosen = f"hybrid, with {inside} inside" if name == "hybrid" else inside
         why = "" if shares or name == "plain" else ", as the model's attention takes no packed rows"
-        logger.info("rollout: %s%s", chosen, why)
+        logger.info("completions are sampled by --rollout %s%s", chosen, why)
     return InProcess(trained, inside, options.local_rollout_forward_batch_size)

@@ -14,25 +14,29 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{self.prog}: expected options as dsalign {self.prog} --help lists them, but {message}")
 
 
+def parser(verb: str) -> argparse.ArgumentParser:
+    """A parser of a verb's own options, none yet. What it cannot read is a ValueError that names the verb."""
+    return _Parser(prog=verb, add_help=False, allow_abbrev=False)
+
+
 def of(
     verb: str, argv: Sequence[str], *, places: Sequence[str], values: Mapping[str, str | None], switches: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]] | None:
-    """(the values by name, the words that are none of these options) of a command; None where it asks for help or says
-    nothing.
+    """(the values by name, the words that are none of these options) of a command; None where it asks for help.
 
     places: what the words without a flag are, in order. values: option -> its default. switches: options without a
     value. A name may be written with - for _. Raises ValueError where a value is missing.
     """
-    if not argv or "--help" in argv or "-h" in argv:
+    if "--help" in argv or "-h" in argv:
         return None
-    parser = _Parser(prog=verb, add_help=False, allow_abbrev=False)
+    own = parser(verb)
     for name in places:
-        parser.add_argument(name, nargs="?")
+        own.add_argument(name, nargs="?")
     for name, default in values.items():
-        parser.add_argument(*_spellings(name), dest=name, default=default)
+        own.add_argument(*_spellings(name), dest=name, default=default)
     for name in switches:
-        parser.add_argument(*_spellings(name), dest=name, action="store_true")
-    return parser.parse_known_args(list(argv))
+        own.add_argument(*_spellings(name), dest=name, action="store_true")
+    return own.parse_known_args(list(argv))
 
 
 def alone(

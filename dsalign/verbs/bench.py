@@ -3,7 +3,6 @@ each in a process of its own."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import statistics
@@ -17,7 +16,7 @@ from pathlib import Path
 from dsalign import endings
 from dsalign.config import flags
 from dsalign.report.history import METRICS
-from dsalign.verbs import runs
+from dsalign.verbs import arguments, runs
 
 SUMMARY = "how fast the kernels and a training step are here: dsalign bench [NAME ...]"
 USAGE = """usage: dsalign bench [NAME ...] [--list] [--seconds N] [--json] [-- options of a run]
@@ -70,14 +69,11 @@ def read(argv: Sequence[str]) -> Request | None:
     words = words[: words.index("--")] if "--" in words else words
     if "--help" in words or "-h" in words:
         return None
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("bench")
     own.add_argument("--json", action="store_true")
     own.add_argument("--list", action="store_true")
     own.add_argument("--seconds", default="600")
-    try:
-        asked, names = own.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"bench: {error}; see dsalign bench --help") from None
+    asked, names = own.parse_known_args(words)
     if not asked.seconds.isdecimal() or int(asked.seconds) < 1:
         raise ValueError(f"--seconds: expected a whole number >= 1, got {asked.seconds!r}; write --seconds 600")
     known = [STEP, *files()]

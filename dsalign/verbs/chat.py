@@ -77,9 +77,7 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return DONE
-    places.ask_the_hub(
-        {"MODEL": request.model, "vs": None if request.vs == "base" else request.vs, "reward": request.reward}
-    )
+    places.ask_the_hub({"MODEL": request.model, "vs": request.vs, "reward": request.reward})
     work = places.work("chatting")  # not at the top of the file: transformers takes longer to import than a typo may
     work.chat(request)
     return DONE

@@ -22,7 +22,7 @@ from dsalign.data.rows.records import printable
 from dsalign.models.heads import unwrap
 from dsalign.models.tokenizer import decoder
 from dsalign.report.run_log import quiet
-from dsalign.verbs import opened, places
+from dsalign.verbs import opened
 from dsalign.verbs.chat import Request
 from dsalign.verbs.opened import Model
 
@@ -96,19 +96,6 @@ class _Stop:
             signal.signal(signal.SIGINT, before)
 
 
-def base_of(model: Model) -> str:
-    """What a model was trained from: the base of an adapter, or the model in the configuration of its run.
-
-    Raises ValueError where it cannot be told.
-    """
-    if model.source.adapter is not None:
-        return model.source.weights
-    found = places.trained_from(model.source.weights)
-    if found is None:
-        raise ValueError(f"vs: expected a model, as {model.name} does not say what it was trained from; name it")
-    return found
-
-
 class Chat:
     """A conversation with the models of a request. out: where answers go."""
 
@@ -118,7 +105,7 @@ class Chat:
         first = opened.open_model(request.model, how, role="policy", template=request.template)
         models = [first]
         if request.vs is not None:
-            models.append(opened.open_model(base_of(first) if request.vs == "base" else request.vs, how, role="policy"))
+            models.append(opened.open_model(opened.second_of(first, request.vs), how, role="policy"))
         self.speakers = [Speaker(model, request.system) for model in models]
         self.reward = opened.open_model(request.reward, how, role="reward") if request.reward else None
         self.stop = _Stop()

@@ -3,7 +3,6 @@ the same family on its longest rows. No GPU is used."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from dsalign.config import parse as config
 from dsalign.config.schema import RunConfig
-from dsalign.verbs import lines, plan
+from dsalign.verbs import arguments, lines, plan
 
 SUMMARY = "all that a run needs, looked at before it starts, and one step of a tiny model; no GPU"
 USAGE = """usage: dsalign check --algo NAME [options of a run] [--gpus N] [--gpu_memory GIB] [--no_step] [--json]
@@ -47,7 +46,7 @@ def read(argv: Sequence[str]) -> Request | None:
 
     Raises ValueError for a wrong number. Options of a run that cannot be read are problems of the request.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("check")
     own.add_argument("--json", action="store_true")
     own.add_argument("--no_step", "--no-step", action="store_true")
     asked, rest = own.parse_known_args(list(argv))

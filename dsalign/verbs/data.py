@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 from dsalign.config import flags
 from dsalign.config import parse as config
 from dsalign.config.schema import RunConfig
-from dsalign.verbs import preflight
+from dsalign.verbs import arguments, preflight
 
 SUMMARY = "what a data set is to a run: dsalign data check|show"
 USAGE = """usage: dsalign data check|show --algo NAME [options of a run] [--json] [--n N] [--ids]
@@ -45,17 +44,17 @@ def read(argv: Sequence[str]) -> Request | None:
 
     Raises ConfigError for options of a run that cannot be read, ValueError for an unknown verb or a wrong --n.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("data")
     own.add_argument("--json", action="store_true")
     own.add_argument("--ids", action="store_true")
     own.add_argument("--n", default="3")
     asked, rest = own.parse_known_args(list(argv))
-    if not rest or "--help" in rest or "-h" in rest:
+    if "--help" in rest or "-h" in rest:
         return None
-    verb, *options = rest
+    verb, *options = rest or [""]
     if verb not in VERBS:
         advice = flags.nearest(verb, VERBS) or "; see dsalign data --help"
-        raise ValueError(f"data: expected one of {', '.join(VERBS)}, got {verb!r}{advice}")
+        raise ValueError(f"data: expected one of {', '.join(VERBS)}, got {repr(verb) if verb else 'none'}{advice}")
     if not asked.n.isdecimal() or int(asked.n) < 1:
         raise ValueError(f"--n: expected a whole number >= 1, got {asked.n!r}; write --n 3")
     return Request(verb, config.parse(options, world_size=1).config, asked.json, asked.ids, int(asked.n))

@@ -3,13 +3,12 @@ the libraries that it looks at, so that it works where one of them does not."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsalign.config import flags
-from dsalign.verbs import hosts, lines, this_machine
+from dsalign.verbs import arguments, hosts, lines, this_machine
 
 SUMMARY = "what is wrong with this machine, or those of a hostfile: versions, GPUs, builds, network"
 USAGE = """usage: dsalign doctor [--hostfile FILE] [--json]
@@ -37,13 +36,10 @@ def read(argv: Sequence[str]) -> Request | None:
     than its flags."""
     if "--help" in argv or "-h" in argv:
         return None
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("doctor")
     own.add_argument("--json", action="store_true")
     own.add_argument("--hostfile")
-    try:
-        asked, rest = own.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"doctor: {error}; see dsalign doctor --help") from None
+    asked, rest = own.parse_known_args(list(argv))
     if rest:
         advice = flags.nearest(rest[0], FLAGS) or "; see dsalign doctor --help"
         raise ValueError(f"doctor: expected {' or '.join(FLAGS)}, got {rest[0]!r}{advice}")

@@ -19,7 +19,7 @@ USAGE = """usage: dsalign eval MODEL --dataset FILE ... [--vs OTHER] [--reward R
        dsalign eval MODEL --lm_eval TASK,TASK
 
   MODEL            final/, checkpoint-N/, a run's folder (its final/), an adapter, a hub name or a short name
-  --vs OTHER       a second model; on pairs, by default what MODEL was trained from
+  --vs OTHER       a second model; base, on pairs the default, is what MODEL was trained from
   --reward RM      on prompts: the reward model that judges, or --reward_funcs and --reward_weights as in a run
   --data KIND      how rows are read: pairs, demonstrations or prompts [pairs where the first row is one, else prompts]
   --json           one JSON object on standard output in place of text
@@ -66,8 +66,9 @@ def read(argv: Sequence[str]) -> Request | None:
         return None
     given, (named, *rest) = found[0], [*found[1], ""]
     if not named or named.startswith("-") or named != argv[0]:
+        first = repr(argv[0]) if argv else "none"
         raise ValueError(
-            f"eval: expected MODEL as the first word, got {argv[0]!r}; write dsalign eval MODEL --dataset FILE"
+            f"eval: expected MODEL as the first word, got {first}; write dsalign eval MODEL --dataset FILE"
         )
     rest = rest[:-1]
     kind = given.data and arguments.choice("data", given.data, tuple(KINDS))

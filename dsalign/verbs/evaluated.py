@@ -106,9 +106,9 @@ def evaluate(request: Request) -> Report:
         )
     if request.judged and kind != "prompts":
         raise ValueError(f"reward: expected prompts to answer, got {kind}; add --data prompts, or give RM as MODEL")
-    other = request.vs and places.model_of(request.vs)
+    other = request.vs and places.model_of(opened.second_of(first, request.vs))
     if other is None and kind == "pairs" and first.role == "policy":
-        other = first.source.weights if first.source.adapter else places.trained_from(first.source.weights)
+        other = opened.base_of(first)
     names = [request.model, *([other] if other else [])]
     both = [
         first,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 
@@ -29,7 +30,8 @@ def command(model: str, tasks: str, config: RunConfig, batch_size: int) -> list[
     if source.four_bit:
         raise ValueError(
             f"lm_eval: expected a model that other programs open as it was trained, got the adapter {model} of a base "
-            f"in 4 bits, which lm-eval would put on the base as it is on disk; run dsalign merge {model} and give that"
+            f"in 4 bits, which lm-eval would put on the base as it is on disk; run dsalign merge {shlex.quote(model)} "
+            "and give that"
         )
     parts = [f"pretrained={source.weights}", *([f"peft={source.adapter}"] if source.adapter else [])]
     if source.adapter is not None and (source.adapter / "tokenizer_config.json").exists():

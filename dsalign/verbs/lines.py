@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from dsalign import endings
@@ -41,16 +44,28 @@ def looked(name: str, look: Callable[[], Sequence[Line] | Line | str]) -> list[L
     return [said] if isinstance(said, Line) else list(said)
 
 
+def columns(widest: int) -> int:
+    """The width of a table on standard output, in characters: `widest`, or that of a terminal that is narrower."""
+    return min(widest, shutil.get_terminal_size((widest, 0)).columns) if sys.stdout.isatty() else widest
+
+
+def natural(table: Table) -> int:
+    """The width, in characters, at which no cell of a table is wrapped."""
+    console = Console(width=10_000)
+    return Measurement.get(console, console.options, table).maximum
+
+
 def text(lines: Sequence[Line]) -> str:
     """The lines as a table, and how many are in which state."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), width=WIDTH)
+    width = columns(WIDTH)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), width=width)
     table.add_column("what", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("found, and what to do", overflow="fold", ratio=1)
     for one in lines:
         table.add_row(one.name, one.state, one.found + (f"\n-> {one.advice}" if one.advice else ""))
     out = io.StringIO()
-    Console(file=out, width=WIDTH, highlight=False, markup=False, color_system=None).print(table)
+    Console(file=out, width=width, highlight=False, markup=False, color_system=None).print(table)
     counts = [(state, sum(one.state == state for one in lines)) for state in (ERROR, WARNING, SKIPPED, OK)]
     last = ", ".join(f"{count} {state}" for state, count in counts if count)
     return redacted("\n".join([*(row.rstrip() for row in out.getvalue().strip("\n").splitlines()), last]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import time
@@ -18,7 +17,8 @@ from dsalign import endings
 from dsalign.config import flags
 from dsalign.guard.disk import amount
 from dsalign.report.story import duration, number
-from dsalign.verbs import runs
+from dsalign.verbs import arguments, runs
+from dsalign.verbs.lines import columns, natural
 from dsalign.verbs.runs import Run
 
 SUMMARY = "the runs below a folder: state, steps, best step, checkpoints, how to go on"
@@ -31,7 +31,17 @@ USAGE = """usage: dsalign ls [FOLDER] [--verify] [--json]
 States: running; elsewhere (its lock names a process of another machine, which is not asked); done; stopped, which
 `dsalign resume RUN` continues; diverged; crashed; never began (no step was taken).
 The exit code is 0, or 2 where --verify finds a checkpoint that is not as it was written."""
-WIDTH = 150  # columns
+COLUMNS = ("run", "algorithm", "model", "state", "step", "last", "best", "size", "age", "checkpoints")
+RIGHT = ("step", "size", "age")  # aligned to the right
+LEAST = (
+    "size",
+    "model",
+    "checkpoints",
+    "age",
+    "algorithm",
+    "best",
+    "last",
+)  # what a narrow terminal lacks, in order
 DAY_S = 24 * 3600
 
 
@@ -51,7 +61,7 @@ def read(argv: Sequence[str]) -> Request | None:
     """
     if "--help" in argv or "-h" in argv:
         return None
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("ls")
     own.add_argument("--json", action="store_true")
     own.add_argument("--verify", action="store_true")
     asked, rest = own.parse_known_args(list(argv))
@@ -86,21 +96,33 @@ def text(found: Sequence[Run], root: Path, now: float) -> str:
     1970."""
     if not found:
         return f"no run in {root} or below it; a run writes to output/ALGORITHM, or to its --output_dir"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("run", "algorithm", "model", "state", "step", "last", "best", "size", "age", "checkpoints"):
-        right = name in ("step", "size", "age")
-        table.add_column(name, justify="right" if right else "left", no_wrap=name in ("state", "step", "size", "age"))
-    for one in found:
-        table.add_row(
-            str(one.folder), one.algo, Path(one.model).name, one.state, _steps(one), _last(one), _best(one),
-            amount(one.size), _age(now - one.written), _kept(one),
-        )  # fmt: skip
+    shown = list(COLUMNS)
+    table = _table(found, now, shown)
+    width = columns(natural(table))
+    for name in LEAST:
+        if natural(table) > width:
+            shown.remove(name)
+            table = _table(found, now, shown)
     out = io.StringIO()
-    console = Console(file=out, width=WIDTH, highlight=False, markup=False, color_system=None)
+    console = Console(file=out, width=width, highlight=False, markup=False, color_system=None)
     console.print(table)
     for line in (line for one in found for line in _lines(one)):
         console.print(line, soft_wrap=True)
     return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+
+def _table(found: Sequence[Run], now: float, shown: Sequence[str]) -> Table:
+    """A row a run, with these of COLUMNS."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in shown:
+        table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=name != "run", overflow="fold")
+    for one in found:
+        cells = (
+            str(one.folder), one.algo, Path(one.model).name, one.state, _steps(one), _last(one), _best(one),
+            amount(one.size), _age(now - one.written), _kept(one),
+        )  # fmt: skip
+        table.add_row(*(cell for name, cell in zip(COLUMNS, cells, strict=True) if name in shown))
+    return table
 
 
 def _lines(one: Run) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -50,7 +51,8 @@ class Merged:
 
     def text(self) -> str:
         """The result as lines of text, with the command that tries it."""
-        use = f"dsalign chat {self.folder}" if self.what == "logits" else f"dsalign eval {self.folder} --dataset ..."
+        folder = shlex.quote(str(self.folder))
+        use = f"dsalign chat {folder}" if self.what == "logits" else f"dsalign eval {folder} --dataset demo:pairs"
         held = ", as 4 bits hold it, which is what the adapter was trained on" if self.four_bit else ""
         return (
             f"merged {self.adapter} into {self.base}{held}: {self.folder}, {self.dtype}\n"

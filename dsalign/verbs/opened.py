@@ -77,6 +77,23 @@ def open_model(name: str, how: ModelOptions, *, role: str | None = None, templat
     return Model(name, source, role, Alone(module), found)
 
 
+def base_of(model: Model) -> str | None:
+    """What a model was trained from: the base of an adapter, or the model in the configuration of its run; None where
+    it cannot be told."""
+    return model.source.weights if model.source.adapter else places.trained_from(model.source.weights)
+
+
+def second_of(model: Model, named: str) -> str:
+    """The model that --vs names beside another one: "base" is what that was trained from.
+
+    Raises ValueError where it cannot be told.
+    """
+    found = base_of(model) if named == places.BASE else named
+    if found is None:
+        raise ValueError(f"vs: expected a model, as {model.name} does not say what it was trained from; name it")
+    return found
+
+
 def roles_of(models: Mapping[str, Model], *, batch_size: int = 8, temperature: float = 1.0) -> Roles:
     """The models by role, to compute with. batch_size, temperature: as in `Roles`."""
     engines: dict[str, Any] = {role: model.engine for role, model in models.items()}

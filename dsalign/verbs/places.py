@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from dsalign.config.parse import ConfigError
 from dsalign.data.rows.registry import REGISTERED
 
 logger = logging.getLogger(__name__)
+BASE = "base"  # the value of --vs that stands for what the first model was trained from
 
 
 def model_of(name: str) -> str:
@@ -40,7 +42,7 @@ def model_of(name: str) -> str:
     if not kept:
         raise ValueError(
             f"model: expected final/ or checkpoint-N/ in the run {folder}, got neither; go on with it: dsalign resume "
-            f"{folder}"
+            f"{shlex.quote(str(folder))}"
         )
     logger.warning("%s has no final/: its newest checkpoint, %s, is taken", folder, kept[0].name)
     return str(kept[0])
@@ -63,13 +65,14 @@ def data_sets() -> dict[str, str]:
 
 
 def ask_the_hub(models: Mapping[str, str | None], more: Sequence[reach_hub.Needed] = ()) -> None:
-    """Ask once whether the hub is there, if a model needs it. models: option -> name, None = not given. more: what else
+    """Ask once whether the hub is there, if a model needs it. models: option -> name, None = not given;
+    the base of --vs is known only later. more: what else
     is needed.
 
     Raises ConfigError, a line for each name that cannot be had, where it cannot be reached, and for each folder that
     lacks a part of a model.
     """
-    names = {option: name and model_of(name) for option, name in models.items()}
+    names = {option: name and model_of(name) for option, name in models.items() if (option, name) != ("vs", BASE)}
     folders = {option: Path(name).expanduser() for option, name in names.items() if name}
     found = [(option, one) for option, folder in folders.items() for one in problems(folder, tokenizer=False)]
     if found:

@@ -20,7 +20,7 @@ from dsalign.contract.rollout_options import RolloutOptions
 from dsalign.memory import counted, estimate, known, shapes
 from dsalign.memory.estimate import GIB, Estimate, Machine
 from dsalign.memory.shapes import Shape
-from dsalign.verbs import plan_text
+from dsalign.verbs import arguments, plan_text
 
 SUMMARY = "the memory of a run before it starts: what fits, which DeepSpeed file, which micro-batch"
 USAGE = """usage: dsalign plan --algo NAME [--model MODEL] [options of a run] [--gpus N] [--gpu_memory GIB] ...
@@ -62,11 +62,8 @@ def read(argv: Sequence[str]) -> Request | None:
     Raises ConfigError for options of a run that cannot be read, ValueError for a wrong number.
     """
     own = _parser()
-    try:
-        asked, rest = own.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"plan: {error}; see dsalign plan --help") from None
-    if not argv or "--help" in rest or "-h" in rest:
+    asked, rest = own.parse_known_args(list(argv))
+    if "--help" in rest or "-h" in rest:
         return None
     gpus = _whole("gpus", asked.gpus)
     nodes = -(-gpus // 8) if asked.nodes is None else _whole("nodes", asked.nodes)
@@ -91,7 +88,7 @@ def without_machine(argv: Sequence[str]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     """The parser of what is no option of a run."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("plan")
     own.add_argument("--json", action="store_true")
     defaults = {
         "gpus": "8",

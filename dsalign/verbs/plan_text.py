@@ -14,6 +14,7 @@ from rich.table import Table
 from dsalign.config.schema import RunConfig
 from dsalign.memory.estimate import GIB, Estimate, Machine, Role
 from dsalign.memory.shapes import Shape
+from dsalign.verbs.lines import columns, natural
 
 WIDTH = 118  # columns off a terminal
 COUNTED = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
@@ -57,13 +58,14 @@ class Answer:
     def text(self) -> str:
         """The whole answer: the first line, memory by role, the DeepSpeed files side by side, what was assumed."""
         out = io.StringIO()
-        console = Console(file=out, width=WIDTH, highlight=False, color_system=None)
+        width = columns(WIDTH)
+        console = Console(file=out, width=width, highlight=False, color_system=None)
         one = self.chosen
         console.print(self.first_line(), soft_wrap=True)
         for hint in self.hints[1:]:
             console.print(f"  or: {hint}", soft_wrap=True)
         console.print(f"\nGiB of one GPU with {one.deepspeed}, micro-batch {one.micro_batch} ({one.tokens:,} tokens)")
-        console.print(self._roles())
+        console.print(fitting(self._roles(), width))
         console.print("\nthe DeepSpeed files, each with the largest micro-batch that fits")
         console.print(self._files())
         console.print("\n".join(["", *self._notes()]), soft_wrap=True)
@@ -102,8 +104,10 @@ class Answer:
     def _files(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for name in ("--deepspeed", "fits", "micro-batch", "GiB a GPU", "of it states", "GiB of CPU a machine"):
-            table.add_column(name, justify="left" if name in ("--deepspeed", "fits") else "right")
-        table.add_column("sent a step and GPU, GiB", justify="right")
+            whole = name in ("--deepspeed", "fits", "micro-batch")
+            left = name in ("--deepspeed", "fits")
+            table.add_column(name, justify="left" if left else "right", no_wrap=whole, overflow="fold")
+        table.add_column("sent a step and GPU, GiB", justify="right", overflow="fold")
         for name, one in self.tried.items():
             fits = one.fits(self.machine)
             states = sum(role.held.always for role in one.roles)
@@ -154,6 +158,19 @@ class Answer:
 
 def _sent(role: Role) -> dict[str, float]:
     return {"gradients": role.exchanged.gradients, "weights": role.exchanged.weights}
+
+
+def fitting(table: Table, width: int) -> Table:
+    """The table, with rows for its columns where it is wider than `width` characters."""
+    if natural(table) <= width:
+        return table
+    turned = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    first, *others = ([str(column.header), *map(str, column.cells)] for column in table.columns)
+    for i, name in enumerate(first):
+        turned.add_column(name, justify="right" if i else "left", no_wrap=not i, overflow="fold")
+    for row in others:
+        turned.add_row(*row)
+    return turned
 
 
 def _count(role: Role) -> str:

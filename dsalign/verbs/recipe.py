@@ -84,7 +84,7 @@ def read(argv: Sequence[str]) -> Request | None:
     the problems of all stages where their options cannot be read.
     """
     command = flags.split(argv, parse.ALIASES)
-    if command.asks("help") or not argv:
+    if command.asks("help"):
         return None
     if len(command.words) != 1:
         raise ValueError(f"recipe: expected one YAML file, got {len(command.words)}; write dsalign recipe FILE.yaml")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from dsalign.config import parse as config
 from dsalign.config.schema import RunConfig
 from dsalign.endings import DIVERGED, DONE
+from dsalign.verbs import arguments
 
 SUMMARY = "compute a skipped step again and name where its first number that is not finite comes from"
 USAGE = """usage: dsalign replay RUN/bad/step-N [--model FOLDER]
@@ -39,14 +39,15 @@ def read(argv: Sequence[str]) -> Request | None:
 
     Raises ValueError where the folder is not one of a run, ConfigError where the run's config.yaml cannot be read.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("replay")
     own.add_argument("--model")
     asked, rest = own.parse_known_args(list(argv))
-    if not rest or "--help" in rest or "-h" in rest:
+    if "--help" in rest or "-h" in rest:
         return None
-    folder, *more = rest
-    if more:
-        raise ValueError(f"replay: expected one folder, RUN/bad/step-N, and --model, got {' '.join(more)} too")
+    if len(rest) != 1:
+        given = " ".join(rest) or "none"
+        raise ValueError(f"replay: expected one folder, RUN/bad/step-N, and --model at most, got {given}")
+    folder = rest[0]
     path = Path(folder).expanduser()
     settings = path.absolute().parent.parent / "config.yaml"
     if not path.is_dir() or not settings.is_file():

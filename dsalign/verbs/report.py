@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsalign.config import flags
 from dsalign.report import history, page
 from dsalign.report.story import story
+from dsalign.verbs import arguments
 
 SUMMARY = "what happened in a run as a page, or several compared: dsalign report RUN [RUN ...]"
 USAGE = """usage: dsalign report RUN [RUN ...] [--output FILE] [--json]
@@ -36,17 +37,15 @@ def read(argv: Sequence[str]) -> Request | None:
 
     Raises ValueError for a flag that it does not have, or where no run is named.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("report")
     own.add_argument("--json", action="store_true")
     own.add_argument("--output")
     if "--help" in argv or "-h" in argv:
         return None
-    try:
-        asked, runs = own.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"report: {error}; see dsalign report --help") from None
+    asked, runs = own.parse_known_args(list(argv))
     if wrong := [word for word in runs if word.startswith("-")]:
-        raise ValueError(f"report: expected --output FILE or --json, got {wrong[0]!r}; see dsalign report --help")
+        advice = flags.nearest(wrong[0], ("--output", "--json")) or "; see dsalign report --help"
+        raise ValueError(f"report: expected --output FILE or --json, got {wrong[0]!r}{advice}")
     if not runs:
         raise ValueError("report: expected the folder of a run, got none; write dsalign report output/dpo")
     output = Path(asked.output).expanduser() if asked.output else None

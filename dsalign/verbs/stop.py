@@ -3,7 +3,6 @@ otherwise, by the files that it looks for there."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from dsalign.checkpoint import folder_lock, run_folders
 from dsalign.checkpoint.folder_lock import Owner
 from dsalign.config import flags
 from dsalign.guard.wishes import SAVE, STOP
-from dsalign.verbs import runs
+from dsalign.verbs import arguments, runs
 
 SUMMARY = "let a run save and stop, or with --save only save: dsalign stop RUN [--save] [--wait]"
 USAGE = """usage: dsalign stop RUN [--save] [--wait [SECONDS]] [--json]
@@ -50,7 +49,7 @@ def read(argv: Sequence[str]) -> Request | None:
     """
     if "--help" in argv or "-h" in argv:
         return None
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own = arguments.parser("stop")
     own.add_argument("--save", action="store_true")
     own.add_argument("--json", action="store_true")
     words, wait = list(argv), 0.0

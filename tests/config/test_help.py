@@ -24,3 +24,4 @@ def test_help_names_every_option_once_with_its_choices() -> None:
     assert all(text.count(f"  --{name} ") + text.count(f"  --{name},") == 1 for name in RUN_OPTIONS)
     assert "--tuner, --sft_type            train LoRA adapters or every weight: lora, full [lora]" in text
     assert "per_device_train_batch_size" in text
+    assert "  --deepspeed, --deepspeed_config\n" + " " * 33 + "zero0, zero1" in text  # 31 characters: a line of its own

@@ -337,7 +337,8 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
 
 def test_the_algorithm_is_missing_or_mistyped() -> None:
     names = ", ".join(algos.names())
-    assert problems("rlhf", "--beta", "1") == [f"algo: expected one of {names}, got none; give --algo NAME"]
+    advice = "give --algo NAME; dsalign --help lists commands too"
+    assert problems("rlhf", "--beta", "1") == [f"algo: expected one of {names}, got none; {advice}"]
     assert problems("--rlhf_type", "simop", "--bta", "1") == [
         f"--rlhf_type: expected one of {names}, got 'simop'; did you mean simpo?",
         "--bta: expected a known option, got 'bta'; did you mean beta?",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,13 @@ def test_a_run_that_is_done(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "final" / "adapter_config.json").touch()
     commands = {
         f"dsalign chat '{folder}'": "talk to it",
-        f"dsalign eval '{folder}' --dataset 'my rows.jsonl' b.jsonl": "evaluate it",
+        f"dsalign eval '{folder}' --dataset 'my rows.jsonl' b.jsonl --vs base": "evaluate it",
         f"dsalign merge '{folder}'": "merge its adapter into the weights",
         f"dsalign export '{folder}' '{folder}-plain'": "a plain folder of it",
     }
     width = max(map(len, commands))
     assert last_lines(read(folder), "done") == [
-        "best: held-out loss 0.5 at step 5",
+        f"best: held-out loss 0.5 at step 5: {folder / 'checkpoint-5'}",
         f"model: {folder / 'final'}",
         f"checkpoint: {folder / 'checkpoint-10'}",
         f"report: {folder / 'report.html'}",
@@ -53,6 +54,30 @@ def test_a_run_that_is_done(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "final" / "value_head.safetensors").touch()
     left = " ".join(last_lines(read(folder), "done"))
     assert "dsalign eval" in left and "dsalign chat" not in left and "dsalign merge" not in left
+    assert "--vs" not in left
+    (folder / "checkpoint-5").rmdir()
+    assert last_lines(read(folder), "done")[0] == "best: held-out loss 0.5 at step 5: no checkpoint of it"
+
+
+def test_what_was_trained_is_evaluated_as_it_was_trained(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the columns the line would be refused, without the length most rows are other ones; what a run left as it
+    is by default is not repeated."""
+    with_verbs(tmp_path, monkeypatch, "chat", "eval")
+    (folder / "config.yaml").write_text(
+        "algo: grpo\ndataset: [a.jsonl]\nval_dataset: [b.jsonl]\ncolumns: {question: prompt}\nsystem: Don't lie.\n"
+        "max_length: 256\ntruncation_strategy: delete\nstreaming: true\nmax_new_tokens: 16\nreward_model: my rm\n"
+        "reward_funcs: ['my f.py:short', 'demo:friendly']\nreward_weights: [1.0, 0.5, 0.5]\n"
+    )
+    chat, measured = last_lines(read(folder), "done")[-2:]
+    assert shlex.split(chat)[:5] == ["dsalign", "chat", str(folder), "--system", "Don't lie."]
+    assert shlex.split(measured, comments=True) == [
+        "dsalign", "eval", str(folder), "--dataset", "b.jsonl", "--columns", "question=prompt",
+        "--system", "Don't lie.", "--streaming", "true", "--max_length", "256",
+        "--max_new_tokens", "16", "--reward", "my rm", "--reward_funcs",
+        "my f.py:short", "demo:friendly", "--reward_weights", "1.0", "0.5", "0.5", "--vs", "base",
+    ]  # fmt: skip
 
 
 def test_a_run_that_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

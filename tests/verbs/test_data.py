@@ -128,7 +128,7 @@ def test_wrong_options_are_those_of_a_run(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_help_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data", "--help"]) == cli.main(["data"]) == 0
+    assert cli.main(["data", "--help"]) == cli.main(["data", "check", "-h"]) == 0
     assert capsys.readouterr().out == (data.USAGE + "\n") * 2
 
 

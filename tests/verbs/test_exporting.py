@@ -76,4 +76,4 @@ def test_refusals(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ):
         code, _, noted = run(capsys, *words)
         assert code == 2 and message in noted
-    assert not out.exists() and export.run(export.read([])) == 0
+    assert not out.exists() and export.run(export.read(["--help"])) == 0

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsalign import cli
-from dsalign.verbs import ls
+from dsalign.verbs import ls, runs
+from tests.verbs.test_lines import Terminal
 from tests.verbs.test_runs import checkpoint, write
 
 TEXT = "algo: dpo\nmodel: models/base\nmax_steps: 40\n"
@@ -30,6 +31,24 @@ def test_the_table_and_the_lines_below_it(tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert f"{run}: checkpoint-4 is damaged: model.safetensors is missing" in out and "none (1 damaged)" in out
     assert out.splitlines()[-1] == f"{run}: start again: dsalign --algo dpo --seed 1"
+
+
+def test_a_narrow_terminal_lacks_the_least_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes first: size, model, checkpoints, age. In a pipe nothing does, however long a path is."""
+    folder = tmp_path / ("long" * 40)
+    run = write(folder, TEXT, 4, **{"eval/loss": 0.125})
+    found = [runs.read(run)]
+    heading, _, row = ls.text(found, tmp_path, 0.0).strip().splitlines()[:3]
+    assert heading.split() == list(ls.COLUMNS) and row.split()[0] == str(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    folder.rename("pairs")
+    heading, line, row = ls.text([runs.read(Path("pairs"))], tmp_path, 0.0).strip().splitlines()[:3]
+    assert (
+        heading.split() == ["run", "algorithm", "state", "step", "last", "best"] and max(len(heading), len(line)) <= 60
+    )
+    assert row.split() == ["pairs", "dpo", "crashed", "4/40", "loss", "0.25", "0.125", "at", "4"]
 
 
 def test_json_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_a_name_on_the_hub_is_asked_for_before_torch(
 
 def test_help_and_a_tied_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One matrix for both ends stays one."""
-    assert merge.run(merge.read([])) == 0 and "dsalign merge ADAPTER" in capsys.readouterr().out
+    assert merge.run(merge.read(["-h"])) == 0 and "dsalign merge ADAPTER" in capsys.readouterr().out
     base = tiny_folder(tmp_path / "tied", tie_word_embeddings=True)
     found = merged.merge(str(adapter_of(base, tmp_path / "adapter")), tmp_path / "out", "auto")
     assert load_file(found.folder / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()

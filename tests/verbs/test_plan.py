@@ -115,7 +115,7 @@ def test_a_folder_with_config_json_alone(tmp_path: Path, capsys: pytest.CaptureF
         (["--gpu_memory", "much"], "--gpu_memory: expected a number > 0, as 80 or 70B, got 'much'"),
         (["--params", "70B"], "--params: expected --layers and --hidden beside it"),
         (["--layers", "8", "--hidden", "512"], "--layers: expected --params beside it"),
-        (["--gpus"], "plan: argument --gpus: expected one argument"),
+        (["--gpus"], "argument --gpus: expected one argument"),
     ],
 )
 def test_wrong_numbers_are_said(words: list[str], said: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from rich.table import Table
 
 from dsalign.config.parse import parse
 from dsalign.memory.estimate import GIB, Estimate, Machine
-from dsalign.verbs.plan_text import Answer, gib, many
+from dsalign.verbs.plan_text import Answer, fitting, gib, many
 
 
 def test_sizes_in_words() -> None:
@@ -30,3 +31,14 @@ def test_first_line(fits: bool, peak: float, cpu: float, hints: list[str], line:
     one = Estimate("zero2", 4, 8192, (), 0, 0, peak * GIB, "rollout", cpu * GIB)
     answer = Answer(config, Machine(8, 1, 80 * GIB, 100 * GIB), {}, {"zero2": one}, one, fits, hints)
     assert answer.first_line() == line
+
+
+def test_a_table_that_is_too_wide_is_turned() -> None:
+    table = Table("model", "weights", "gradients")
+    table.add_row("policy", "1.0", "2.0")
+    table.add_row("value", "3.0", "4.0")
+    turned = fitting(table, 20)
+    assert fitting(table, 80) is table
+    assert [[column.header, *column.cells] for column in turned.columns] == [
+        ["model", "weights", "gradients"], ["policy", "1.0", "2.0"], ["value", "3.0", "4.0"]
+    ]  # fmt: skip

@@ -186,7 +186,7 @@ def test_a_stage_finds_dsalign_in_any_folder(desk: Path, monkeypatch: pytest.Mon
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert recipe.read([]) is None and cli.main(["recipe", "--help"]) == 0
+    assert recipe.read(["-h"]) is None and cli.main(["recipe", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: dsalign recipe FILE.yaml")
 
 

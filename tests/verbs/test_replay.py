@@ -96,7 +96,7 @@ def test_what_is_no_skipped_step(tmp_path: Path, tiny: Path, alone: None, capsys
     assert replay.run(replay.read(["--help"])) == DONE and "usage: dsalign replay" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"expected RUN/bad/step-N of a run, got .*/run, but no .*/run; check"):
         replay.read([str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="expected one folder, RUN/bad/step-N, and --model, got b too"):
+    with pytest.raises(ValueError, match="expected one folder, RUN/bad/step-N, and --model at most, got a b"):
         replay.read(["a", "b"])
     folder = kept(tmp_path / "run", tiny, "sft", groups_of(((5, 2),)))
     (folder / "rank-0.json").unlink()
