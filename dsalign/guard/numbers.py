@@ -153,6 +153,5 @@ def advice(bad: BadStep, most: int, kept: str, learning_rate: float) -> str:
     )
     return (
         f"step {bad.step}: {bad.text()}; more steps in a row had to be skipped than --max_bad_steps {most}. {replay}"
-        f"correct or leave out these rows, or go on from the last checkpoint with --resume and a --learning_rate below "
-        f"{learning_rate:g}"
+        f"correct or leave out these rows, or go on by dsalign resume with a --learning_rate below {learning_rate:g}"
     )

@@ -48,8 +48,8 @@ class BadSteps:
         step = progress.step + 1
         if broken := non_finite(self._engines):
             raise Diverged(
-                f"step {step}: {why}, as numbers of the model are no longer finite: {broken}; go on from the last "
-                f"checkpoint with --resume and a --learning_rate below {self._learning_rate:g}"
+                f"step {step}: {why}, as numbers of the model are no longer finite: {broken}; go on by dsalign resume "
+                f"with a --learning_rate below {self._learning_rate:g}"
             )
         every = [row for one in dist.everyones(rows) for row in one]
         bad = BadStep(why, step, max(0, progress.batches - 1), tuple(dict.fromkeys(every)))

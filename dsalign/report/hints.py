@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dsalign.config.schema import RUN_OPTIONS
@@ -15,11 +14,10 @@ from dsalign.report.story import short
 
 READ = ("columns", "system", "on_bad_row", "streaming", "assistant_turns", "max_length", "truncation_strategy")
 JUDGES = ("reward_funcs", "reward_weights")
-VERBS = Path(__file__).parent.parent / "verbs"
 
 
 def last_lines(run: History, how: str) -> list[str]:
-    """The lines for a run that ended as `how` says, a word of events.ending. Only commands that exist are named."""
+    """The lines for a run that ended as `how` says, a word of events.ending."""
     folder = shlex.quote(str(run.folder))
     lines = []
     if run.best is not None:
@@ -48,14 +46,13 @@ def _memory(of: Mapping[str, float]) -> str:
 def _commands(run: History, folder: str, how: str) -> Mapping[str, str]:
     """Command -> what it is for."""
     found = {}
-    if how != events.DONE and run.checkpoints:
+    if how != events.DONE:
         ranks = run.begin.get("ranks", 1)
         several = f"NPROC_PER_NODE={ranks} " if isinstance(ranks, int) and ranks > 1 else ""
-        config = shlex.quote(str(run.folder / "config.yaml"))
-        resume = f"dsalign resume {folder}" if exists("resume") else f"dsalign --config {config} --resume"
-        found[several + resume] = "go on from the newest checkpoint"
+        what = "go on from the newest checkpoint" if run.checkpoints else "begin again, as no checkpoint was written"
+        found[f"{several}dsalign resume {folder}"] = what
     if run.has_final and how == events.DONE:
-        found |= {f"dsalign {verb} {words}": what for verb, (words, what) in _next(run, folder).items() if exists(verb)}
+        found |= {f"dsalign {verb} {words}": what for verb, (words, what) in _next(run, folder).items()}
     return found
 
 
@@ -90,8 +87,3 @@ def _measured(settings: Mapping[str, Any], *, is_reward: bool) -> list[str]:
         for name in JUDGES:
             found += [f"--{name}", *settings[name]] if settings.get(name) else []
     return list(map(str, found if is_reward else [*found, "--vs", "base"]))
-
-
-def exists(verb: str) -> bool:
-    """Whether dsalign has this command."""
-    return (VERBS / f"{verb}.py").exists()

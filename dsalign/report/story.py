@@ -17,6 +17,7 @@ TOLD = (  # metric -> what it is called in the paragraph
     ("rewards/accuracies", "reward accuracy"),
     ("rewards/margins", "the reward margin"),
 )
+NOTHING = 1e-5  # below it numbers differ by rounding alone
 ENDS = {
     events.DONE: "It came to its end",
     events.STOPPED: "It was asked to stop",
@@ -79,10 +80,13 @@ def _changes(run: History) -> Iterator[str]:
         if len(points) == 1:
             yield f"{_upper(called)} was {short(last)} at step {at:.0f}, its one measurement."
             continue
-        moved = "fell" if last < first else "rose" if last > first else "stayed at"
-        text = f"{_upper(called)} {moved} " + (
-            short(last) if last == first else f"from {short(first)} to {short(last)}"
-        )
+        if max(abs(first), abs(last)) < NOTHING:
+            moved = "stayed near 0"
+        elif last == first:
+            moved = f"stayed at {short(last)}"
+        else:
+            moved = f"{'fell' if last < first else 'rose'} from {short(first)} to {short(last)}"
+        text = f"{_upper(called)} {moved}"
         if name == f"{EVAL}loss" and run.best and run.best[0] != at:
             text += f"; it was lowest at step {run.best[0]}, with {short(run.best[1])}"
         yield text + "."
@@ -97,6 +101,8 @@ def _end(run: History) -> Iterator[str]:
         how = ENDS.get(str(end.get("how")), "It ended")
         at = "" if end.get("how") == events.DONE else f" at step {run.step:,}"
         text = str(end.get("text") or "").strip()
+        if end.get("how") == events.STOPPED and "\n" in text:  # "...; resume with", and the command in the next line
+            text = text.partition("\n")[0].rpartition(";")[0]
         yield f"{how}{at}" + (f": {text.rstrip('.')}." if text else ".")
     if run.has_final:
         yield f"The trained model is in {run.folder / 'final'}."

@@ -14,7 +14,7 @@ from dsalign.config.secrets import HIDDEN
 SUMMARY = "go on with a run from its newest checkpoint: dsalign resume RUN"
 USAGE = """usage: dsalign resume RUN [--name value ...]
 
-  RUN   the --output_dir of a run, or one of its checkpoint-N
+  RUN   the --output_dir of a run, which begins again where it has no checkpoint, or one of its checkpoint-N
 
 All options are those of RUN/config.yaml but for what is given here. What may change: the learning rate and its
 schedule, more epochs or steps, logs, saves and evaluations, and where and how it is computed: ranks, ZeRO stage, the
@@ -27,7 +27,7 @@ def words(argv: Sequence[str], world_size: int) -> list[str]:
 
     Where batch_size and gradient_accumulation_steps are not given they are chosen so that a step has as many rows as in
     the run, on any number of ranks.
-    Raises ValueError where RUN is not the folder of a run with a checkpoint, or a step cannot be cut so.
+    Raises ValueError where RUN is not the folder of a run, or a step cannot be cut so.
     """
     command = flags.split(argv, parse.ALIASES)
     if len(command.words) != 1:
@@ -38,7 +38,13 @@ def words(argv: Sequence[str], world_size: int) -> list[str]:
             f"resume: expected no --{wrong[0]}, as a run goes on in its folder; see dsalign train for others"
         )
     run, resume = _run(Path(command.words[0]).expanduser())
-    read = run_folders.kept(run_folders.find(resume, run))
+    found = run_folders.find(resume, run)
+    if not found and (run / "final").is_dir():
+        raise ValueError(
+            f"resume: {run} is done and has no checkpoint-N to go on from; give {run / 'final'} to another run as "
+            "--model"
+        )
+    read = run_folders.kept(found)
     file = run / run_folders.CONFIG
     layer, problems = flags.read_yaml(str(file), parse.ALIASES)
     if problems:
@@ -61,7 +67,7 @@ def words(argv: Sequence[str], world_size: int) -> list[str]:
 def _run(folder: Path) -> tuple[Path, str]:
     """(the folder of the run, the value of --resume) for a run's folder or one of its checkpoints. Raises ValueError
     where it is neither."""
-    run, resume = folder, "latest"
+    run, resume = folder, "auto"
     if (folder / PROGRESS_FILE).is_file():
         run, resume = folder.parent, str(folder)
     if not (run / run_folders.CONFIG).is_file():

@@ -84,7 +84,8 @@ class Run:
             return f"dsalign stop {folder}"
         if self.state in (DONE, ELSEWHERE):
             return ""
-        return f"dsalign resume {folder}" if self.whole else self.command
+        begins = not self.checkpoints and (self.folder / run_folders.CONFIG).is_file()
+        return f"dsalign resume {folder}" if self.whole or begins else self.command
 
     def as_json(self, now: float) -> dict[str, Any]:
         """The run as an object for JSON. now: seconds since 1970, from which its age counts."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsalign.report import hints
+from dsalign import verbs
 from dsalign.report.hints import last_lines
 from dsalign.report.history import read
 from dsalign.report.page import write_report
@@ -25,15 +25,8 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
-def with_verbs(folder: Path, monkeypatch: pytest.MonkeyPatch, *verbs: str) -> None:
-    for verb in verbs:
-        (folder / f"{verb}.py").touch()
-    monkeypatch.setattr(hints, "VERBS", folder)
-
-
-def test_a_run_that_is_done(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_done(folder: Path) -> None:
     """Each command has all that it needs; a reward model does not talk, and whole weights are not merged."""
-    with_verbs(tmp_path, monkeypatch, "chat", "eval", "merge", "export", "resume")
     (folder / "config.yaml").write_text("algo: dpo\ndataset: [my rows.jsonl, b.jsonl]\n")
     (folder / "final" / "adapter_config.json").touch()
     commands = {
@@ -59,18 +52,15 @@ def test_a_run_that_is_done(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert last_lines(read(folder), "done")[0] == "best: held-out loss 0.5 at step 5: no checkpoint of it"
 
 
-def test_what_was_trained_is_evaluated_as_it_was_trained(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_trained_is_evaluated_as_it_was_trained(folder: Path) -> None:
     """Without the columns the line would be refused, without the length most rows are other ones; what a run left as it
     is by default is not repeated."""
-    with_verbs(tmp_path, monkeypatch, "chat", "eval")
     (folder / "config.yaml").write_text(
         "algo: grpo\ndataset: [a.jsonl]\nval_dataset: [b.jsonl]\ncolumns: {question: prompt}\nsystem: Don't lie.\n"
         "max_length: 256\ntruncation_strategy: delete\nstreaming: true\nmax_new_tokens: 16\nreward_model: my rm\n"
         "reward_funcs: ['my f.py:short', 'demo:friendly']\nreward_weights: [1.0, 0.5, 0.5]\n"
     )
-    chat, measured = last_lines(read(folder), "done")[-2:]
+    chat, measured, _ = last_lines(read(folder), "done")[-3:]
     assert shlex.split(chat)[:5] == ["dsalign", "chat", str(folder), "--system", "Don't lie."]
     assert shlex.split(measured, comments=True) == [
         "dsalign", "eval", str(folder), "--dataset", "b.jsonl", "--columns", "question=prompt",
@@ -80,19 +70,18 @@ def test_what_was_trained_is_evaluated_as_it_was_trained(
     ]  # fmt: skip
 
 
-def test_a_run_that_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On as many ranks; by the verb where there is one."""
-    with_verbs(tmp_path, monkeypatch)
+def test_a_run_that_stopped(folder: Path) -> None:
+    """On as many ranks."""
     line = last_lines(read(folder), "interrupted")[-1]
-    config = folder / "config.yaml"
-    assert line == f"  NPROC_PER_NODE=2 dsalign --config '{config}' --resume  # go on from the newest checkpoint"
-    with_verbs(tmp_path, monkeypatch, "resume")
-    assert f"NPROC_PER_NODE=2 dsalign resume '{folder}'" in last_lines(read(folder), "diverged")[-1]
+    assert line == f"  NPROC_PER_NODE=2 dsalign resume '{folder}'  # go on from the newest checkpoint"
 
 
 def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert last_lines(read(tmp_path), "failed") == [f"report: {tmp_path / 'report.html'}"]
+    assert last_lines(read(tmp_path), "failed") == [
+        f"report: {tmp_path / 'report.html'}",
+        f"  dsalign resume {tmp_path}  # begin again, as no checkpoint was written",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,5 +108,10 @@ def test_memory_is_said(logged: list[float], loaded: dict[str, float], said: str
     assert ("memory, most of a rank" in page) == bool(logged)
 
 
-def test_this_verb_exists() -> None:
-    assert hints.exists("report") and not hints.exists("nothing")
+def test_the_verbs_that_are_offered_exist(folder: Path) -> None:
+    (folder / "final" / "adapter_config.json").touch()
+    offered = {
+        line.split()[1] for how in ("done", "failed") for line in last_lines(read(folder), how) if "  # " in line
+    }
+    assert offered == {"chat", "eval", "merge", "export", "dsalign"}  # the last behind NPROC_PER_NODE
+    assert offered - {"dsalign"} < set(verbs.summaries()) and "resume" in verbs.summaries()

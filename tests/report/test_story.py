@@ -86,3 +86,11 @@ def test_short(x: float, text: str) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_rounding_is_no_change_and_a_command_is_no_sentence(tmp_path: Path) -> None:
+    command = "stopped by SIGTERM on rank 0 at step 2 of 9, saved in out/checkpoint-2; resume with\ndsalign --resume"
+    end = {"kind": "end", "time": 101.0, "step": 2, "how": "stopped", "text": command}
+    text = told(tmp_path, [{"step": 1, "loss": 3e-7}, {"step": 2, "loss": -2.8e-6}], BEGIN, end)
+    assert "The loss stayed near 0." in text
+    assert "at step 2: stopped by SIGTERM on rank 0 at step 2 of 9, saved in out/checkpoint-2. No checkpoint" in text

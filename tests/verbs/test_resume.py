@@ -51,7 +51,7 @@ def config(*argv: str, ranks: int = 2) -> RunConfig:
 def test_it_is_the_run_from_another_folder(run: Path) -> None:
     found = config(str(run))
     assert found.data.dataset == (f"{run.parent}/rows.jsonl",)
-    assert (found.output.output_dir, found.output.resume, found.optim.learning_rate) == (str(run), "latest", 0.1)
+    assert (found.output.output_dir, found.output.resume, found.optim.learning_rate) == (str(run), "auto", 0.1)
     assert found.global_batch(2) == 16 and found.optim.batch_size == 4
     assert config("../out").output.output_dir == "../out"
 
@@ -98,10 +98,16 @@ def test_what_is_no_run_is_refused(run: Path) -> None:
         resume.words([str(run), "--output_dir", "x"], 1)
 
 
-def test_a_run_without_a_checkpoint_is_refused(run: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_again_unless_it_is_done(run: Path) -> None:
+    """As --resume auto does, which keeps what the run left in RUN.1: with the run's own options, and new ones."""
     for step in (2, 10):
         shutil.rmtree(run / f"checkpoint-{step}")
-    with pytest.raises(ValueError, match=r"^resume: no checkpoint-N in .*/out; "):
+    found = config(str(run), "--learning_rate", "0.05", ranks=1)
+    assert (found.output.output_dir, found.output.resume, found.optim.learning_rate) == (str(run), "auto", 0.05)
+    (run / "final").mkdir()
+    with pytest.raises(
+        ValueError, match=r"^resume: .*/out is done and has no checkpoint-N to go on from; give .*/final"
+    ):
         resume.words([str(run)], 1)
 
 

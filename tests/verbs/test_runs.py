@@ -91,6 +91,7 @@ def test_states(tmp_path: Path) -> None:
     assert runs.read(diverged).state == runs.DIVERGED
     never = write(tmp_path / "never", text)
     assert runs.read(never).state == runs.NEVER
+    assert runs.read(diverged).next_command() == f"dsalign resume {diverged}"  # begins again, from any folder
     with alive(crashed):
         found = runs.read(crashed)
         assert found.state == runs.RUNNING and found.owner is not None and found.owner.pid == os.getpid()
