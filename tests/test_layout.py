@@ -92,7 +92,6 @@ FILES_WITHOUT_TEST = {
     "dsalign/rollout/pick.py": "a call of a kernel, tests/kernels/test_sampling.py; tests/rollout/test_local.py",
     "dsalign/rollout/plain.py": "tests/rollout/test_local.py holds both engines to the same",
     "dsalign/rollout/slots.py": "tests/rollout/test_local.py, by numbers, growth and moves",
-    "dsalign/verbs/arguments.py": "tests/verbs/test_merge.py and test_eval.py read commands with it",
     "dsalign/verbs/chatting.py": "tests/verbs/test_chat.py, through pipe and terminal",
     "dsalign/verbs/evaluated.py": "tests/verbs/test_eval.py, through the command",
     "dsalign/verbs/harness.py": "tests/verbs/test_eval.py, up to the process that it starts",

@@ -90,7 +90,6 @@ STAGES = {  # phase of a run before its first step -> what a user is told
     "models": "loading the models",
     "self-check": "checking that packed rows are computed as rows alone",
     "reference cache": "computing the reference's log-probabilities",
-    "reward models": "loading the rewards",
     "resume": "reading the checkpoint",
     "new folder": "making the first step ready",
 }

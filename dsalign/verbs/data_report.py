@@ -119,6 +119,13 @@ def _template(config: RunConfig) -> Template:
     return template_of(config, resolve(config.models.model))
 
 
+class _Console(Console):
+    """One that leaves it to the command what a reader that has seen enough means, such as head."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def show(config: RunConfig, *, count: int, as_json: bool, ids: bool, out: IO[str] = sys.stdout) -> None:
     """Print the first `count` groups of the first data set to `out`: the prompt dim, and completions in colour where
     their tokens are trained on, in brackets where the output has no colours. as_json: one JSON list instead. ids: with
@@ -130,7 +137,7 @@ def show(config: RunConfig, *, count: int, as_json: bool, ids: bool, out: IO[str
     if as_json:
         print(json.dumps([_plain(g, tokenizer) for g in chosen], ensure_ascii=False), file=out)
         return
-    console = Console(file=out, highlight=False, markup=False)
+    console = _Console(file=out, highlight=False, markup=False)
     for group in chosen:
         sizes = " / ".join(map(str, group.lengths))
         console.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from dsalign.config import parse as config
 from dsalign.config.schema import RunConfig
 from dsalign.endings import DIVERGED, DONE
-from dsalign.verbs import arguments
+from dsalign.verbs import arguments, places
 
 SUMMARY = "compute a skipped step again and name where its first number that is not finite comes from"
 USAGE = """usage: dsalign replay RUN/bad/step-N [--model FOLDER]
@@ -64,8 +63,7 @@ def run(request: Request | None) -> int:
     if request is None:
         print(USAGE)
         return DONE
-    # Not at the top of the file: transformers takes longer to import than a typo may.
-    again: Any = importlib.import_module("dsalign.verbs.replayed")
+    again: Any = places.work("replayed")  # not at the top: transformers takes longer to import than a typo may
     lines, finite = again.replayed(request.folder, request.config, request.model)
     print("\n".join(lines))
     return DONE if finite else DIVERGED

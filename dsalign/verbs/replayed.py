@@ -19,6 +19,7 @@ from dsalign.guard.first_flaw import Flaw, flaw_in, watching
 from dsalign.models import load
 from dsalign.models.names import Source, resolve
 from dsalign.models.tokenizer import decoder, load_tokenizer
+from dsalign.report.run_log import quiet
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def replayed(folder: Path, config: RunConfig, model: str | None) -> tuple[list[s
     config: the run's. model: the folder of the weights, None = the run's newest checkpoint, or where it has none the
     model from which it starts. Raises ValueError where the step or a model cannot be read.
     """
+    quiet(0)
     step, prepared = numbers.read(folder)
     lines = [f"step {step['step']} of {folder.absolute().parent.parent}: {step['why']}"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,6 +51,11 @@ def replayed(folder: Path, config: RunConfig, model: str | None) -> tuple[list[s
             found += _of(one, config, prepared, i, decode)
         finite = finite and not found
         lines += [f"{group.where}: {text}" for text in found or ["finite"]]
+    if finite:
+        lines.append(
+            "every row is finite with these weights; those that the step had may have been other ones: name a "
+            "checkpoint-N/ nearer to it with --model, or lower --learning_rate"
+        )
     return lines, finite
 
 

@@ -84,7 +84,7 @@ def run(request: Request | None) -> int:
         raise ValueError(
             f"stop: expected a run that goes on in {folder}, got one that does not: it is {state.state}"
             + (f" at step {state.step}" if state.step is not None else "")
-            + (f"; {onward}" if onward else "")
+            + (f"; to go on with it: {onward}" if onward else "; nothing is left to stop")
         )
     before = {one.name for one in run_folders.newest_first(folder)}
     try:

@@ -113,6 +113,15 @@ def test_chromium_draws_it(browser: chromium.Browser, tmp_path: Path) -> None:
             assert browser.value("document.title").endswith(" - dsalign")
 
 
+def test_chromium_writes_the_axis_whole(browser: chromium.Browser, tmp_path: Path) -> None:
+    """Numbers such as -3.80e-10 beside the axis keep their minus: nothing is drawn at the canvas's left edge, where a
+    label that is wider than the axis would be cut."""
+    browser.open(write_report(a_run(tmp_path / "run", {"step": 1, "loss": -3.725e-10})), 390)
+    empty = """[...document.querySelectorAll('.chart canvas')].every(c =>
+      c.getContext('2d').getImageData(0, 0, 2, c.height).data.every(value => value === 0))"""
+    assert browser.value(empty) is True
+
+
 def test_chromium_smooths_and_shows_values(browser: chromium.Browser, tmp_path: Path) -> None:
     """Smoothing is off for three points; at 0.5 the second value of 0, 1 is (0.25 * 0 + 0.5 * 1) / 0.75 = 0.6667, which
     the legend shows at its step."""

@@ -12,7 +12,9 @@ from support import CHARACTERS, tiny_folder
 from transformers import AutoTokenizer
 
 from dsalign import cli
+from dsalign.config.parse import parse
 from dsalign.data.rows import text_files
+from dsalign.verbs import data_report
 
 GOOD = {"prompt": "Say it.", "chosen": "yes", "rejected": "no way"}
 LABEL = {"prompt": "Say it.", "completion": "yes", "label": True}
@@ -220,3 +222,19 @@ def test_columns_that_nothing_reads_and_control_characters(check: Check) -> None
     row = json.loads(line()) | {"score": 1, "\x1b]0;": 2}
     code, said = check("dpo", line(row))
     assert code == 0 and "not read: " in said and "score (1 rows)" in said and "\x1b" not in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dsalign data show | head -1`: exit code 0 as of all commands, where rich would end the process with 1."""
+
+    class Closed:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        flush = isatty = fileno = lambda self: False
+        encoding = "utf-8"
+
+    with monkeypatch.context() as patched, pytest.raises(BrokenPipeError):
+        patched.chdir(model)
+        config = parse(["--algo", "dpo", "--model", str(model), "--dataset", "demo:pairs"], world_size=1).config
+        data_report.show(config, count=1, as_json=False, ids=False, out=Closed())  # type: ignore[arg-type]

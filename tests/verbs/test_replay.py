@@ -86,7 +86,8 @@ def test_finite_rows_of_a_value_model_end_with_0(alone: None, tmp_path: Path, ti
     (group,) = groups_of(((5, 6, 2), (7, 8, 2)))
     folder = kept(tmp_path / "run", tiny, "rm", [group])
     assert replay.run(replay.read([str(folder)])) == DONE
-    assert "rows.jsonl:1: finite" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "rows.jsonl:1: finite" in said and "every row is finite with these weights" in said.splitlines()[-1]
     again = kept(tmp_path / "other", tiny, "rm", [replace(group, margin=math.nan)])
     assert replay.run(replay.read([str(again)])) == DIVERGED
     assert "reward: the loss is nan (by pairs)" in capsys.readouterr().out

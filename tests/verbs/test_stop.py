@@ -76,7 +76,7 @@ def test_a_run_that_is_not_running(tmp_path: Path, capsys: pytest.CaptureFixture
     checkpoint(run, 5)
     assert cli.main(["stop", str(run)]) == 2
     said = capsys.readouterr().err
-    assert f"got one that does not: it is stopped at step 5; dsalign resume {run}" in said
+    assert f"got one that does not: it is stopped at step 5; to go on with it: dsalign resume {run}" in said
     assert not (run / "STOP").exists()
 
 

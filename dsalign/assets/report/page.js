@@ -71,6 +71,10 @@
       stroke: () => token("quiet"), font: "11px system-ui, sans-serif",
       grid: {stroke: () => token("grid"), width: 1}, ticks: {stroke: () => token("grid"), width: 1, size: 4}, ...extra,
     });
+    const widthOf = (u, labels) => {  // in CSS pixels, so that the longest number is whole: -3.40e-10 has a minus
+      u.ctx.font = "11px system-ui, sans-serif";
+      return Math.max(58, ...(labels || []).map((text) => Math.ceil(u.ctx.measureText(text || "").width) + 14));
+    };
     return new uPlot({
       width: Math.max(200, frame.clientWidth), height: HEIGHT,
       cursor: {sync: {key: "steps", setSeries: false}, y: false, points: {size: 6}},
@@ -81,7 +85,7 @@
       },
       axes: [
         axis({space: 60, size: 30, values: (u, at) => at.map((v) => Number.isInteger(v) ? String(v) : "")}),
-        axis({size: 58, space: 34, values: (u, at) => at.map(short)}),
+        axis({size: widthOf, space: 34, values: (u, at) => at.map(short)}),
       ],
       series: [{label: "step", value: (u, x) => isNumber(x) ? String(x) : "-"}, ...curves.map(seriesOf)],
     }, data, frame);
