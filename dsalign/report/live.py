@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -143,8 +143,10 @@ class Live:
         held_out = any(name.startswith(EVAL) for name in self._seen)
         for head in ("", "now", "", *(["held out"] if held_out else [])):
             table.add_column(head, justify="left" if not head else "right", no_wrap=True)
+        words = Counter(label(name) for _, name in present)
         for chart, name in present[:ROWS]:
-            cells = [Text(label(name)), *self._cells(name, chart.better)]
+            word = label(name) if words[label(name)] == 1 else f"{chart.title}: {label(name)}"
+            cells = [Text(word), *self._cells(name, chart.better)]
             if held_out:
                 cells.append(self._cells(f"{EVAL}{name}", "")[0])
             table.add_row(*cells)
@@ -177,5 +179,7 @@ def _bar(done: float, total: float | None, text: str) -> RenderableType:
     if not total:
         return Text(f"  {counted}", style="dim")
     line = Table.grid(padding=(0, 1))
-    line.add_row(ProgressBar(total=total, completed=min(done, total), width=30), Text(counted))
+    line.add_column(max_width=30)
+    line.add_column(no_wrap=True)  # the bar gives way
+    line.add_row(ProgressBar(total=total, completed=min(done, total)), Text(counted))
     return line

@@ -150,7 +150,8 @@ def show(config: RunConfig, *, count: int, as_json: bool, ids: bool, out: IO[str
             table.add_column(ratio=1, overflow="fold")
         table.add_row(*names)
         columns = zip(group.completions, group.counted, ("green", "red"), strict=False)
-        table.add_row(*(_coloured(*column, tokenizer, console.is_terminal) for column in columns))
+        seen = console.is_terminal and not console.no_color
+        table.add_row(*(_coloured(*column, tokenizer, seen) for column in columns))
         if ids:
             table.add_row(*(" ".join(map(str, c)) for c in group.completions))
         console.print(table)
@@ -167,12 +168,12 @@ def _runs(completion: Sequence[int], mask: Sequence[bool]) -> Iterator[tuple[boo
 
 
 def _coloured(
-    completion: Sequence[int], mask: Sequence[bool], colour: str, tokenizer: PreTrainedTokenizerBase, terminal: bool
+    completion: Sequence[int], mask: Sequence[bool], colour: str, tokenizer: PreTrainedTokenizerBase, seen: bool
 ) -> Text:
     text = Text()
     for counts, run in _runs(completion, mask):
         decoded = printable(tokenizer.decode(run))
-        text.append(decoded if terminal or not counts else f"[{decoded}]", style=colour if counts else "")
+        text.append(decoded if seen or not counts else f"[{decoded}]", style=colour if counts else "")
     return text
 
 

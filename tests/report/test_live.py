@@ -52,6 +52,16 @@ def test_numbers_with_their_direction(shown: Live) -> None:
         assert row in cells
 
 
+def test_a_narrow_terminal_has_each_number_in_one_line(shown: Live) -> None:
+    """The bar gives way to the words behind it, and no two numbers have one name."""
+    names = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+    shown.now(Now(2000, 4000, dict.fromkeys(names, 0.5), 7265.0), "")
+    lines = text(shown, 55).splitlines()
+    assert max(map(len, lines)) <= 55 and "\u2501" in lines[0] and lines[0].rstrip().endswith("2h01m left")
+    rows = [line.split("  ")[0].strip() for line in lines if " 0.5 " in line]
+    assert len(rows) == len(set(rows)) == 5 and {"Rewards: chosen", "Log-probability of answers: chosen"} < set(rows)
+
+
 def test_samples_are_cut_to_the_width(shown: Live) -> None:
     shown.now(Now(1, 2, {"time/rollout": 3.0, "time/train": 1.0}), "")
     shown.samples(1, [{"completion": "two\nlines " + "x" * 200, "score": 0.5}], [])

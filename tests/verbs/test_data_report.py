@@ -15,6 +15,7 @@ from dsalign import cli
 from dsalign.config.parse import parse
 from dsalign.data.rows import text_files
 from dsalign.verbs import data_report
+from tests.verbs.test_lines import Terminal
 
 GOOD = {"prompt": "Say it.", "chosen": "yes", "rejected": "no way"}
 LABEL = {"prompt": "Say it.", "completion": "yes", "label": True}
@@ -238,3 +239,15 @@ def test_a_reader_that_has_seen_enough_is_no_fault(model: Path, monkeypatch: pyt
         patched.chdir(model)
         config = parse(["--algo", "dpo", "--model", str(model), "--dataset", "demo:pairs"], world_size=1).config
         data_report.show(config, count=1, as_json=False, ids=False, out=Closed())  # type: ignore[arg-type]
+
+
+def test_without_colours_a_terminal_has_brackets(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NO_COLOR: what is learnt from would else look as what is not."""
+    config = parse(["--algo", "dpo", "--model", str(model), "--dataset", "demo:pairs"], world_size=1).config
+    monkeypatch.setenv("TERM", "xterm-256color")
+    shown = {}
+    for no_colour in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", no_colour)
+        data_report.show(config, count=1, as_json=False, ids=False, out=(out := Terminal()))
+        shown[no_colour] = out.getvalue()
+    assert "[At sea level" in shown["1"] and "[At sea level" not in shown[""]
