@@ -132,7 +132,7 @@ def test_resume_is_a_training_on_any_ranks(trained: list[tuple[RunConfig, Proces
     assert cli.main(["--local_rank=1", "resume", str(out)]) == 0
     (one, _, command), (two, process, _) = trained
     assert (one.optim.learning_rate, one.optim.gradient_accumulation_steps, one.seed) == (0.5, 8, 3)
-    assert (two.optim.gradient_accumulation_steps, two.output.resume, process.world_size) == (4, "latest", 2)
+    assert (two.optim.gradient_accumulation_steps, two.output.resume, process.world_size) == (4, "auto", 2)
     assert shlex.split(command)[1:] == ["resume", str(out), "--lr", "0.5"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def compare(theirs: Mapping[str, Any], mine: Mapping[str, Any], folder: Path) ->
     if refused:
         raise ValueError(
             f"resume: {folder} comes from a run with other settings: {'; '.join(refused)}; resume with what it was, or "
-            f"start a new run from its model with --model {folder} and another --output_dir"
+            f"start a new run from its model with --model {shlex.quote(str(folder))} and another --output_dir"
         )
     return said
 
