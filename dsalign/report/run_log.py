@@ -120,7 +120,8 @@ class RunLog:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of an optimizer step: a line on the console, one in metrics.jsonl, a point in every tracker. With
-        num_tokens among them tokens/s and the time left are added."""
+        num_tokens among them the time left is added, and tokens/s since the last line that had it: a later pass over
+        tokens that are counted already has none, and its time counts in the next line."""
         if self._rank != 0:
             return
         self._step = step
@@ -142,10 +143,11 @@ class RunLog:
         numbers, left, tail = dict(metrics), None, ""
         if "num_tokens" in numbers and self._first_step is not None:
             now = time.monotonic()
-            numbers["tokens_per_s"] = (numbers["num_tokens"] - (self._last_tokens or 0)) / max(now - self._last, 1e-9)
+            if gained := numbers["num_tokens"] - (self._last_tokens or 0):
+                numbers["tokens_per_s"] = gained / max(now - self._last, 1e-9)
+                tail = f" | {numbers['tokens_per_s']:,.0f} tok/s"
             left = (now - self._started) / max(1, step - self._first_step) * (self._total - step)
-            rate = numbers["tokens_per_s"]  # 0 in a later pass over rows that are counted already
-            tail = (f" | {rate:,.0f} tok/s" if rate else "") + f" | ETA {duration(left)}"
+            tail += f" | ETA {duration(left)}"
         state = Now(step, self._total, numbers, left, memory_gib())
         screen.current().now(state, f"{line(step, self._total, numbers)}{tail}")
         return numbers

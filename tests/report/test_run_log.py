@@ -68,13 +68,13 @@ def test_the_first_step_is_shown_and_not_logged(
 
 
 def test_rates_count_from_the_line_before(tmp_path: Path, clock: SimpleNamespace) -> None:
-    """10 tokens in 1 s, then 30 in 2 s."""
+    """10 tokens in 1 s, then 30 in 2 s; 4 s of another pass over these, which has no rate, and 18 in 2 s."""
     shown = of(tmp_path)
     shown.start(0, 0)
-    for seconds, tokens in ((1, 10), (2, 40)):
+    for seconds, tokens in ((1, 10), (2, 40), (4, 40), (2, 58)):
         clock.now += seconds
         shown.log(1, {"num_tokens": tokens})
-    assert [line["tokens_per_s"] for line in lines(tmp_path)] == [10.0, 15.0]
+    assert [line.get("tokens_per_s") for line in lines(tmp_path)] == [10.0, 15.0, None, 3.0]
 
 
 def test_an_evaluation_has_no_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
