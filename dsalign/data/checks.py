@@ -52,13 +52,13 @@ class GroupRule:
 GROUP_RULES = (
     GroupRule(
         "error",
-        "double BOS",
+        "prompts with two BOS",
         lambda g, ends, bos: bos is not None and g.prompt[:2] == (bos, bos),
         "the template writes a BOS and the tokenizer another one: remove it from the template",
     ),
     GroupRule(
         "warning",
-        "without end token",
+        "rows without end token",
         lambda g, ends, bos: any(c[-1] not in ends for c in g.completions),
         "the answer was cut, so the model does not learn to stop there: raise --max_length",
     ),
@@ -158,7 +158,7 @@ class Survey:
             f"{sides['rejected'] / num:.0f} tokens on average): a model can learn length instead of quality; simpo and "
             "ipo normalise it away"
         )
-        return [Finding("warning", "length bias", num, (), advice)]
+        return [Finding("warning", "pairs with a length bias", num, (), advice)]
 
     def lengths(self) -> dict[str, Lengths]:
         """Name -> lengths: "prompt", "completion" (left out where groups have none) and "whole", a prompt with its

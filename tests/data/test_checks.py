@@ -42,23 +42,23 @@ def test_nothing_is_found_in_good_rows():
 @pytest.mark.parametrize(
     ("rule", "severity", "group"),
     [
-        ("double BOS", "error", pair((7, END), (8, END), prompt=(BOS, BOS, 5))),
-        ("without end token", "warning", pair((7, 8), (9, END))),
+        ("prompts with two BOS", "error", pair((7, END), (8, END), prompt=(BOS, BOS, 5))),
+        ("rows without end token", "warning", pair((7, 8), (9, END))),
         ("identical pairs", "warning", pair((7, END), (7, END))),
         ("empty answers", "warning", pair((7, END), (END,))),
     ],
 )
 def test_each_rule_finds_its_row_and_no_other(rule, severity, group):
     """Beside a good row; the message names where and what to do."""
-    (finding,) = [f for f in check([GOOD, group], ENDS, BOS) if f.rule != "length bias"]
+    (finding,) = [f for f in check([GOOD, group], ENDS, BOS) if f.rule != "pairs with a length bias"]
     assert (finding.severity, finding.rule, finding.count, finding.examples) == (severity, rule, 1, ("f:1",))
     assert finding.line().startswith(f"{severity}: 1 {rule} (f:1): ")
 
 
 def test_a_bos_once_is_right_and_without_a_bos_nothing_is_double():
     once, twice = pair((7, END), (8, END), prompt=(BOS, 5)), pair((7, END), (8, END), prompt=(BOS, BOS))
-    assert "double BOS" not in found(once, bos=BOS)
-    assert "double BOS" not in found(twice, bos=None)
+    assert "prompts with two BOS" not in found(once, bos=BOS)
+    assert "prompts with two BOS" not in found(twice, bos=None)
 
 
 def test_duplicates_are_counted_from_the_second_on():
@@ -73,17 +73,17 @@ def test_length_bias_by_hand():
     """Chosen longer in two of three pairs is 67%, above 65%; in half of them it is no bias."""
     longer, shorter = pair((7, 8, 9, END), (7, END)), pair((7, END), (8, 9, END), where="f:2")
     other = pair((6, 8, 9, END), (8, END), where="f:3")
-    finding = found(longer, shorter, other)["length bias"]
+    finding = found(longer, shorter, other)["pairs with a length bias"]
     assert "longer in 67% of pairs (3 against 2 tokens on average)" in finding.advice
-    assert "length bias" not in found(longer, shorter)
-    assert "shorter in 100%" in found(shorter)["length bias"].advice
+    assert "pairs with a length bias" not in found(longer, shorter)
+    assert "shorter in 100%" in found(shorter)["pairs with a length bias"].advice
 
 
 def test_errors_come_first_and_few_rows_are_named():
     rows = [pair((7, END), (7, END), where=f"f:{i}", prompt=(4, i)) for i in range(5)]
     rows.append(pair((7, END), (8, END), prompt=(BOS, BOS)))
     first, second = (f for f in check(rows, ENDS, BOS))
-    assert (first.rule, second.rule) == ("double BOS", "identical pairs")
+    assert (first.rule, second.rule) == ("prompts with two BOS", "identical pairs")
     assert second.line().startswith("warning: 5 identical pairs (f:0, f:1, f:2, ...): ")
 
 

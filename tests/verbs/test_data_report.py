@@ -143,7 +143,10 @@ def test_answers_cut_to_the_same_tokens_and_without_an_end(check: Check) -> None
     alike = line(chosen="a" * 90 + "b", rejected="a" * 90 + "c")
     code, said = check("dpo", line() * 2 + alike, "--max_length", "80", "--truncation_strategy", "right")
     assert code == 0 and "3 kept, 1 truncated" in said
-    assert "warning: 1 without end token (rows.jsonl:3)" in said and "warning: 1 identical pairs (rows.jsonl:3)" in said
+    assert (
+        "warning: 1 rows without end token (rows.jsonl:3)" in said
+        and "warning: 1 identical pairs (rows.jsonl:3)" in said
+    )
 
 
 def variant(model: Path, folder: Path, **changes: Any) -> Path:
@@ -190,7 +193,7 @@ def test_a_bos_written_twice_is_an_error(check: Check, model: Path, tmp_path: Pa
         "{{ bos_token + bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
     )
     code, said = check("dpo", line() * 2, "--template", str(tmp_path / "twice.jinja"), of=folder)
-    assert code == 2 and "error: 2 double BOS (rows.jsonl:1, rows.jsonl:2)" in said
+    assert code == 2 and "error: 2 prompts with two BOS (rows.jsonl:1, rows.jsonl:2)" in said
 
 
 def test_an_added_token_beyond_the_embedding_is_refused_where_a_row_has_it(
