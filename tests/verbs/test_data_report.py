@@ -143,7 +143,8 @@ def test_answers_cut_to_the_same_tokens_and_without_an_end(check: Check) -> None
     alike = line(chosen="a" * 90 + "b", rejected="a" * 90 + "c")
     code, said = check("dpo", line() * 2 + alike, "--max_length", "80", "--truncation_strategy", "right")
     assert code == 0 and "3 kept, 1 truncated" in said
-    assert (
+    assert "warning: 1 rows without end token (rows.jsonl:3)" in said
+    assert "warning: 1 identical pairs (rows.jsonl:3)" in said
         "warning: 1 rows without end token (rows.jsonl:3)" in said
         and "warning: 1 identical pairs (rows.jsonl:3)" in said
     )
