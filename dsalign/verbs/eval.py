@@ -21,7 +21,8 @@ USAGE = """usage: dsalign eval MODEL --dataset FILE ... [--vs OTHER] [--reward R
   MODEL            final/, checkpoint-N/, a run's folder (its final/), an adapter, a hub name or a short name
   --vs OTHER       a second model; base, on pairs the default, is what MODEL was trained from
   --reward RM      on prompts: the reward model that judges, or --reward_funcs and --reward_weights as in a run
-  --data KIND      how rows are read: pairs, demonstrations or prompts [pairs where the first row is one, else prompts]
+  --data KIND      how rows are read: pairs, demonstrations or prompts [pairs where the first row is one, demonstrations
+                   where MODEL's run learnt from such, else prompts]
   --json           one JSON object on standard output in place of text
   --lm_eval TASKS  run lm-eval on MODEL instead, where it is installed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsalign import algos
 from dsalign.config import parse
 from dsalign.config.schema import RunConfig
+from dsalign.contract.algorithm import Algorithm
 from dsalign.contract.groups import Group
 from dsalign.contract.maths import token_kl
 from dsalign.data.dataset import data_of
@@ -94,12 +97,11 @@ def evaluate(request: Request) -> Report:
     Raises ValueError where a model or the rows cannot be used, or an option does not fit the kind of rows.
     """
     quiet(0)
-    kind = request.kind or _kind_of(request.config)
-    algorithm = parse.parse(["--algo", KINDS[kind]], world_size=1).config.algorithm
     models = request.config.models.model_copy(update={"tuner": "full"})
-    config = request.config.model_copy(update={"algorithm": algorithm, "models": models})
-    opening = partial(opened.open_model, how=models, template=config.data.template)
+    opening = partial(opened.open_model, how=models, template=request.config.data.template)
     first = opening(request.model)
+    kind = request.kind or _kind_of(request, first)
+    config = request.config.model_copy(update={"algorithm": _defaults(KINDS[kind]), "models": models})
     if first.role == "reward" and kind != "pairs":
         raise ValueError(
             f"data: expected pairs for the reward model {request.model}, got {kind}; give pairs, or --data pairs"
@@ -123,17 +125,25 @@ def evaluate(request: Request) -> Report:
     return Report({**shown, "notes": notes + more})
 
 
-def _kind_of(config: RunConfig) -> str:
-    """The kind of the rows of a data set: pairs where the first one can be read as a pair, else prompts; demo rows say
-    theirs."""
-    first = config.data.dataset[0].partition("#")[0]
+def _defaults(algo: str) -> Algorithm:
+    made: Algorithm = parse.parse(["--algo", algo], world_size=1).config.algorithm
+    return made
+
+
+def _kind_of(request: Request, model: Model) -> str:
+    """The kind of the rows of a data set: pairs where the first one can be read as a pair, demonstrations where it can
+    be read as one and the model's run read such, else prompts; demo rows say theirs."""
+    data = request.config.data
+    first = data.dataset[0].partition("#")[0]
     if first.startswith("demo:"):
         return first.removeprefix("demo:") if first.removeprefix("demo:") in KINDS else "prompts"
-    try:
-        next(iter_rows(config.data.dataset, "pairs", columns=config.data.columns, streaming=config.data.streaming))
-    except (ValueError, StopIteration):
-        return "prompts"
-    return "pairs"
+    algo = places.of_run(str(model.source.adapter or model.source.weights), "algo")
+    its = _defaults(algo).traits.data if algo in algos.names() else ""
+    for kind in ["pairs", *(["demonstrations"] if its == "demonstrations" and not request.judged else [])]:
+        with suppress(ValueError, StopIteration):
+            next(iter_rows(data.dataset, kind, columns=data.columns, streaming=data.streaming))
+            return kind
+    return "prompts"
 
 
 def _groups(config: RunConfig, model: Model) -> Sequence[Group]:

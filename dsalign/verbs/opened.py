@@ -80,7 +80,7 @@ def open_model(name: str, how: ModelOptions, *, role: str | None = None, templat
 def base_of(model: Model) -> str | None:
     """What a model was trained from: the base of an adapter, or the model in the configuration of its run; None where
     it cannot be told."""
-    return model.source.weights if model.source.adapter else places.trained_from(model.source.weights)
+    return model.source.weights if model.source.adapter else places.of_run(model.source.weights, "model")
 
 
 def second_of(model: Model, named: str) -> str:

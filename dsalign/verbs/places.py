@@ -48,15 +48,15 @@ def model_of(name: str) -> str:
     return str(kept[0])
 
 
-def trained_from(folder: str) -> str | None:
-    """The model that the run of a folder (final/ or checkpoint-N/) was started from, by its config.yaml; None where
-    there is none."""
+def of_run(folder: str, option: str) -> str | None:
+    """What config.yaml of the run of a folder (final/ or checkpoint-N/) has for an option that is text, such as model;
+    None where there is none."""
     file = Path(folder).absolute().parent / run_folders.CONFIG
     if not file.is_file():
         return None
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    model = found.get("model") if isinstance(found, dict) else None
-    return model if isinstance(model, str) else None
+    value = found.get(option) if isinstance(found, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def data_sets() -> dict[str, str]:
@@ -65,9 +65,8 @@ def data_sets() -> dict[str, str]:
 
 
 def ask_the_hub(models: Mapping[str, str | None], more: Sequence[reach_hub.Needed] = ()) -> None:
-    """Ask once whether the hub is there, if a model needs it. models: option -> name, None = not given;
-    the base of --vs is known only later. more: what else
-    is needed.
+    """Ask once whether the hub is there, if a model needs it. models: option -> name, None = not given; the base of
+    --vs is known only later. more: what else is needed.
 
     Raises ConfigError, a line for each name that cannot be had, where it cannot be reached, and for each folder that
     lacks a part of a model.

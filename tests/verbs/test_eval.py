@@ -138,6 +138,22 @@ def test_the_table_says_what_is_missing(here: Path, capsys: pytest.CaptureFixtur
     assert "perplexity, chosen" in said and "rows were read as pairs" in said
 
 
+def test_rows_are_read_as_the_run_read_them(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A question and an answer: of a run of SFT a demonstration, else, or where a reward judges, a prompt."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Hi?", "completion": "Good."}\n')
+    shutil.copytree(here / "base", tmp_path / "run" / "final")
+    words = ["--dataset", rows, "--max_new_tokens", "2"]
+    for algo, more, kind in [
+        ("sft", (), "demonstrations"),
+        ("sft", ("--reward_funcs", f"{here / 'length.py'}:of"), "prompts"),
+        ("ppo", (), "prompts"),
+    ]:
+        (tmp_path / "run" / "config.yaml").write_text(f"algo: {algo}\n")
+        assert measured(capsys, tmp_path / "run", *words, *more)["data"] == kind
+    assert measured(capsys, here / "base", *words)["data"] == "prompts"
+
+
 def test_lm_eval_is_a_process_of_its_own(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
