@@ -75,7 +75,13 @@ GROUP_RULES = (
         "nothing but the end token: right only where silence is meant",
     ),
 )
-REPEATED = "the same row again: it counts double, and may stand on both sides of a split"
+TRAINED = "rows trained on too"
+# Of rules about a group beside others: the advice.
+BESIDE = {
+    "duplicates": "the same row again: it counts double, and may stand on both sides of a split",
+    "contradictions": "another row says the opposite of the same answers: they cancel out, keep what is meant",
+    TRAINED: "the training data has them: what is measured on them says little of new ones, leave them out",
+}
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,13 @@ class Survey:
     """Counts of everything that is looked for in some groups. Groups are visited once and not kept: some 30 bytes are
     left of each.
 
-    end_ids: tokens that end a turn. bos: the tokenizer's BOS, None = it has none.
+    end_ids: tokens that end a turn. bos: the tokenizer's BOS, None = it has none. trained: where the groups are
+    evaluated on, the survey of those that are trained on.
     """
 
-    def __init__(self, groups: Iterable[Group], end_ids: frozenset[int], bos: int | None) -> None:
+    def __init__(
+        self, groups: Iterable[Group], end_ids: frozenset[int], bos: int | None, trained: Survey | None = None
+    ) -> None:
         self._counts, self._examples = Counter[str](), dict[str, list[str]]()
         self._seen: set[int] = set()
         self._sides: Counter[str] = Counter()  # of pairs: how many, the tokens of each side, where one is the longer
@@ -114,10 +123,18 @@ class Survey:
             for rule in GROUP_RULES:
                 if rule.holds(group, end_ids, bos):
                     self._count(rule.name, group)
-            if (key := hash((group.prompt, group.completions, group.label))) in self._seen:
-                self._count("duplicates", group)
-            self._seen.add(key)
+            self._look_beside(group, trained)
             self._measure(group)
+
+    def _look_beside(self, group: Group, trained: Survey | None) -> None:
+        key, opposite = _key(group), _opposite(group)
+        if key in self._seen:
+            self._count("duplicates", group)
+        if opposite in self._seen:
+            self._count("contradictions", group)
+        if trained is not None and key in trained._seen:
+            self._count(TRAINED, group)
+        self._seen.add(key)
 
     def _count(self, rule: str, group: Group) -> None:
         self._counts[rule] += 1
@@ -136,9 +153,8 @@ class Survey:
 
     def findings(self) -> list[Finding]:
         """What was found, errors first, then warnings and notes."""
-        rules = [(rule.severity, rule.name, rule.advice) for rule in GROUP_RULES] + [
-            ("warning", "duplicates", REPEATED)
-        ]
+        rules = [(rule.severity, rule.name, rule.advice) for rule in GROUP_RULES]
+        rules += [("warning", name, advice) for name, advice in BESIDE.items()]
         found = [
             Finding(severity, name, self._counts[name], tuple(self._examples[name]), advice)
             for severity, name, advice in rules
@@ -172,3 +188,16 @@ def as_json(findings: Sequence[Finding], measured: dict[str, Lengths]) -> dict[s
         "findings": [asdict(f) for f in findings],
         "lengths": {name: asdict(of) for name, of in measured.items()},
     }
+
+
+def _key(group: Group) -> int:
+    return hash((group.prompt, group.completions, group.label))
+
+
+def _opposite(group: Group) -> int | None:
+    """The key of a group that says the opposite, a pair turned round or the other label; None where there is none."""
+    if group.label is not None:
+        return hash((group.prompt, group.completions, not group.label))
+    if len(group.completions) == 2 and group.completions[0] != group.completions[1]:
+        return hash((group.prompt, group.completions[::-1], None))
+    return None

@@ -17,7 +17,7 @@ from dsalign.checkpoint.checkpoints import Checkpoints
 from dsalign.config.schema import RunConfig
 from dsalign.contract.groups import Prepared
 from dsalign.data.batches.loader import Loader
-from dsalign.data.checks import Survey
+from dsalign.data.checks import TRAINED, Survey
 from dsalign.engines import dist
 from dsalign.guard import resources, signals
 from dsalign.guard.trends import GUARDS, Watch
@@ -277,10 +277,11 @@ class Session:
             model, functions = config.models.reward_model, config.models.reward_funcs
             report.say(f"reward: {' + '.join([*filter(None, [model]), *functions])}")
         groups = trainer.loader.groups
-        first = [groups[i] for i in range(min(len(groups), CHECKED))]
-        survey = Survey(first, trainer.ctx.end_ids, None)
+        survey = Survey(groups[:CHECKED], trainer.ctx.end_ids, None)
+        others = self.held_out.groups[:CHECKED] if self.held_out else ()
+        held_out = Survey(others, trainer.ctx.end_ids, None, survey)
         self._begin(survey)
-        for finding in survey.findings():
+        for finding in [*survey.findings(), *(one for one in held_out.findings() if one.rule == TRAINED)]:
             report.say(f"{finding.line()} (dsalign data check says more)")
         module = engine.module
         if module.balancing is not None:

@@ -86,15 +86,21 @@ def examine(config: RunConfig) -> list[DataReport]:
     Raises ValueError where no row is left, or where a bad row makes the rest of its file unreadable.
     """
     template, options = _template(config), config.data
-    given = [(options.dataset, options.dataset_weights)] + ([(options.val_dataset, ())] if options.val_dataset else [])
-    return [_examined(config, template, sources, weights) for sources, weights in given]
+    first, trained = _examined(config, template, options.dataset, options.dataset_weights, None)
+    if not options.val_dataset:
+        return [first]
+    return [first, _examined(config, template, options.val_dataset, (), trained)[0]]
 
 
-def _examined(config: RunConfig, template: Template, sources: Sequence[str], weights: Sequence[float]) -> DataReport:
+def _examined(
+    config: RunConfig, template: Template, sources: Sequence[str], weights: Sequence[float], trained: Survey | None
+) -> tuple[DataReport, Survey]:
+    """The report of some data sets, and what was counted. trained: the survey of the groups that are trained on, where
+    these are evaluated on."""
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "skip"})})
     tokenized, skipped = dataset.tokenized(lenient, template, sources, weights)
     groups = tokenized.groups
-    survey = Survey(groups, template.end_ids, template.tokenizer.bos_token_id)
+    survey = Survey(groups, template.end_ids, template.tokenizer.bos_token_id, trained)
     findings = survey.findings()
     if skipped:
         severity = "warning" if config.data.on_bad_row == "skip" else "error"
@@ -111,7 +117,7 @@ def _examined(config: RunConfig, template: Template, sources: Sequence[str], wei
     except ValueError as error:
         findings.insert(0, Finding("error", "rows that the model cannot read", 1, (), str(error)))
     notes = [*config.algorithm.notes(groups), *dataset.what_was_noticed(template, tokenized)]
-    return DataReport(sources, tokenized, skipped, findings, survey.lengths(), notes, config.data.max_length)
+    return DataReport(sources, tokenized, skipped, findings, survey.lengths(), notes, config.data.max_length), survey
 
 
 def _template(config: RunConfig) -> Template:

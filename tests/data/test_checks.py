@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsalign.contract.groups import Group
-from dsalign.data.checks import BINS, Finding, Lengths, Survey, as_json
+from dsalign.data.checks import BINS, TRAINED, Finding, Lengths, Survey, as_json
 
 END, BOS = 2, 1
 ENDS = frozenset({END})
@@ -67,6 +67,26 @@ def test_duplicates_are_counted_from_the_second_on():
     assert found(*rows)["duplicates"].count == 2
     labelled = [Group(i, f"f:{i}", (5,), ((7, END),), "x", label=i == 0) for i in range(2)]
     assert "duplicates" not in found(*labelled)
+
+
+def test_opposites_are_contradictions():
+    """A pair and the same turned round; one answer with either label. Other prompts, and equal answers, are none."""
+    turned = pair((9, 8, END), (7, 8, END), where="f:9")
+    first = pair((7, 8, END), (9, 8, END))
+    assert found(first, turned, first)["contradictions"].count == 2
+    assert found(first, turned)["contradictions"].examples == ("f:9",)
+    assert "contradictions" not in found(first, pair((9, 8, END), (7, 8, END), prompt=(4,)), pair((7, END), (7, END)))
+    labelled = [Group(i, f"f:{i}", (5,), ((7, END),), "x", label=i == 0) for i in range(2)]
+    assert found(*labelled)["contradictions"].examples == ("f:1",)
+
+
+def test_rows_to_evaluate_on_that_are_trained_on():
+    """One of two is; the training data has no such finding."""
+    other = pair((7, 8, END), (9, 8, END), where="f:7", prompt=(4,))
+    trained = Survey([GOOD], ENDS, BOS)
+    rules = {f.rule: f for f in Survey([other, GOOD], ENDS, BOS, trained).findings()}
+    assert rules[TRAINED].count == 1
+    assert not [f for f in trained.findings() if f.rule == TRAINED]
 
 
 def test_length_bias_by_hand():
