@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -65,7 +65,8 @@ def _untie(model: PreTrainedModel) -> None:
 def opened(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftModel:
     """A PEFT model with the adapter of a folder, called TRAINED; where it is trainable, with its frozen copy START.
 
-    Raises ValueError as `adapter_files.stored` and `adapter_files.fill` do, and for one to train that has biases.
+    Raises ValueError as `adapter_files.stored` and `adapter_files.fill` do, and for one to train that has biases or a
+    tied head of its own.
     """
     stored = adapter_files.stored(adapter)
     adapter_files.resize(model, stored, adapter)
@@ -73,18 +74,27 @@ def opened(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> PeftMod
     peft_model = get_peft_model(model, copy.deepcopy(stored.config), adapter_name=TRAINED)
     adapter_files.fill(peft_model, TRAINED, stored, adapter)
     if trainable:
-        if getattr(stored.config, "bias", "none") != "none":
-            raise ValueError(
-                f"{adapter}/adapter_config.json: expected bias none of an adapter that is trained on, got "
-                f"{stored.config.bias!r}: its biases are the base's own, with no place for a copy as they were; use "
-                "--tuner full, or merge it into its base (dsalign merge) and give that"
-            )
+        _refuse_without_copy(peft_model, stored.config, adapter)
         frozen = copy.deepcopy(stored.config)
         frozen.inference_mode = True
         peft_model.add_adapter(START, frozen)
         adapter_files.fill(peft_model, START, stored, adapter)
         peft_model.set_adapter(TRAINED)
     return cast(PeftModel, peft_model)
+
+
+def _refuse_without_copy(peft_model: PeftModel, config: Any, adapter: Path) -> None:
+    """Raise ValueError for an adapter of which PEFT cannot hold a second one, START, as training began with it."""
+    odd, why = "", ""
+    if getattr(config, "bias", "none") != "none":
+        odd, why = f"bias {config.bias!r}", "its biases are the base's own"
+    elif getattr(config, "ensure_weight_tying", False) and getattr(peft_model.config, "tie_word_embeddings", False):
+        odd, why = "ensure_weight_tying", "PEFT ties the head of one adapter alone"
+    if odd:
+        raise ValueError(
+            f"{adapter}/adapter_config.json: expected an adapter that is trained on without {odd}: {why}, with no "
+            "place for a copy as it was; use --tuner full, or merge it into its base (dsalign merge) and give that"
+        )
 
 
 def add(model: PreTrainedModel, source: Source, options: ModelOptions, seed: int) -> PeftModel:

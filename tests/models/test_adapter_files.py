@@ -252,5 +252,20 @@ def test_trained_biases_of_the_base_have_no_copy(tmp_path: Path) -> None:
     base = tiny_folder(tmp_path / "base", attention_bias=True, num_hidden_layers=1)
     adapter = trained_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", bias="all")
     frozen("reference", base, adapter)
-    with pytest.raises(ValueError, match=r"expected bias none of an adapter that is trained on, got 'all'"):
+    with pytest.raises(ValueError, match=r"that is trained on without bias 'all'"):
         trained("policy", base, adapter)
+
+
+def test_the_tied_head_of_an_adapter_has_no_copy(tmp_path: Path) -> None:
+    """PEFT ties the embedding and the head of the first adapter of a model: merged it is right, trained on refused."""
+    base = tiny_folder(tmp_path / "base", tie_word_embeddings=True, num_hidden_layers=1)
+    adapter = trained_adapter(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter",
+        modules_to_save=["embed_tokens"], ensure_weight_tying=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="that is trained on without ensure_weight_tying: PEFT ties"):
+        trained("policy", base, adapter)
+    with torch.no_grad():
+        want = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()(IDS).logits
+        found = frozen("reference", base, adapter).model(IDS).logits
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
