@@ -43,7 +43,7 @@ def test_resumed_equals_uninterrupted(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "run.json"]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [quick_if(stage == 3, stage) for stage in (0, 2, 3)])
 def test_resumed_equals_uninterrupted_in_bfloat16(stage: int, tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
     """The float32 weights behind the bfloat16 ones come back too."""
     (losses, want, _), (losses_resumed, found, _) = two_ranks.run(

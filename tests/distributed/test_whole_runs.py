@@ -25,6 +25,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow  # make demo does the same
 def test_sft_then_rm_then_ppo_by_folders(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
     """The chain by the documented commands, two steps or more each; each starts from the last one's final/."""
     base = ["--model_type", str(tiny), *DOCUMENTED.split(), "--logging_steps", "1"]
@@ -63,7 +64,8 @@ def test_sft_then_rm_then_ppo_by_folders(tiny: Path, two_ranks: RankPool, tmp_pa
     ("algo", "data", "more"),
     [
         ("ppo", "demo:prompts#24", "--max_new_tokens 6 --num_ppo_epochs 2 --num_mini_batches 1"),
-        (
+        quick_if(
+            False,
             "grpo",
             "demo:prompts#24",
             "--max_new_tokens 6 --num_generations 3 --num_iterations 2 --dynamic_sampling 2 --dtype bfloat16 "

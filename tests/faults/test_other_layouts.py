@@ -12,7 +12,6 @@ import pytest
 from faulty_runs import STEPS, command, words
 from forks import Forks
 from safetensors.numpy import load_file
-from support import quick_if
 
 Run = tuple[list[str], Path]  # a command without its output folder, the folder
 METRIC, WEIGHT = (
@@ -50,9 +49,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("algo", "before", "after", "tuner"), [quick_if(one == ("ppo", (2, 2), (1, 0), "lora"), *one) for one in CASES]
-)
+@pytest.mark.slow  # tests/checkpoint/test_reshard.py has layouts without the command, some of them quick
+@pytest.mark.parametrize(("algo", "before", "after", "tuner"), CASES)
 def test_a_run_that_samples_goes_on_in_another_layout(
     algo: str, before: tuple[int, int], after: tuple[int, int], tuner: str, forks: Forks, tiny: Path, tmp_path: Path
 ) -> None:

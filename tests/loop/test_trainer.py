@@ -178,8 +178,13 @@ CUTS = {  # ranks, groups or tokens a micro-batch, bytes for logits; the global 
 
 
 def stages_of_cuts() -> list[Any]:
-    """Every algorithm at ZeRO-0; at ZeRO-3 SFT, the others slowly."""
-    return [quick_if(stage == "0" or name == "sft", name, stage) for name in from_rows() for stage in ("0", "3")]
+    """Every kind of loss at ZeRO-0, SFT at ZeRO-3 too; the others slowly: CPO and SimPO sum over pairs as DPO does."""
+    alike = {"cpo", "simpo"}
+    return [
+        quick_if((stage == "0" and name not in alike) or name == "sft", name, stage)
+        for name in from_rows()
+        for stage in ("0", "3")
+    ]
 
 
 @pytest.mark.parametrize(("name", "stage"), stages_of_cuts())
