@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -77,8 +78,8 @@ def _refuse_gaps(files: Files, name: str) -> None:
 
 def _say_twice(files: Files, name: str) -> None:
     """Say which files of a folder have one name and several formats: they may hold the same rows."""
-    names = [path.name.split(".")[0] for path, _ in files]
-    twice = [path.name for (path, _), stem in zip(files, names, strict=True) if names.count(stem) > 1]
+    stems = Counter(path.name.split(".")[0] for path, _ in files)
+    twice = [path.name for path, _ in files if stems[path.name.split(".")[0]] > 1]
     if twice:
         _say(f"{name}: read {', '.join(twice[:SHOWN])}; if they hold the same rows, name one of them")
 
